@@ -1,0 +1,41 @@
+# The five verbs of this project. `make` alone lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help setup setup-test demo check test test-fast clean
+
+help: ## list the verbs
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "rlhf_lightning needs Python 3.11 or newer; give one with: make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+setup: $(VENV)/.base ## create .venv with the pinned versions
+setup-test: $(VENV)/.test ## the same with the test tools
+
+demo: $(VENV)/.base ## SFT, reward model, PPO and DPO on the built-in world, then the table
+	$(BIN)/rlhf pipeline=demo
+
+check: $(VENV)/.test ## ruff and pyright
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+test: $(VENV)/.test ## every tier this machine can run
+	$(BIN)/pytest -n 2 --dist worksteal -q
+
+test-fast: $(VENV)/.test ## the unit tier only
+	$(BIN)/pytest -q -m "not slow and not dist and not gpu and not browser"
+
+clean: ## remove the environment and caches, keep outputs/
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,139 @@
+"""Which rows make up which optimizer step, planned ahead so that it does not depend on ranks or accumulation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from rlhf_lightning.ops.seeding import generator
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The rows one rank reads in one forward pass, with the weights that make the step's loss a mean."""
+
+    rows: tuple[int, ...]
+    per_token: float
+    per_group: float
+    step: int
+
+
+class StepPlan(Sampler[MicroBatch]):
+    """Yields the microbatches of one rank, epoch by epoch, from a permutation that only `seed` and epoch decide.
+
+    A step takes `batch_size` rows of the permutation and splits them over `world * accumulate` microbatches of about
+    equal token counts. Rank and accumulation change who computes a row, never which rows a step learns from, and every
+    rank has the same number of microbatches. The rows left over at the end of an epoch form a smaller last step; they
+    are dropped only when they are fewer than the microbatches to fill.
+
+    Args:
+        tokens: (rows,) token count of each row, for balance.
+        counted: (rows,) counted tokens of each row, for the weights.
+        batch_size: rows a step, over all ranks.
+        accumulate: microbatches a step on each rank (Lightning's `accumulate_grad_batches`).
+        world, rank: number of ranks and this one.
+        shuffle: permute the rows every epoch.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        counted: np.ndarray,
+        batch_size: int,
+        accumulate: int = 1,
+        world: int = 1,
+        rank: int = 0,
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.tokens, self.counted = tokens, counted
+        self.parts = accumulate * world
+        self.accumulate, self.rank, self.shuffle, self.seed = accumulate, rank, shuffle, seed
+        self.batch_size = max(min(batch_size, len(tokens)), 1)
+        full, rest = divmod(len(tokens), self.batch_size)
+        self.steps = full + (rest >= self.parts)
+        self.epoch = 0
+        self.start = 0  # microbatches of this epoch already consumed before a resume
+
+    def __len__(self) -> int:
+        """Microbatches of a whole epoch on one rank."""
+        return self.steps * self.accumulate
+
+    def set_epoch(self, epoch: int) -> None:
+        """Select the permutation of `epoch`; Lightning calls this at the start of each epoch."""
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        rows = len(self.tokens)
+        order = np.arange(rows)
+        if self.shuffle:
+            order = torch.randperm(rows, generator=generator(self.seed, "epoch", self.epoch)).numpy()
+        for step in range(self.start // self.accumulate, self.steps):
+            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
+            counted = max(float(self.counted[chosen].sum()), 1.0)
+            parts = self._split(chosen)[self.rank * self.accumulate : (self.rank + 1) * self.accumulate]
+            for number, part in enumerate(parts):
+                if step * self.accumulate + number >= self.start:
+                    weights = (self.parts / counted, self.parts / len(chosen))
+                    yield MicroBatch(tuple(int(row) for row in part), *weights, step=step)
+
+    def _split(self, chosen: np.ndarray) -> list[list[int]]:
+        """Split a step into parts of about equal tokens, longest first into the lightest; none is empty."""
+        if self.parts == 1:
+            return [chosen.tolist()]
+        parts: list[list[int]] = [[] for _ in range(self.parts)]
+        load = np.zeros(self.parts)
+        for row in sorted(chosen.tolist(), key=lambda row: (-self.tokens[row], row)):
+            lightest = min(range(self.parts), key=lambda p: (bool(parts[p]) and load[p] > 0, load[p], p))
+            parts[lightest].append(row)
+            load[lightest] += max(self.tokens[row], 1)
+        return parts
+
+
+class PlannedLoader(DataLoader[Any]):
+    """A DataLoader over a :class:`StepPlan` that knows how many batches the training loop has taken.
+
+    Lightning saves and restores it through `state_dict`, which makes a mid-epoch resume continue with the next row.
+    """
+
+    def __init__(self, dataset: Dataset[Any], plan: StepPlan, workers: int = 0) -> None:
+        super().__init__(
+            dataset, sampler=plan, batch_size=None, num_workers=workers, persistent_workers=workers > 0
+        )
+        self.plan = plan
+        self.taken = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.taken = self.plan.start
+        for batch in super().__iter__():
+            self.taken += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch and the microbatches taken from it."""
+        return {"epoch": self.plan.epoch, "taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue after the microbatches that were taken before the checkpoint."""
+        finished = state["taken"] >= len(self.plan)
+        self.plan.epoch = state["epoch"] + finished
+        self.plan.start = 0 if finished else state["taken"]
+
+
+def token_budget(tokens: Sequence[int] | np.ndarray, budget: int) -> list[list[int]]:
+    """Split rows, in length order, into lists whose token sum stays within `budget` (one row at least)."""
+    batches: list[list[int]] = []
+    load = budget + 1
+    for row in np.argsort(-np.asarray(tokens), kind="stable").tolist():
+        if load + tokens[row] > budget or not batches:
+            batches.append([])
+            load = 0
+        batches[-1].append(row)
+        load += int(tokens[row])
+    return batches

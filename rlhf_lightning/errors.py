@@ -1,0 +1,16 @@
+"""The one exception a user is meant to see."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in a command, a config, a file or a data row, told in one readable message."""
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the option closest to `name`, or an empty string."""
+    found = difflib.get_close_matches(str(name), [str(option) for option in options], n=1, cutoff=0.5)
+    return f" Did you mean '{found[0]}'?" if found else ""

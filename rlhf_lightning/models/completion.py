@@ -1,0 +1,148 @@
+"""Hugging Face decoders that read completion groups: token log-probabilities, values and scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_lightning.data.groups import Group, GroupBatch, Layout, pack
+from rlhf_lightning.ops.logprobs import token_logprobs
+from rlhf_lightning.ops.masking import group_attention_mask
+
+
+@dataclass
+class CompletionOutput:
+    """What a :class:`CompletionModel` returns for the N counted tokens of a batch; float32, each (N,)."""
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+    values: Tensor | None = None
+
+
+def plain(model: nn.Module) -> PreTrainedModel:
+    """Return the Hugging Face model inside a peft wrapper, or the model itself."""
+    return cast(PreTrainedModel, model.get_base_model() if hasattr(model, "get_base_model") else model)  # type: ignore[operator]
+
+
+def hidden_states(model: nn.Module, batch: GroupBatch) -> Tensor:
+    """Return the last hidden states (R * L, D) of the decoder below the head of `model`."""
+    trunk = plain(model).base_model
+    mask = batch.group_ids >= 0
+    if batch.padded:
+        attention = mask.long()
+    else:
+        attention = group_attention_mask(batch.group_ids, batch.response_ids)
+    arguments: dict[str, Any] = {"position_ids": batch.position_ids, "use_cache": False}
+    output = trunk(input_ids=batch.input_ids, attention_mask=attention, **arguments)
+    return output.last_hidden_state.flatten(0, 1)
+
+
+class CompletionModel(nn.Module):
+    """A causal language model over completion groups, with an optional value head on the same trunk.
+
+    Args:
+        lm: a Hugging Face causal LM, or a peft model around one.
+        value_head: adds a zero-initialised Linear(D, 1) that values the state before each token.
+    """
+
+    def __init__(self, lm: nn.Module, value_head: bool = False) -> None:
+        super().__init__()
+        self.lm = lm
+        config = plain(lm).config.get_text_config()
+        self.value_head: nn.Linear | None = None
+        if value_head:
+            self.value_head = nn.Linear(config.hidden_size, 1)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+        # what some architectures do to the logits after the head
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.logit_scale = getattr(config, "logit_scale", None) or 1.0
+        if scaling := getattr(config, "logits_scaling", None):
+            self.logit_scale = 1.0 / scaling
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return the logits (M, V) of hidden states (M, D)."""
+        logits = plain(self.lm).get_output_embeddings()(hidden)
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.softcap:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def forward(
+        self, batch: GroupBatch, temperature: float = 1.0, entropy: bool = False, values: bool = False
+    ) -> CompletionOutput:
+        """Return log-probabilities (and entropy, values) of the counted tokens, computed only where one is predicted."""
+        hidden = hidden_states(self.lm, batch)[batch.source]
+        logprobs, ent = token_logprobs(hidden, self.head, batch.targets, temperature, entropy)
+        value = None
+        if values:
+            if self.value_head is None:
+                raise ValueError("values were asked of a model without a value head")
+            value = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+        return CompletionOutput(logprobs, ent, value)
+
+
+class ScalarModel(nn.Module):
+    """A sequence classifier with one output over completion groups: a reward model or a critic.
+
+    Args:
+        model: `AutoModelForSequenceClassification` with `num_labels=1` and a linear `score` head, or a peft model
+            around one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: GroupBatch, at: Literal["last", "source"] = "last") -> Tensor:
+        """Return normalized float32 scores (S,) read at the last token of each response, or values (N,) at each state."""
+        hidden = hidden_states(self.model, batch)
+        inner = plain(self.model)
+        picked = hidden[batch.last if at == "last" else batch.source]
+        scores = cast(nn.Module, inner.score)(picked).squeeze(-1).float()
+        mean, std = getattr(inner.config, "reward_mean", 0.0), getattr(inner.config, "reward_std", 1.0)
+        return (scores - mean) / std
+
+
+def choose_layout(model: nn.Module) -> tuple[Layout, str | None]:
+    """Return the layout `model` computes correctly, and why not "packed" when it is "padded".
+
+    The check is a run, not a list of architectures: two random groups are read in both layouts and the hidden states
+    that predict their responses must agree. Sliding windows, state spaces and position-free attention fail it.
+    """
+    inner = plain(model)
+    config = inner.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None) or []
+    if window and any("sliding" in str(kind) for kind in layers):
+        return "padded", f"it has sliding-window attention ({window} tokens)"
+    if window and getattr(config, "use_sliding_window", True) and not layers:
+        return "padded", f"it has sliding-window attention ({window} tokens)"
+    vocab = config.vocab_size
+    tokens = [(7 * i + 3) % vocab for i in range(24)]
+    probes = [
+        Group(tokens[:5], [tokens[5:9], tokens[9:12]]),
+        Group(tokens[12:15], [tokens[15:20], tokens[20:22], tokens[22:24]]),
+    ]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            packed, padded = (
+                hidden_states(model, b.to(inner.device))[b.source.to(inner.device)].float()
+                for b in (pack(probes, layout="packed"), pack(probes, layout="padded"))
+            )
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        return "padded", f"it does not take a group attention mask ({type(error).__name__}: {str(error)[:120]})"
+    finally:
+        model.train(training)
+    scale = padded.abs().max().clamp_min(1e-6)
+    tolerance = 1e-3 if inner.dtype in (torch.float32, torch.float64) else 6e-2
+    if ((packed - padded).abs().max() / scale).item() > tolerance:
+        return "padded", "it ignores the group attention mask or the position ids"
+    return "packed", None

@@ -1,0 +1,77 @@
+"""Fixtures every test may use: a tiny decoder, groups, and a clean process after each test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches the hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlhf_lightning.data.groups import Group
+
+SHARED = Path(os.environ.get("RLHF_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail a test that leaks environment variables, and keep threads and seeds out of the next one."""
+    before = dict(os.environ)
+    torch.manual_seed(0)
+    yield
+    launcher = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"}
+    allowed = launcher | {"PYTEST_CURRENT_TEST", "TF_CPP_MIN_LOG_LEVEL"}
+    leaked = {k for k, v in os.environ.items() if before.get(k) != v and k not in allowed and not k.startswith("KMP_")}
+    os.environ.clear()
+    os.environ.update(before)
+    assert not leaked, f"the test left environment variables behind: {sorted(leaked)}"
+
+
+def tiny_config(**changes: object) -> LlamaConfig:
+    """Return the config of a Llama small enough for any test."""
+    values: dict[str, object] = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
+    }  # fmt: skip
+    return LlamaConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def tiny_lm() -> LlamaForCausalLM:
+    """A random Llama of two layers, float32, the same for every test."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config()).eval()
+
+
+@pytest.fixture
+def groups() -> list[Group]:
+    """Three groups with K = 1, 2 and 4 and unequal lengths."""
+    return [
+        Group([1, 5, 6, 7], [[8, 9, 2]], index=0),
+        Group([1, 10], [[11, 12, 13, 2], [14, 2]], index=1),
+        Group([1, 20, 21], [[22, 2], [23, 24, 2], [25, 2], [26, 27, 28, 29, 2]], index=2),
+    ]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data; the test is skipped where it is absent."""
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip("the shared data folder is absent (set RLHF_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories_model() -> Path:
+    """A real pretrained story model of 260 thousand parameters; the test is skipped where it is absent."""
+    folder = SHARED / "models" / "stories260K"
+    if not folder.is_dir():
+        pytest.skip("the shared model folder is absent (set RLHF_SHARED)")
+    return folder

@@ -1,0 +1,91 @@
+"""Steps do not depend on ranks or accumulation, and a resumed loader continues with the next row."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from torch.utils.data import Dataset
+
+from rlhf_lightning.data.planning import MicroBatch, PlannedLoader, StepPlan, token_budget
+
+TOKENS = np.arange(1, 24) * 3 % 17 + 1
+
+
+def steps(plan_of_rank: list[StepPlan]) -> dict[int, list[int]]:
+    rows: dict[int, list[int]] = {}
+    for plan in plan_of_rank:
+        for micro in plan:
+            rows.setdefault(micro.step, []).extend(micro.rows)
+    return {step: sorted(found) for step, found in rows.items()}
+
+
+@pytest.mark.parametrize(("accumulate", "world"), [(8, 1), (1, 2), (2, 4), (1, 8)])
+def test_a_step_has_the_same_rows_whoever_computes_it(accumulate: int, world: int) -> None:
+    alone = steps([StepPlan(TOKENS, TOKENS, 8, seed=3)])
+    shared = [StepPlan(TOKENS, TOKENS, 8, accumulate, world, rank, seed=3) for rank in range(world)]
+    found = steps(shared)
+    full = {step: rows for step, rows in found.items() if len(rows) == 8}
+    assert full == {step: alone[step] for step in full}
+    assert len(full) == 2
+    assert len({len(list(plan)) for plan in shared}) == 1
+    assert all(len(list(plan)) == len(plan) for plan in shared)
+
+
+def test_weights_sum_to_a_mean_over_the_step() -> None:
+    plans = [StepPlan(TOKENS, TOKENS * 2, 8, 2, 2, rank) for rank in range(2)]
+    micros = [micro for plan in plans for micro in plan if micro.step == 0]
+    tokens = sum(micro.per_token * sum(2 * TOKENS[row] for row in micro.rows) for micro in micros)
+    groups = sum(micro.per_group * len(micro.rows) for micro in micros)
+    assert len(micros) == 4
+    assert tokens / 4 == pytest.approx(1.0)  # Lightning divides by accumulation, the strategy by ranks
+    assert groups / 4 == pytest.approx(1.0)
+
+
+def test_every_epoch_reads_every_row_once_in_another_order() -> None:
+    plan = StepPlan(TOKENS, TOKENS, 5)
+    first = [row for micro in plan for row in micro.rows]
+    plan.set_epoch(1)
+    second = [row for micro in plan for row in micro.rows]
+    assert sorted(first) == sorted(second) == list(range(len(TOKENS)))
+    assert first != second
+
+
+def test_parts_are_balanced_and_never_empty() -> None:
+    plan = StepPlan(np.array([100, 1, 1, 1, 1, 1]), np.ones(6), 6, accumulate=3)
+    parts = [sorted(plan.tokens[list(micro.rows)].tolist()) for micro in plan]
+    assert sorted(parts) == [[1, 1], [1, 1, 1], [100]]
+
+
+class Rows(Dataset[tuple[int, ...]]):
+    def __getitem__(self, micro: MicroBatch) -> tuple[int, ...]:  # type: ignore[override]
+        return micro.rows
+
+
+@pytest.mark.parametrize("kills", [[3], [1, 4], [2, 2, 2], [6]])
+def test_resume_continues_with_the_next_row(kills: list[int]) -> None:
+    whole = PlannedLoader(Rows(), StepPlan(TOKENS, TOKENS, 4, seed=1))
+    expected = []
+    for epoch in range(2):
+        whole.plan.set_epoch(epoch)
+        expected += list(whole)
+    found, state = [], None
+    for kill in [*kills, 99]:
+        loader = PlannedLoader(Rows(), StepPlan(TOKENS, TOKENS, 4, seed=1))
+        if state:
+            loader.load_state_dict(state)
+        while loader.plan.epoch < 2 and kill > 0:
+            for batch in loader:
+                found.append(batch)
+                state = loader.state_dict()
+                kill -= 1
+                if kill == 0:
+                    break
+            else:
+                loader.plan.set_epoch(loader.plan.epoch + 1)
+    assert found == expected
+
+
+def test_token_budget_keeps_every_row_within_the_budget() -> None:
+    batches = token_budget([5, 9, 2, 4, 30], 10)
+    assert sorted(row for batch in batches for row in batch) == [0, 1, 2, 3, 4]
+    assert [sum([5, 9, 2, 4, 30][row] for row in batch) for batch in batches] == [30, 9, 9, 2]
