@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from rlhf_lightning.data import records
 from rlhf_lightning.data.groups import Group, GroupBatch, Layout, pack
 from rlhf_lightning.data.planning import MicroBatch, PlannedLoader, StepPlan, token_budget
-from rlhf_lightning.data.sources import read_rows
+from rlhf_lightning.data.sources import Source, read_source
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.data.tokenize import TokenizedRows, tokenize
 from rlhf_lightning.errors import UserError
@@ -112,7 +111,7 @@ class _Rows(LightningDataModule):
         self.rows: dict[str, TokenizedRows] = {}
         self.references: dict[str, np.ndarray] = {}
 
-    def raw_rows(self, split: str) -> Any:
+    def raw_rows(self, split: str) -> Source:
         """Return the untokenized rows of "train" or "val"."""
         return read_source(
             self.sources[split], split, self.limits[split], self.kind, {"seed": self.seed} | self.world
@@ -128,6 +127,7 @@ class _Rows(LightningDataModule):
                     cache_dir=self.cache_dir,
                     parts=self.cache_key(),
                     on_bad_row=self.on_bad_row,
+                    keep_raw=self.kind == "prompts",
                 )
 
     def to_group(self, row: dict[str, Any]) -> Group:

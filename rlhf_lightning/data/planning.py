@@ -18,8 +18,8 @@ class MicroBatch:
     """The rows one rank reads in one forward pass, with the weights that make the step's loss a mean."""
 
     rows: tuple[int, ...]
-    per_token: float
-    per_group: float
+    per_token: float | None
+    per_group: float | None
     step: int
 
 

@@ -1,0 +1,9 @@
+"""The built-in assistant's world: rows without end from a seed, labellers with declared biases, an exact gold reward."""
+
+from rlhf_lightning.world.gold import Score, gold, gold_reward, is_refusal, summary
+from rlhf_lightning.world.labeller import Labeller
+from rlhf_lightning.world.rows import KINDS, rows
+
+VERSION = 1  # part of every cache key; raise it when a row or a score changes
+
+__all__ = ["KINDS", "VERSION", "Labeller", "Score", "gold", "gold_reward", "is_refusal", "rows", "summary"]

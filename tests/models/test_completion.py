@@ -65,11 +65,13 @@ def test_logprobs_and_gradients_equal_the_plain_forward(name: str, groups: list[
         found = model(pack(groups, row_tokens=20, layout=chosen), temperature=0.7).logprobs  # type: ignore[arg-type]
         # token_logprobs is float32 by contract for lower precisions; float64 stays float64
         assert found.dtype == torch.float64
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 if name == "gpt2" else 1e-6)
         (found * weights).sum().backward()
         for parameter, gradient in reference.items():
             actual = lm.get_parameter(parameter).grad
-            torch.testing.assert_close(actual, gradient, rtol=0, atol=1e-9, msg=parameter)
+            # Hugging Face's RMSNorm computes in float32 even in a float64 model, so its rounding is what remains
+            tolerance = 1e-9 if name == "gpt2" else 1e-5
+            torch.testing.assert_close(actual, gradient, rtol=tolerance, atol=tolerance, msg=parameter)
 
 
 def test_only_response_rows_reach_the_head(groups: list[Group], tiny_lm: LlamaForCausalLM) -> None:

@@ -1,0 +1,181 @@
+"""Where rows come from: files, folders, the hub, lists, and the built-in world. Rows are read lazily, one at a time."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.errors import UserError, nearest
+
+Row = dict[str, Any]
+FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that can be read again and again: a name for messages, a content key for caches, and the reader.
+
+    `rows()` yields (where, row); `where` is the 1-based row number, with the file name when there are several files.
+    """
+
+    name: str
+    key: str
+    rows: Callable[[], Iterator[tuple[str, Row]]]
+
+
+def read_source(
+    source: Any, split: str, limit: int | None = None, kind: str = "prompts", world: Row | None = None
+) -> Source:
+    """Return the rows of `source`.
+
+    Args:
+        source: a path, a folder, a hub data set name, a list of dicts, or "world".
+        split: "train" or "val"; selects the split of a hub data set, a folder or the world.
+        limit: read only the first rows.
+        kind: what the built-in world should make: demonstrations, preferences or prompts.
+        world: options of the built-in world.
+
+    Raises:
+        UserError: when the source does not exist or is empty.
+    """
+    if isinstance(source, list):
+        key = _digest(json.dumps(source, sort_keys=True, default=str).encode())
+        return _limited(Source("the given rows", key, lambda: _numbered(source)), limit)
+    if source == "world":
+        return _world(kind, split, limit, dict(world or {}))
+    path = Path(str(source)).expanduser()
+    if path.is_dir():
+        return _limited(_folder(path, split), limit)
+    if path.is_file():
+        return _limited(_file(path), limit)
+    if str(source).endswith(FORMATS) or str(source).startswith((".", "/", "~")):
+        where = path.parent if path.parent.is_dir() else Path(".")
+        hint = nearest(path.name, (p.name for p in where.iterdir()))
+        raise UserError(f"data.{split}: there is no file {path}.{hint}")
+    return _limited(_hub(str(source), split), limit)
+
+
+def _limited(source: Source, limit: int | None) -> Source:
+    if limit is None:
+        return source
+    key = _digest(f"{source.key}:{limit}".encode())
+    return Source(source.name, key, lambda: itertools.islice(source.rows(), limit))
+
+
+def _numbered(rows: Any) -> Iterator[tuple[str, Row]]:
+    return ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _file(path: Path) -> Source:
+    if not str(path).endswith(FORMATS):
+        raise UserError(f"{path}: unknown format; use one of {', '.join(FORMATS)}")
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return Source(str(path), digest.hexdigest(), lambda: _numbered(_read(path)))
+
+
+def _read(path: Path) -> Iterator[Row]:
+    name = str(path)
+    if name.endswith(".parquet"):
+        import pyarrow.parquet as pq
+
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+        return
+    opened = gzip.open(path, "rb") if name.endswith(".gz") else path.open("rb")
+    with opened as raw, io.TextIOWrapper(raw, encoding="utf-8") as text:  # type: ignore[arg-type]
+        try:
+            if ".csv" in path.name:
+                yield from csv.DictReader(text)
+            elif ".jsonl" in path.name:
+                yield from _json_lines(path, text)
+            else:
+                content = json.load(text)
+                yield from content.get("data", [content]) if isinstance(content, dict) else content
+        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, json.JSONDecodeError, csv.Error) as error:
+            raise UserError(f"{path}: cannot be read ({error})") from error
+
+
+def _json_lines(path: Path, text: io.TextIOWrapper) -> Iterator[Row]:
+    for number, line in enumerate(text, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, row {number}: not JSON ({error.msg} at column {error.colno})") from error
+
+
+def _folder(path: Path, split: str) -> Source:
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        import datasets
+
+        found = datasets.load_from_disk(str(path))
+        if isinstance(found, datasets.DatasetDict):
+            found = _pick(found, split, str(path))
+        return Source(str(path), _digest((path.as_posix() + str(found.num_rows)).encode()), lambda: _numbered(found))
+    files = sorted(p for p in path.rglob("*") if str(p).endswith(FORMATS))
+    names = {"train": ("train",), "val": ("val", "valid", "eval", "test")}.get(split, (split,))
+    chosen = [p for p in files if p.name.startswith(names)] or files
+    if not chosen:
+        raise UserError(f"data.{split}: the folder {path} holds no {', '.join(FORMATS)} file")
+    parts = [_file(p) for p in chosen]
+
+    def rows() -> Iterator[tuple[str, Row]]:
+        for part in parts:
+            for where, row in part.rows():
+                yield f"{Path(part.name).name}, {where}", row
+
+    return Source(str(path), _digest("".join(part.key for part in parts).encode()), rows)
+
+
+def _pick(found: Any, split: str, name: str) -> Any:
+    for candidate in {"train": ["train"], "val": ["validation", "val", "valid", "eval", "test"]}.get(split, [split]):
+        if candidate in found:
+            return found[candidate]
+    raise UserError(f"data.{split}: {name} has the splits {', '.join(found)}, none of them for {split}")
+
+
+def _hub(name: str, split: str) -> Source:
+    import datasets
+
+    try:
+        found = _pick(datasets.load_dataset(name), split, name)
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises a dozen types for "not reachable" and "not there"
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(
+            f"data.{split}={name} is neither a file nor a folder here, and the hub did not give it: {reason}"
+        ) from error
+    ends = json.dumps([found[0], found[-1]], sort_keys=True, default=str) if len(found) else ""
+    return Source(name, _digest(f"{name}:{split}:{len(found)}:{ends}".encode()), lambda: _numbered(found))
+
+
+def _world(kind: str, split: str, limit: int | None, options: Row) -> Source:
+    from rlhf_lightning import world
+
+    sizes = {"train": options.pop("rows", 4096), "val": options.pop("val_rows", 512)}
+    kind = options.pop("records", None) or kind
+    seed = options.pop("seed", 0)
+    size = limit or sizes[split]
+    key = json.dumps([world.VERSION, kind, split, size, seed, options], sort_keys=True)
+    return Source(
+        f"the built-in world ({kind})",
+        _digest(key.encode()),
+        lambda: _numbered(world.rows(kind, size, seed=seed, split=split, **options)),
+    )

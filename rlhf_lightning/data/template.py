@@ -1,0 +1,208 @@
+"""Conversations to token ids and back, with the same tokens in training and in generation.
+
+The chat template is rendered with a placeholder for every message; the template's own text is tokenized with its
+control tokens, the messages' text without. So text from data never becomes a control token, the borders of every
+turn are known exactly, and the prompt of a demonstration is by construction the prompt used for sampling.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from rlhf_lightning.data.records import Content, Message, RowError
+from rlhf_lightning.errors import UserError, nearest
+
+TEMPLATES = {
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "human_assistant": (
+        "{% for m in messages %}{% if m['role'] == 'user' %}\n\nHuman: {% elif m['role'] == 'assistant' %}"
+        "\n\nAssistant: {% endif %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}\n\nAssistant: {% endif %}"
+    ),
+    "plain": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+}
+MARK = re.compile("\ue000(\\d+)\ue001")
+
+
+class Template:
+    """Encodes conversations for one tokenizer.
+
+    Args:
+        tokenizer: a Hugging Face fast tokenizer with an EOS token.
+        template: "auto" for the tokenizer's own chat template, "chatml", "human_assistant", or "plain" (prompt and
+            response one after the other, without roles).
+
+    Raises:
+        UserError: no EOS token, unknown template name, or "auto" without a chat template.
+    """
+
+    def __init__(self, tokenizer: Any, template: str = "auto") -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no EOS token, so a model could never learn to stop; set tokenizer.eos_token")
+        if template == "auto":
+            if not tokenizer.chat_template:
+                names = "|".join(TEMPLATES)
+                raise UserError(f"the tokenizer has no chat template; choose one with data.template={names}")
+            self.source = str(tokenizer.chat_template)
+        elif template in TEMPLATES:
+            self.source = TEMPLATES[template]
+        else:
+            options = ["auto", *TEMPLATES]
+            raise UserError(f"data.template={template!r} is not one of {', '.join(options)}.{nearest(template, options)}")
+        self.tokenizer, self.name = tokenizer, template
+        added = tokenizer.added_tokens_decoder
+        self.control = {str(t): i for i, t in added.items() if t.special or str(t) in self.source}
+        self._control_pattern = re.compile("|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or r"(?!)")
+        # sentencepiece tokenizers put a space before the first word of every call; a newline in front absorbs it
+        first = tokenizer.convert_ids_to_tokens(self._ids("a"))[0]
+        self._anchor = self._ids("\n") if first.startswith("▁") else []
+        with_special = tokenizer("a").input_ids
+        bos = tokenizer.bos_token_id
+        self._bos = [bos] if bos is not None and with_special[:1] == [bos] else []
+        self._layout = lru_cache(maxsize=1024)(self._render)
+        self._trims = self.source != TEMPLATES["plain"] and " \ue0000\ue001" not in self._raw(("user",), False, pad=" ")
+        self.end = self._end_of_turn()
+        self.eos_ids = {tokenizer.eos_token_id, self.end[-1]}
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that decides the tokens."""
+        text = self.tokenizer.backend_tokenizer.to_str() + "\x00" + self.source
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def prompt(self, content: Content) -> list[int]:
+        """Return the tokens up to where the assistant starts to speak."""
+        if isinstance(content, str):
+            return self._text(content)
+        pieces = self._layout(tuple(m["role"] for m in content), True)
+        ids = [token for piece in pieces for token in self._encode(piece, content)]
+        if self.name != "auto" and self._bos and ids[:1] != self._bos:
+            ids = self._bos + ids
+        return ids or self._start()
+
+    def response(self, text: str) -> list[int]:
+        """Return the tokens of a final assistant turn and the token that ends it."""
+        return [*self.content(text), *self.end]
+
+    def demonstration(self, content: Content, turns: str = "last") -> tuple[list[int], list[int], list[bool]]:
+        """Return prompt tokens, response tokens, and which response tokens are learned.
+
+        Args:
+            content: a conversation that ends with an assistant turn, or a raw text (all of it is learned).
+            turns: "last" learns the last assistant turn, "all" every one, each with its end token.
+        """
+        if isinstance(content, str):
+            ids = [*self._text(content), self.tokenizer.eos_token_id]
+            start = self._start()
+            ids = ids[1:] if ids[:1] == start else ids
+            return start, ids, [True] * len(ids)
+        if turns not in ("last", "all"):
+            raise UserError(f"data.turns={turns!r} is not one of: last, all")
+        if turns == "last":
+            response = self.response(content[-1]["content"])
+            return self.prompt(content[:-1]), response, [True] * len(response)
+        return self._all_turns(content)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of response tokens, without control tokens."""
+        kept = [i for i in ids if i not in self.eos_ids]
+        text = self.tokenizer.decode([*self._anchor, *kept], skip_special_tokens=True)
+        return text[len(self.tokenizer.decode(self._anchor)) :] if self._anchor else text
+
+    def content(self, text: str) -> list[int]:
+        """Return the tokens of a text in which nothing is a control token."""
+        text = text.strip() if self._trims else text
+        if not self._control_pattern.search(text):
+            return self._plain_ids(text)
+        parts = self._control_pattern.split(text)
+        found = self._control_pattern.findall(text)
+        ids = self._plain_ids(parts[0])
+        for token, rest in zip(found, parts[1:], strict=True):
+            # cut inside the token's text, so that the tokenizer cannot see it whole
+            ids += [*self._plain_ids(token[:1]), *self._plain_ids(token[1:]), *self._plain_ids(rest)]
+        return ids
+
+    def _all_turns(self, content: list[Message]) -> tuple[list[int], list[int], list[bool]]:
+        first = next(i for i, m in enumerate(content) if m["role"] == "assistant")
+        prompt = self.prompt(content[:first])
+        ids: list[int] = list(self._bos) if self.name != "auto" else []
+        flags = [False] * len(ids)
+        follows_assistant = False
+        for piece in self._layout(tuple(m["role"] for m in content), False):
+            tokens = self._encode(piece, content)
+            if isinstance(piece, int):
+                follows_assistant = content[piece]["role"] == "assistant"
+                flags += [follows_assistant] * len(tokens)
+            else:
+                ended = follows_assistant and tokens[: len(self.end)] == self.end
+                flags += [ended and i < len(self.end) for i in range(len(tokens))]
+                follows_assistant = False
+            ids += tokens
+        last = max(i for i, flag in enumerate(flags) if flag) + 1
+        ids, flags = ids[:last], flags[:last]
+        if ids[-len(self.end) :] != self.end:
+            ids, flags = ids + self.end, flags + [True] * len(self.end)
+        if ids[: len(prompt)] != prompt:
+            raise RowError("the chat template renders earlier turns differently from the prompt; use data.turns=last")
+        return prompt, ids[len(prompt) :], flags[len(prompt) :]
+
+    def _encode(self, piece: int | tuple[int, ...], content: Sequence[Message]) -> list[int]:
+        return self.content(content[piece]["content"]) if isinstance(piece, int) else list(piece)
+
+    def _render(self, roles: tuple[str, ...], generation: bool) -> list[int | tuple[int, ...]]:
+        """Return the template as pieces: a message number, or the token ids of the template's own text."""
+        text = self._raw(roles, generation)
+        pieces: list[int | tuple[int, ...]] = []
+        for number, part in enumerate(MARK.split(text)):
+            if number % 2:
+                pieces.append(int(part))
+            elif part:
+                pieces.append(tuple(self._template_ids(part, first=number == 0)))
+        return pieces
+
+    def _raw(self, roles: tuple[str, ...], generation: bool, pad: str = "") -> str:
+        messages = [{"role": role, "content": f"{pad}\ue000{i}\ue001"} for i, role in enumerate(roles)]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=self.source, tokenize=False, add_generation_prompt=generation
+            )
+        except Exception as error:  # jinja raises whatever the template's author chose
+            raise RowError(f"the chat template refuses the roles {', '.join(roles)}: {error}") from error
+        if len(text) > 100_000:
+            raise RowError(f"the chat template renders {len(text)} characters around {len(roles)} messages")
+        return text
+
+    def _end_of_turn(self) -> list[int]:
+        """Return the template's tokens after an assistant turn up to its control token, or EOS."""
+        tail = MARK.split(self._raw(("user", "assistant"), False))[-1]
+        ids = self._template_ids(tail, first=False) if tail else []
+        control = set(self.control.values())
+        for place, token in enumerate(ids):
+            if token in control:
+                return ids[: place + 1]
+        return [self.tokenizer.eos_token_id]
+
+    def _text(self, text: str) -> list[int]:
+        return [*self._bos, *self._ids(text)] or self._start()
+
+    def _start(self) -> list[int]:
+        bos = self.tokenizer.bos_token_id
+        return [bos if bos is not None else self.tokenizer.eos_token_id]
+
+    def _template_ids(self, text: str, first: bool) -> list[int]:
+        return self._ids(text) if first or text.startswith(tuple(self.control)) else self._plain_ids(text)
+
+    def _plain_ids(self, text: str) -> list[int]:
+        if not self._anchor or not text:
+            return self._ids(text)
+        ids = self._ids("\n" + text)
+        return ids[len(self._anchor) :] if ids[: len(self._anchor)] == self._anchor else self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []

@@ -1,0 +1,73 @@
+"""LoRA through peft: add, switch off (the reference policy), merge for export."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def add_lora(
+    model: PreTrainedModel,
+    r: int = 8,
+    alpha: int = 16,
+    dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear",
+    use_rslora: bool = False,
+) -> PeftModel:
+    """Return `model` with LoRA layers (arXiv 2106.09685); a `score` head stays fully trainable.
+
+    Args:
+        r: rank of the update.
+        alpha: the update is scaled by alpha / r (alpha / sqrt(r) with `use_rslora`).
+        target_modules: names of linear layers, or "all-linear" for all but the head.
+    """
+    has_score = isinstance(getattr(model, "score", None), nn.Linear)
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    config = LoraConfig(
+        task_type="SEQ_CLS" if has_score else "CAUSAL_LM",
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        use_rslora=use_rslora,
+        # the head is trained in place below: peft's own copy of it is what gets lost on save and merge elsewhere
+        modules_to_save=None,
+        exclude_modules=["score"] if has_score else None,
+    )
+    config.task_type = None if has_score else config.task_type
+    wrapped = get_peft_model(model, config)
+    if has_score:
+        model.score.weight.requires_grad_(True)  # type: ignore[union-attr, operator]
+    return wrapped  # type: ignore[return-value]
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Run with LoRA switched off; without LoRA it does nothing."""
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            yield
+    else:
+        yield
+
+
+def merge_lora(model: nn.Module) -> Any:
+    """Return a plain Hugging Face model for saving: a merged copy of a LoRA model, or the model itself."""
+    if not isinstance(model, PeftModel):
+        return model
+    merged = copy.deepcopy(model).merge_and_unload()
+    for parameter in merged.parameters():
+        parameter.requires_grad_(True)
+    return merged
+
+
+def trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return the number of trainable parameters and of all parameters."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)

@@ -1,0 +1,153 @@
+"""What every stage's LightningModule shares: building, optimizer, weighted metrics, the NaN guard."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rlhf_lightning.data.groups import GroupBatch
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.adapters import add_lora, merge_lora
+from rlhf_lightning.models.completion import choose_layout
+
+log = logging.getLogger(__name__)
+
+
+class StageModule(LightningModule):
+    """A stage of RLHF: loads its model in `configure_model`, steps one optimizer, logs weighted means.
+
+    Args:
+        load: returns the Hugging Face model to train.
+        optimizer: called with parameter groups, for example `partial(torch.optim.AdamW, lr=1e-5)`.
+        schedule: called with (optimizer, total_steps), or None for a constant rate.
+        lora: arguments of :func:`rlhf_lightning.models.adapters.add_lora`, or None to train every weight.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], nn.Module],
+        optimizer: Callable[[list[dict[str, Any]]], Optimizer],
+        schedule: Callable[[Optimizer, int], Any] | None = None,
+        lora: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.load, self.make_optimizer, self.make_schedule = load, optimizer, schedule
+        self.lora = lora
+        self._sums: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+
+    def build(self) -> Any:
+        """Return the loaded model, with LoRA layers when asked for, and tell the data module its layout."""
+        model: Any = self.load()
+        if self.lora is not None:
+            model = add_lora(model, **self.lora)
+        layout, reason = choose_layout(model)
+        if reason:
+            log.warning("prompts are not shared and rows are padded for this model: %s", reason)
+        if self.data is not None:
+            self.data.layout = layout
+        self.layout = layout
+        return model
+
+    @property
+    def data(self) -> Any:
+        """The Trainer's data module, or None when there is none."""
+        return getattr(self._trainer, "datamodule", None) if getattr(self, "_trainer", None) else None
+
+    def export_model(self) -> Any:
+        """Return the plain Hugging Face model to save."""
+        return merge_lora(self.trained_model())
+
+    def trained_model(self) -> Any:
+        """Return the Hugging Face model this stage trains."""
+        raise NotImplementedError
+
+    # ---- optimizer -------------------------------------------------------------------------------------------------
+
+    def total_steps(self) -> int:
+        """Return the optimizer updates of the whole run."""
+        trainer = self.trainer
+        limits = [trainer.max_steps] if trainer.max_steps and trainer.max_steps > 0 else []
+        steps = getattr(trainer.datamodule, "steps_per_epoch", None)  # type: ignore[attr-defined]
+        if trainer.max_epochs and trainer.max_epochs > 0 and steps:
+            limits.append(trainer.max_epochs * steps * self.updates_per_batch())
+        # Lightning's estimate drops a restored loader position, so it is used only where there is no plan to ask
+        return min(limits) if limits else int(trainer.estimated_stepping_batches)
+
+    def updates_per_batch(self) -> int:
+        """Return the optimizer updates made from one step of the data module."""
+        return 1
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the trainable parameters, without weight decay on norms and biases."""
+        return decay_groups(self)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.make_optimizer(self.parameter_groups())
+        if self.make_schedule is None:
+            return optimizer
+        schedule = self.make_schedule(optimizer, self.total_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # ---- metrics ---------------------------------------------------------------------------------------------------
+
+    def track(self, split: str, weight: Tensor | float, **sums: Tensor) -> None:
+        """Add sums over `weight` items to the running means of `split`."""
+        held = self._sums.setdefault(split, {})
+        for name, value in sums.items():
+            value = value.detach().double()
+            added = torch.as_tensor(weight, dtype=torch.float64, device=value.device)
+            total, count = held.get(name, (torch.zeros_like(value), torch.zeros_like(added)))
+            held[name] = (total + value, count + added)
+
+    def flush(self, split: str) -> dict[str, float]:
+        """Log and return the means of `split` over all ranks, and start anew."""
+        held = self._sums.pop(split, {})
+        if not held:
+            return {}
+        table = torch.stack([torch.stack(pair) for pair in held.values()]).to(self.device)
+        if self.trainer.world_size > 1:
+            table = self.trainer.strategy.reduce(table, reduce_op="sum")
+        means = {f"{split}/{name}": (s / w).item() for name, (s, w) in zip(held, table, strict=True)}
+        self.log_dict(means)
+        return means
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if not self.automatic_optimization:
+            return
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            raise UserError(f"the gradient is not finite at step {self.global_step}; lower optimizer.lr or check the data")
+        self.log_dict({"optim/grad_norm": norm, "optim/lr": optimizer.param_groups[0]["lr"]})
+        self.flush("train")
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.sanity_checking:
+            self._sums.pop("val", None)
+            return
+        self.flush("val")
+
+    def checked(self, loss: Tensor, batch: GroupBatch) -> Tensor:
+        """Return `loss`, or stop with the step and the rows when it is not finite."""
+        if not torch.isfinite(loss):
+            rows = batch.index.tolist()
+            raise UserError(
+                f"the loss is {loss.item()} at step {self.global_step}, rows {rows} of data.train (counted from 0); "
+                "lower optimizer.lr, or look at these rows"
+            )
+        return loss
+
+
+def decay_groups(module: nn.Module, **options: Any) -> list[dict[str, Any]]:
+    """Return parameter groups of the trainable parameters: matrices with weight decay, the rest without."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    matrices = {"params": [p for p in trainable if p.ndim >= 2], **options}
+    others = {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0, **options}
+    return [group for group in (matrices, others) if group["params"]]

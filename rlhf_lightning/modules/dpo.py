@@ -1,0 +1,140 @@
+"""Direct preference optimization and its relatives: preference data straight into the policy."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.data.groups import GroupBatch
+from rlhf_lightning.errors import UserError, nearest
+from rlhf_lightning.models.adapters import adapter_off
+from rlhf_lightning.models.completion import CompletionModel
+from rlhf_lightning.models.reference import Frozen
+from rlhf_lightning.modules.base import StageModule
+from rlhf_lightning.modules.references import attach_references
+from rlhf_lightning.ops.logprobs import sequence_sum
+from rlhf_lightning.ops.losses import PREFERENCE_LOSSES, PreferenceLoss, preference_loss
+from rlhf_lightning.ops.ranking import ranked_pairs
+
+REFERENCES = ("auto", "live", "cached", "adapter_off")
+
+
+class DPO(StageModule):
+    """L = mean over pairs of -log sigma(beta [(log pi/pi_ref)(y_w) - (log pi/pi_ref)(y_l)]), or a relative of it.
+
+    Args:
+        beta: strength of the pull to the reference.
+        loss: sigmoid, ipo, robust, or simpo, see :func:`rlhf_lightning.ops.losses.preference_loss`.
+        label_smoothing: assumed share of wrong labels: conservative DPO with "sigmoid", unbiased with "robust".
+        length_normalized: average log-probabilities over a response instead of summing them; always so for ipo, simpo.
+        target_margin: SimPO's gamma.
+        sft_coef: weight of an SFT loss on the best response (RPO, arXiv 2404.19733).
+        reference: "live" keeps a frozen copy of the start weights, "cached" reads its log-probabilities from disk
+            (computed once, by content), "adapter_off" switches LoRA off; "auto" is adapter_off with LoRA, else live.
+        Others: see :class:`StageModule`.
+    """
+
+    policy: CompletionModel
+
+    def __init__(
+        self,
+        *args: Any,
+        beta: float = 0.1,
+        loss: PreferenceLoss = "sigmoid",
+        label_smoothing: float = 0.0,
+        length_normalized: bool = False,
+        target_margin: float = 0.0,
+        sft_coef: float = 0.0,
+        reference: Literal["auto", "live", "cached", "adapter_off"] = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        for key, value, options in (("loss", loss, PREFERENCE_LOSSES), ("reference", reference, REFERENCES)):
+            if value not in options:
+                raise UserError(f"dpo.{key}={value!r} is not one of {', '.join(options)}.{nearest(value, options)}")
+        if beta <= 0 or not 0 <= label_smoothing < 0.5:
+            raise UserError(f"dpo.beta={beta} must be above 0 and dpo.label_smoothing={label_smoothing} in [0, 0.5)")
+        if reference == "auto":
+            reference = "adapter_off" if self.lora is not None else "live"
+        if reference == "adapter_off" and self.lora is None:
+            raise UserError("dpo.reference=adapter_off needs a LoRA adapter; add adapter=lora")
+        self.beta, self.loss, self.label_smoothing, self.target_margin = beta, loss, label_smoothing, target_margin
+        self.averaged = length_normalized or loss in ("ipo", "simpo")
+        self.sft_coef = sft_coef
+        self.reference_kind = "none" if loss == "simpo" else reference
+        self.reference: Frozen[CompletionModel] | None = None
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "policy"):
+            self.policy = CompletionModel(self.build())
+            if self.reference_kind == "live":
+                self.reference = Frozen(CompletionModel(self.load()))
+
+    def on_fit_start(self) -> None:
+        if self.reference is not None:
+            self.reference.to(self.device)
+        if self.reference_kind == "cached":
+            attach_references(Frozen(CompletionModel(self.load())).to(self.device), self.data)
+
+    def trained_model(self) -> Any:
+        return self.policy.lm
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: GroupBatch) -> Tensor:
+        """Return log pi_ref of each response (S,), summed over its counted tokens."""
+        if self.reference_kind == "none":
+            return torch.zeros(batch.sequences, device=batch.last.device)
+        if self.reference_kind == "cached":
+            if batch.ref_logprobs is None:
+                raise UserError("dpo.reference=cached, but the batch carries no reference log-probabilities")
+            return batch.ref_logprobs
+        if self.reference is not None:
+            logprobs = self.reference(batch).logprobs
+        else:
+            training = self.policy.training
+            self.policy.eval()
+            with adapter_off(self.policy.lm):
+                logprobs = self.policy(batch).logprobs
+            self.policy.train(training)
+        return sequence_sum(logprobs, batch.sequence_ids, batch.sequences)
+
+    def losses(self, batch: GroupBatch, split: str) -> Tensor:
+        """Return the loss of each group (G,) and track rewards, accuracy and log-probabilities."""
+        summed = sequence_sum(self.policy(batch).logprobs, batch.sequence_ids, batch.sequences)
+        reference = self.reference_logprobs(batch).to(summed.dtype)
+        scale = batch.lengths.to(summed.dtype) if self.averaged else 1.0
+        ratios = (summed - reference) / scale
+        better, worse = ranked_pairs(batch.ranks, batch.group_of)
+        group = batch.group_of[better]
+        pairs = torch.bincount(group, minlength=batch.groups).clamp_min(1)
+        losses = preference_loss(
+            ratios[better] - ratios[worse],
+            self.beta,
+            self.loss,
+            batch.labels[group],
+            self.label_smoothing,
+            self.target_margin,
+        )
+        losses = losses.new_zeros(batch.groups).index_add(0, group, losses) / pairs
+        best = batch.ranks == 0
+        rewards = self.beta * ratios.detach()
+        gaps = rewards[better] - rewards[worse]
+        correct = (gaps > 0).double().sum() + 0.5 * (gaps == 0).double().sum()
+        self.track(split, batch.groups, loss=losses.sum())
+        self.track(split, len(gaps), accuracy=correct, margin=gaps.sum())
+        self.track(split, best.sum(), chosen_reward=rewards[best].sum(), chosen_logprob=summed[best].sum())
+        self.track(split, (~best).sum(), rejected_reward=rewards[~best].sum(), rejected_logprob=summed[~best].sum())
+        if self.sft_coef:
+            mean = summed / batch.lengths
+            firsts = torch.bincount(batch.group_of[best], minlength=batch.groups)
+            nll = -losses.new_zeros(batch.groups).index_add(0, batch.group_of[best], mean[best]) / firsts
+            losses = losses + self.sft_coef * nll
+        return losses
+
+    def training_step(self, batch: GroupBatch, batch_idx: int) -> Tensor:
+        return self.checked(self.losses(batch, "train").sum() * batch.per_group, batch)
+
+    def validation_step(self, batch: GroupBatch, batch_idx: int) -> None:
+        self.losses(batch, "val")

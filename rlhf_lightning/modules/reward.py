@@ -1,0 +1,105 @@
+"""Reward models from preferences: Bradley-Terry over pairs, or Plackett-Luce over rankings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.data.groups import GroupBatch
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.completion import ScalarModel, plain
+from rlhf_lightning.modules.base import StageModule
+from rlhf_lightning.ops.ranking import centering, pairwise_ranking, plackett_luce
+from rlhf_lightning.ops.statistics import wilson_interval
+
+
+class RewardModel(StageModule):
+    """A scalar r(x, y) read at the last token of prompt and response.
+
+    L = mean over prompts of the mean over pairs of -log sigma(r_w - r_l - margin), plus
+    `center` * (sum of a prompt's scores)^2.
+
+    Args:
+        loss: "pairwise" for all pairs of a ranking, "plackett_luce" for the ranking as a whole.
+        center: weight of the term that keeps scores around 0 (0.01 is usual, 0 is off).
+        normalize: store mean and standard deviation of the held-out scores (of the training scores when there are no
+            held-out ones) with the model, so that rewards have mean 0 and deviation 1.
+        Others: see :class:`StageModule`; `load` returns a sequence classifier with one output.
+    """
+
+    scorer: ScalarModel
+
+    def __init__(
+        self,
+        *args: Any,
+        loss: Literal["pairwise", "plackett_luce"] = "pairwise",
+        center: float = 0.01,
+        normalize: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if loss not in ("pairwise", "plackett_luce"):
+            raise UserError(f"reward.loss={loss!r} is not one of: pairwise, plackett_luce")
+        self.loss, self.center, self.normalize = loss, center, normalize
+        self.register_buffer("moments", torch.zeros(2, 3, dtype=torch.float64))  # train, val: count, sum, squares
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "scorer"):
+            self.scorer = ScalarModel(self.build())
+            config = plain(self.scorer.model).config
+            config.reward_mean, config.reward_std = 0.0, 1.0
+
+    def trained_model(self) -> Any:
+        return self.scorer.model
+
+    def losses(self, batch: GroupBatch, split: str) -> Tensor:
+        """Return the loss of each group (G,) and track accuracy and scores."""
+        scores = self.scorer(batch)
+        pairwise, gaps = pairwise_ranking(scores, batch.ranks, batch.group_of, batch.margins, batch.labels)
+        losses = pairwise
+        if self.loss == "plackett_luce":
+            losses = plackett_luce(scores, batch.ranks, batch.group_of, batch.groups)
+        correct = (gaps > 0).double().sum() + 0.5 * (gaps == 0).double().sum()
+        self.track(split, batch.groups, loss=losses.sum())
+        self.track(split, len(gaps), accuracy=correct, margin=gaps.sum())
+        best = batch.ranks == 0
+        self.track(split, best.sum(), chosen_score=scores[best].sum())
+        self.track(split, (~best).sum(), rejected_score=scores[~best].sum())
+        held = scores.detach().double()
+        self.moments[int(split == "val")] += torch.stack([held.new_tensor(len(held)), held.sum(), (held**2).sum()])
+        if self.center:
+            losses = losses + self.center * centering(scores, batch.group_of, batch.groups)
+        return losses
+
+    def training_step(self, batch: GroupBatch, batch_idx: int) -> Tensor:
+        return self.checked(self.losses(batch, "train").sum() * batch.per_group, batch)
+
+    def on_validation_epoch_start(self) -> None:
+        self.moments[1] = 0
+
+    def validation_step(self, batch: GroupBatch, batch_idx: int) -> None:
+        self.losses(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        pairs = self._sums.get("val", {}).get("accuracy", (None, torch.zeros(())))[1].item()
+        if self.trainer.sanity_checking:
+            self._sums.pop("val", None)
+            return
+        pairs *= self.trainer.world_size
+        means = self.flush("val")
+        if means:
+            low, high = wilson_interval(means["val/accuracy"] * pairs, int(pairs))
+            self.log_dict({"val/accuracy_low": low, "val/accuracy_high": high})
+
+    def export_model(self) -> Any:
+        """Return the classifier with the normalization of its scores in `config.reward_mean` and `reward_std`."""
+        model = super().export_model()
+        count, total, squares = self.moments[1 if self.moments[1, 0] > 1 else 0].tolist()
+        if self.normalize and count > 1:
+            mean = total / count
+            model.config.reward_mean = mean
+            model.config.reward_std = max(math.sqrt(max(squares / count - mean**2, 0.0)), 1e-6)
+        return model

@@ -1,0 +1,75 @@
+"""Token log-probabilities without ever holding all logits, and sums over responses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def token_logprobs(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    max_logits: int = 2**27,
+) -> tuple[Tensor, Tensor | None]:
+    """Return log softmax(head(hidden) / temperature)[targets], and the entropy of the same distribution if asked.
+
+    At most `max_logits` logits exist at a time; with gradients each chunk is recomputed in the backward pass.
+    Half precision logits are widened to float32 first.
+
+    Args:
+        hidden: (N, D) states that predict the targets.
+        head: maps (M, D) to logits (M, V).
+        targets: (N,) token ids.
+        temperature: > 0, the one used in sampling.
+
+    Returns:
+        (N,) log-probabilities and (N,) entropies in nats, or None.
+    """
+
+    def chunk(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits = head(states)
+        logits = (logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits) / temperature
+        normalizer = logits.logsumexp(-1)
+        logprobs = logits.gather(-1, ids[:, None]).squeeze(-1) - normalizer
+        if not entropy:
+            return logprobs, None
+        return logprobs, normalizer - (torch.softmax(logits, -1) * logits).sum(-1)
+
+    if not len(targets):
+        return chunk(hidden, targets)
+    vocabulary = head(hidden[:1].detach()).shape[-1] if len(targets) * 2048 > max_logits // 128 else 1
+    size = max(max_logits // vocabulary, 1)
+    if len(targets) <= size:
+        return chunk(hidden, targets)
+    save = torch.is_grad_enabled() and (hidden.requires_grad or entropy)
+    parts = [
+        checkpoint(chunk, h, t, use_reentrant=False) if save else chunk(h, t)
+        for h, t in zip(hidden.split(size), targets.split(size), strict=True)
+    ]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if entropy else None
+
+
+def sequence_sum(values: Tensor, sequence_ids: Tensor, count: int) -> Tensor:
+    """Return the sum (count,) of `values` (N,) over each sequence."""
+    return values.new_zeros(count).index_add(0, sequence_ids, values)
+
+
+def sequence_mean(values: Tensor, sequence_ids: Tensor, count: int) -> Tensor:
+    """Return the mean (count,) of `values` (N,) over each sequence; 0 for a sequence without values."""
+    sizes = torch.bincount(sequence_ids, minlength=count).clamp_min(1)
+    return sequence_sum(values, sequence_ids, count) / sizes
+
+
+def to_padded(flat: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (S, T) values, right-padded with 0, and the mask of the N that count, from `flat` (N,) in order."""
+    width = int(lengths.max()) if len(lengths) else 0
+    mask = torch.arange(width, device=flat.device)[None, :] < lengths[:, None]
+    padded = flat.new_zeros(mask.shape)
+    padded[mask] = flat
+    return padded, mask

@@ -1,0 +1,78 @@
+"""Losses of the DPO family and of PPO, one value an item; the caller normalizes over the whole step."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PreferenceLoss = Literal["sigmoid", "ipo", "robust", "simpo"]
+PREFERENCE_LOSSES = get_args(PreferenceLoss)
+
+
+def preference_loss(
+    logits: Tensor,
+    beta: float,
+    kind: PreferenceLoss = "sigmoid",
+    label: Tensor | float = 1.0,
+    label_smoothing: float = 0.0,
+    target_margin: float = 0.0,
+) -> Tensor:
+    """Return the direct-preference loss of each pair.
+
+    With h the difference of log-ratios, (log pi - log pi_ref) of chosen minus rejected (SimPO: of log pi alone):
+
+    * sigmoid: -p log sigma(beta h) - (1 - p) log sigma(-beta h), p = label (1 - eps) + (1 - label) eps. DPO
+      (arXiv 2305.18290 eq. 7); eps > 0 is conservative DPO (Mitchell 2023).
+    * robust: [(1 - eps) L(h) - eps L(-h)] / (1 - 2 eps), unbiased under label noise eps (arXiv 2403.00409 eq. 3).
+    * ipo: (h - 1 / (2 beta))^2 with h from length-averaged log-probabilities (arXiv 2310.12036 eq. 17).
+    * simpo: -log sigma(beta h - target_margin), averaged log-probabilities, no reference (arXiv 2405.14734 eq. 6).
+
+    Args:
+        logits: (P,) h.
+        beta: strength of the pull to the reference, > 0.
+        label: (P,) probability that the chosen response is the better one.
+        label_smoothing: eps in [0, 0.5).
+        target_margin: SimPO's gamma.
+
+    Returns:
+        (P,) losses.
+    """
+    if kind == "ipo":
+        margin = 1 / (2 * beta)
+        return label * (logits - margin) ** 2 + (1 - label) * (logits + margin) ** 2
+    win, lose = -F.logsigmoid(beta * logits - target_margin), -F.logsigmoid(-beta * logits - target_margin)
+    if kind == "robust":
+        win, lose = (
+            ((1 - label_smoothing) * win - label_smoothing * lose) / (1 - 2 * label_smoothing),
+            ((1 - label_smoothing) * lose - label_smoothing * win) / (1 - 2 * label_smoothing),
+        )
+        return label * win + (1 - label) * lose
+    preferred = label * (1 - label_smoothing) + (1 - label) * label_smoothing
+    return preferred * win + (1 - preferred) * lose
+
+
+def ppo_policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float = 0.2, clip_high: float = 0.2
+) -> tuple[Tensor, Tensor]:
+    """Return -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = pi / pi_old, and where the clip was active.
+
+    Any shape, the same for all; source: arXiv 1707.06347 eq. 7.
+    """
+    ratio = (logprobs - old_logprobs).exp()
+    plain, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    return -torch.minimum(plain, clipped), clipped < plain
+
+
+def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None = 0.2) -> tuple[Tensor, Tensor]:
+    """Return max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2 and where the clipped error is the larger one.
+
+    Any shape, the same for all; the maximum keeps a gradient when the clip would reward moving away (baselines ppo2).
+    """
+    plain = (values - returns) ** 2
+    if clip is None:
+        return 0.5 * plain, torch.zeros_like(plain, dtype=torch.bool)
+    clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns) ** 2
+    return 0.5 * torch.maximum(plain, clipped), clipped > plain
