@@ -1,0 +1,92 @@
+"""The `rlhf` command: one Hydra app whose arguments are also what relaunched ranks receive."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from rlhf_lightning import config
+from rlhf_lightning.errors import UserError
+
+SELECTORS = ("stage", "pipeline", "experiment", "sweep")
+QUESTIONS = {"--help", "-h", "--hydra-help", "--version", "--info", "-i"}
+
+
+@hydra.main(version_base="1.3", config_path="pkg://rlhf_lightning.conf", config_name="rlhf")
+def app(cfg: DictConfig) -> float | None:
+    """Run the stage or the pipeline that was composed."""
+    config.require(cfg)
+    if cfg.pipeline:
+        from rlhf_lightning.pipeline import run_pipeline
+
+        return run_pipeline(cfg)
+    if cfg.stage not in config.STAGES:
+        raise UserError(f"choose what to run with stage= one of {', '.join(config.STAGES)}")
+    from rlhf_lightning.run import run_stage
+
+    return run_stage(cfg)
+
+
+def normalize(arguments: list[str]) -> list[str]:
+    """Return `arguments` with model=<folder or hub name> spelled as model=hub model.name=<...>; twice is as once."""
+    options = config.groups().get("model", [])
+    found = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key == "model" and equals and value not in options and "," not in value:
+            found += ["model=hub", f"model.name={value!r}" if not value.startswith(("'", '"')) else f"model.name={value}"]
+        else:
+            found.append(argument)
+    return found
+
+
+def usage() -> str:
+    """Return what to type."""
+    known = config.groups()
+    return (
+        "usage: rlhf stage=<stage> [key=value] ...   or   rlhf pipeline=<pipeline> [key=value] ...\n"
+        f"  stages: {', '.join(config.STAGES)}\n"
+        f"  pipelines: {', '.join(known.get('pipeline', []))}\n"
+        f"  experiments: {', '.join(known.get('experiment', []))}\n"
+        "  rlhf --help shows every group; rlhf stage=sft --cfg job shows every key"
+    )
+
+
+def main() -> None:
+    """Entry point of the console script: 0 done, 2 a mistake of the user's, 1 a bug, 130 and 143 when interrupted."""
+    sys.argv[1:] = normalize(sys.argv[1:])
+    arguments = sys.argv[1:]
+    if "--version" in arguments:
+        from rlhf_lightning import __version__
+
+        print(f"rlhf_lightning {__version__}")
+        return
+    chosen = {argument.partition("=")[0] for argument in arguments}
+    if not chosen & {*SELECTORS, *QUESTIONS, "--cfg", "-c"}:
+        print(usage(), file=sys.stderr)
+        sys.exit(2)
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach us instead of being printed by Hydra
+    try:
+        app()
+    except UserError as error:
+        fail(str(error), 2)
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(config.explain(error, arguments), 2)
+    except KeyboardInterrupt as stop:
+        code = stop.args[0] if stop.args else 130
+        fail("interrupted; add resume=auto to the same command to go on", code)
+
+
+def fail(message: str, code: int) -> None:
+    """Print one line on standard error and leave; Hydra's own line of overrides is not needed."""
+    print(f"rlhf: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

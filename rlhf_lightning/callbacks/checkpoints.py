@@ -1,0 +1,95 @@
+"""Checkpoints that are written whole or not at all, load without running code, and hold every random state."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import TorchCheckpointIO
+
+from rlhf_lightning.artifacts import atomic_path
+from rlhf_lightning.errors import UserError
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint to a temporary name in the same folder, syncs, renames; loads tensors and primitives only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with atomic_path(path) as temporary:
+            torch.save(checkpoint, temporary)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        try:
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except (EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
+            raise UserError(f"the checkpoint {path} cannot be read: {str(error).splitlines()[0][:200]}") from error
+        except Exception as error:  # pickle raises its own type when a file wants to run code
+            raise UserError(f"the checkpoint {path} holds more than tensors and plain values; it is not loaded") from error
+
+
+class RandomState(Callback):
+    """Keeps the random states of Python, NumPy and torch, so that dropout continues where it was.
+
+    They are restored when the first batch starts: data loaders and sanity checks draw before that.
+    """
+
+    def __init__(self) -> None:
+        self.restored: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        kind, keys, place, has_gauss, cached = np.random.get_state()
+        return {
+            "python": random.getstate(),
+            "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), place, has_gauss, cached],
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.restored = state_dict
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.restored is None:
+            return
+        state, self.restored = self.restored, None
+        random.setstate(state["python"])
+        kind, keys, place, has_gauss, cached = state["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), place, has_gauss, cached))
+        torch.set_rng_state(state["torch"].cpu())
+        if state["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+class StepCheckpoint(Callback):
+    """Saves `last.ckpt` every `every_n_steps` optimizer updates, between two batches, and when training is stopped.
+
+    Lightning's ModelCheckpoint tests `global_step % n` once a batch, which PPO's several updates a batch can miss.
+
+    Args:
+        folder: where `last.ckpt` goes.
+        every_n_steps: updates between two checkpoints; 0 saves only when training is stopped early.
+    """
+
+    def __init__(self, folder: str | Path, every_n_steps: int = 50) -> None:
+        self.path = Path(folder) / "last.ckpt"
+        self.every_n_steps, self.saved_at = every_n_steps, 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # inside an accumulation window the gradients would be lost, but there global_step has not moved
+        updates = trainer.global_step - self.saved_at
+        if updates and (trainer.should_stop or (self.every_n_steps and updates >= self.every_n_steps)):
+            self.save(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.saved_at = trainer.global_step
+
+    def save(self, trainer: Trainer) -> None:
+        """Write the checkpoint now."""
+        trainer.save_checkpoint(self.path)
+        self.saved_at = trainer.global_step

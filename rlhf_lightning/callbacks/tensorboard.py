@@ -1,0 +1,118 @@
+"""What TensorBoard shows beside scalars: the HParams tab and sampled text."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from rlhf_lightning.artifacts import write_jsonl
+from rlhf_lightning.models.sampling import Sampler
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def clean(text: str, limit: int = 600) -> str:
+    """Return `text` without control characters, cut to `limit` characters, safe inside a Markdown fence."""
+    text = CONTROL.sub("�", text).replace("```", "'''")
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def tensorboard(trainer: Trainer) -> Any:
+    """Return the run's SummaryWriter, or None without a TensorBoard logger or on another rank."""
+    if not trainer.is_global_zero:
+        return None
+    found = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    return found[0].experiment if found else None
+
+
+class HParams(Callback):
+    """Fills the HParams tab with the run's hyperparameters and its final metric.
+
+    TensorBoard lists only metrics that are in the first record, so the record is written once, at the end.
+
+    Args:
+        hparams: flat dict of primitives.
+        monitor: the metric the run is judged by.
+    """
+
+    def __init__(self, hparams: dict[str, Any], monitor: str | None) -> None:
+        self.hparams, self.monitor = hparams, monitor
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        writer = tensorboard(trainer)
+        value = trainer.callback_metrics.get(self.monitor or "")
+        if writer is None or value is None:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        kept = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in self.hparams.items()}
+        for record in hparams(kept, {f"hparams/{self.monitor}": float(value)}):
+            writer.file_writer.add_summary(record)
+        writer.add_scalar(f"hparams/{self.monitor}", float(value), trainer.global_step)
+        writer.flush()
+
+
+class Samples(Callback):
+    """Writes prompts and responses to `samples/` and to TensorBoard's text tab.
+
+    PPO gives its own rollouts; SFT and DPO answer the first validation prompts; reward models have nothing to say.
+
+    Args:
+        folder: where step_<n>.jsonl files go.
+        every_n_steps: updates between two sets.
+        count: prompts a set.
+        max_new_tokens: longest response.
+    """
+
+    def __init__(self, folder: str | Path, every_n_steps: int = 50, count: int = 4, max_new_tokens: int = 64) -> None:
+        self.folder, self.every, self.count = Path(folder), every_n_steps, count
+        self.max_new_tokens, self.written_at = max_new_tokens, -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.written_at = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.every and trainer.global_step - self.written_at >= self.every:
+            self.write(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step > self.written_at:
+            self.write(trainer, pl_module)
+
+    def write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sample, then write the file and the text."""
+        self.written_at = trainer.global_step
+        rows = getattr(pl_module, "samples_seen", [])[: self.count] or self.sample(trainer, pl_module)
+        writer = tensorboard(trainer)
+        if not rows or not trainer.is_global_zero:
+            return
+        write_jsonl(self.folder / f"step_{trainer.global_step:06d}.jsonl", rows)
+        if writer is not None:
+            writer.add_text("samples", "\n\n".join(map(as_markdown, rows)), trainer.global_step)
+
+    def sample(self, trainer: Trainer, pl_module: LightningModule) -> list[dict[str, Any]]:
+        """Answer the first held-out (else training) prompts without touching the training's random state."""
+        data, policy = getattr(trainer, "datamodule", None), getattr(pl_module, "policy", None)
+        if data is None or policy is None or not getattr(data, "rows", None):
+            return []
+        rows = data.rows.get("val") or data.rows["train"]
+        prompts = [list(rows[i].prompt) for i in range(min(self.count, len(rows)))]
+        with torch.random.fork_rng():
+            drawn = Sampler(policy.lm, data.template.eos_ids, self.max_new_tokens)(prompts, 1, ("samples",))
+        return [
+            {"prompt": data.tokenizer.decode(p), "response": data.template.decode(r), "finished": f}
+            for p, r, f in zip(prompts, drawn.responses, drawn.finished, strict=True)
+        ]
+
+
+def as_markdown(row: dict[str, Any]) -> str:
+    """Return one sample as fenced text: it may hold anything a model can write."""
+    rest = ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k not in ("prompt", "response"))
+    return f"```\n{clean(row['prompt'])}\n---\n{clean(row['response'])}\n```\n{rest}"

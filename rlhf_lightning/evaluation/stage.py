@@ -1,0 +1,187 @@
+"""The evaluate stage: what each model says to held-out prompts, and what that is worth."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+from transformers import AutoConfig
+
+from rlhf_lightning import artifacts, config
+from rlhf_lightning.callbacks.tensorboard import as_markdown
+from rlhf_lightning.callbacks.throughput import peak_memory_gb
+from rlhf_lightning.data.groups import Group, pack
+from rlhf_lightning.data.planning import token_budget
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.evaluation.table import show
+from rlhf_lightning.models.completion import CompletionModel, ScalarModel, choose_layout
+from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
+from rlhf_lightning.models.sampling import Sampler
+from rlhf_lightning.modules.rewards import load_reward, score
+from rlhf_lightning.ops.kl import kl_estimate
+from rlhf_lightning.ops.ranking import pairwise_ranking
+from rlhf_lightning.ops.statistics import mean_interval, wilson_interval
+
+SHARES = ("ended_with_eos", "refused_harmful", "over_refused", "corrected", "flattered", "correct", "padded", "accuracy")
+"""Metrics that are shares of yes or no: their interval is Wilson's."""
+
+
+def run_evaluate(cfg: DictConfig, run: Path, start: str | None) -> float | None:
+    """Evaluate `evaluate.models`, or `init_from`, and return the monitored metric of the last model."""
+    settings = config.plain(cfg)
+    options = settings["evaluate"]
+    models = {name: str(folder) for name, folder in options["models"].items()} or {"model": start}
+    if None in models.values():
+        raise UserError("nothing to evaluate: give init_from=<folder> or evaluate.models.<name>=<folder>")
+    rewards = {name: folder for name, folder in models.items() if is_reward_model(folder)}
+    policies = {name: folder for name, folder in models.items() if name not in rewards}
+    writer = SummaryWriter(str(run / "tensorboard"))
+    table: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for name, folder in rewards.items():
+        table[name] = reward_accuracy(cfg, folder)
+    if policies:
+        reference = options["reference"] or next(iter(policies.values()))
+        reward = load_reward(settings["reward_from"], settings["model"]["load"]["dtype"]) if cfg.reward_from else None
+        gold = load_reward(cfg.gold_from) if cfg.gold_from else None
+        for name, folder in policies.items():
+            table[name], rows = evaluate_policy(cfg, name, folder, reference, reward, gold)
+            artifacts.write_jsonl(run / "samples" / f"{name}.jsonl", rows)
+            writer.add_text(f"samples/{name}", "\n\n".join(map(as_markdown, rows[:16])), 0)
+    metrics: dict[str, Any] = {"perf/peak_memory_gb": peak_memory_gb()}
+    for name, found in table.items():
+        for metric, (mean, low, high) in found.items():
+            metrics |= {f"{name}/{metric}": mean, f"{name}/{metric}_low": low, f"{name}/{metric}_high": high}
+            writer.add_scalar(f"{name}/{metric}", mean, 0)
+    writer.close()
+    last = next(reversed(table))
+    metrics["monitor"] = f"{last}/{cfg.monitor}"
+    if len(table) == 1:  # one model needs no prefix
+        metrics |= {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{last}/")}
+    metrics["perf/rows_per_s"] = table[last].get("rows_per_s", (0.0,) * 3)[0]
+    artifacts.write_json(run / "metrics.json", metrics)
+    show(table)
+    return metrics.get(metrics["monitor"])
+
+
+def is_reward_model(folder: str) -> bool:
+    """Return whether a folder holds a sequence classifier."""
+    path = Path(folder)
+    if not path.is_dir():
+        return False
+    architectures = AutoConfig.from_pretrained(folder).architectures or []
+    return any("SequenceClassification" in name for name in architectures)
+
+
+def evaluate_policy(
+    cfg: DictConfig, name: str, folder: str, reference: str, reward: Any, gold: Any
+) -> tuple[dict[str, tuple[float, float, float]], list[dict[str, Any]]]:
+    """Return metric -> (mean, low, high) and the samples of one language model."""
+    options = cfg.evaluate
+    data = prompt_data(cfg, folder)
+    split = "val" if "val" in data.rows else "train"
+    rows = data.rows[split]
+    count = min(options.rows, len(rows))
+    batch = data.collate(split, type("Chosen", (), {"rows": tuple(range(count)), "step": 0})())
+    load = config.plain(cfg)["model"]["load"]
+    lm = load_causal_lm(folder, **load).to(device(cfg))
+    n = options.samples
+    # one seed for all models: the same uniforms for the same prompt make the comparison sharper
+    sampler = Sampler(lm, data.template.eos_ids, options.max_new_tokens, options.temperature)
+    columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task(f"{name}: answers", total=count)
+        drawn = sampler(batch.prompt_ids, n, (cfg.seed, "evaluate"), progress=lambda done: progress.advance(task, done))
+    responses = [data.template.decode(ids) for ids in drawn.responses]
+    prompts = [text for text in batch.prompts for _ in range(n)]
+    metadata = [extra for extra in batch.metadata for _ in range(n)]
+    values: dict[str, list[float]] = {
+        "length": [float(len(ids)) for ids in drawn.responses],
+        "ended_with_eos": [float(done) for done in drawn.finished],
+    }
+    if reward is not None:
+        values["reward"] = score(reward, prompts, responses, metadata).tolist()
+    values["kl"] = sequence_kl(cfg, lm, reference, batch.prompt_ids, drawn.responses, n)
+    if gold is not None:
+        values["gold"] = score(gold, prompts, responses, metadata).tolist()
+    if cfg.gold_from == "world":
+        from rlhf_lightning.world import summary
+
+        values |= {metric: found for metric, found in summary(metadata, responses).items() if metric != "words"}
+    per_row = [k for k, v in values.items() if len(v) == len(responses)]
+    samples = [
+        {"prompt": prompts[i], "response": responses[i]} | {k: values[k][i] for k in per_row} for i in range(len(responses))
+    ]
+    return {metric: interval(metric, found) for metric, found in values.items()}, samples
+
+
+def interval(metric: str, values: list[float]) -> tuple[float, float, float]:
+    """Return mean and 95% interval: Wilson's for shares, the normal one for means."""
+    if metric in SHARES:
+        return (math.fsum(values) / len(values), *wilson_interval(math.fsum(values), len(values)))
+    return mean_interval(values)
+
+
+@torch.no_grad()
+def sequence_kl(
+    cfg: DictConfig, lm: Any, reference: str, prompts: list[list[int]], responses: list[list[int]], n: int
+) -> list[float]:
+    """Return log pi(y) - log pi_ref(y) of every sampled response, whose mean estimates KL(pi : ref) in nats a response."""
+    load = config.plain(cfg)["model"]["load"]
+    other = load_causal_lm(reference, **load).to(device(cfg)).eval()
+    if other.config.get_text_config().vocab_size != lm.config.get_text_config().vocab_size:
+        raise UserError(f"evaluate.reference={reference} has another vocabulary, so there is no KL to it")
+    lm.eval()
+    policy, ref = CompletionModel(lm), CompletionModel(other)
+    layout, _ = choose_layout(lm)
+    groups = [Group(p, responses[i * n : (i + 1) * n]) for i, p in enumerate(prompts)]
+    found = [0.0] * len(responses)
+    for chosen in token_budget([g.tokens for g in groups], 8192):
+        batch = pack([groups[i] for i in chosen], layout=layout).to(device(cfg))
+        # at the sampling temperature, the distribution the responses were drawn from
+        temperature = cfg.evaluate.temperature or 1.0
+        x = kl_estimate(policy(batch, temperature).logprobs, ref(batch, temperature).logprobs, "k1")
+        sums = torch.zeros(batch.sequences, device=x.device).index_add(0, batch.sequence_ids, x).tolist()
+        for place, value in zip([i * n + k for i in chosen for k in range(n)], sums, strict=True):
+            found[place] = value
+    return found
+
+
+@torch.no_grad()
+def reward_accuracy(cfg: DictConfig, folder: str) -> dict[str, tuple[float, float, float]]:
+    """Return a reward model's accuracy on the pairs of `evaluate.preferences` with its Wilson interval."""
+    from rlhf_lightning.data.datamodules import PreferenceData
+
+    if not cfg.evaluate.preferences:
+        raise UserError(f"{folder} is a reward model; give held-out pairs with evaluate.preferences=<file or world>")
+    settings = {k: v for k, v in config.plain(cfg)["data"].items() if k not in ("_target_", "ptx", "ptx_batch_size")}
+    settings |= {"train": cfg.evaluate.preferences, "val": cfg.evaluate.preferences}
+    data = PreferenceData(load_tokenizer(folder), **settings)
+    data.setup()
+    model = load_scalar_model(folder, trained=True).to(device(cfg)).eval()
+    data.layout, _ = choose_layout(model)
+    scorer, right, pairs = ScalarModel(model), 0.0, 0
+    for batch in data.val_dataloader():
+        batch = batch.to(device(cfg))
+        _, gaps = pairwise_ranking(scorer(batch), batch.ranks, batch.group_of, batch.margins, batch.labels)
+        right += float((gaps > 0).sum() + 0.5 * (gaps == 0).sum())
+        pairs += len(gaps)
+    return {"accuracy": (right / pairs, *wilson_interval(right, pairs))}
+
+
+def prompt_data(cfg: DictConfig, folder: str) -> Any:
+    """Return the prompts, tokenized for the model in `folder`."""
+    data = config.instantiate(cfg.data, "data", list(cfg.allow_targets), tokenizer=load_tokenizer(folder))
+    if data.sources["val"] is not None:
+        data.sources["train"] = None
+    data.setup()
+    return data
+
+
+def device(cfg: DictConfig) -> str:
+    """Return where to compute, from the trainer's accelerator."""
+    return "cuda" if cfg.trainer.accelerator in ("gpu", "cuda") and torch.cuda.is_available() else "cpu"

@@ -1,0 +1,46 @@
+"""The comparison a person reads: a row a model, a column a question."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+Interval = tuple[float, float, float]
+COLUMNS = {
+    "gold": "gold reward (95%)",
+    "reward": "reward model",
+    "accuracy": "pair accuracy",
+    "kl": "KL (nats)",
+    "length": "tokens",
+    "ended_with_eos": "ended",
+    "refused_harmful": "refuses harmful",
+    "over_refused": "over-refuses",
+    "corrected": "corrects",
+    "flattered": "flatters",
+}
+WITH_INTERVAL = ("gold", "accuracy")
+
+
+def show(table: dict[str, dict[str, Interval]], console: Console | None = None) -> None:
+    """Print `table`, model -> metric -> (mean, low, high), with the columns that any model has."""
+    console = console or Console()
+    columns = [name for name in COLUMNS if any(name in row for row in table.values())]
+    printed = Table(title="held-out prompts", show_lines=False)
+    printed.add_column("model")
+    for name in columns:
+        printed.add_column(COLUMNS[name], justify="right")
+    for model, row in table.items():
+        printed.add_row(model, *(cell(name, row.get(name)) for name in columns))
+    if console.width < 120 and not console.is_terminal:
+        console = Console(width=140)  # a log has no width to fold to
+    console.print(printed)
+
+
+def cell(name: str, value: Interval | None) -> str:
+    """Return one cell."""
+    if value is None:
+        return ""
+    mean, low, high = value
+    if name in WITH_INTERVAL:
+        return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{mean:.1f}" if name == "length" else f"{mean:.3f}"

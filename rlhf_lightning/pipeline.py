@@ -1,0 +1,121 @@
+"""An ordered list of stages, each in a process of its own: one that is done is skipped, the first failure ends it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+
+from rlhf_lightning import artifacts, config
+from rlhf_lightning.errors import UserError
+
+console = Console()
+
+
+def run_pipeline(cfg: DictConfig) -> None:
+    """Run the stages of `cfg.pipeline` in order.
+
+    Raises:
+        UserError: naming the stage that failed and how to go on.
+    """
+    run = Path(HydraConfig.get().runtime.output_dir)
+    settings = config.plain(cfg)["pipeline"]
+    given = passthrough(list(HydraConfig.get().overrides.task))
+    run = find_pipeline(run, artifacts.fingerprint([settings, given]), cfg.resume)
+    folders: dict[str, str] = {}
+    began = time.monotonic()
+    stages = settings["stages"]
+    for number, (name, stage) in enumerate(stages.items()):
+        folder = run / f"{number}_{name}"
+        overrides = stage_overrides(stage, folders, cfg.data_root) + given
+        parents = {k: v for k, v in folders.items() if f"{{{k}}}" in json.dumps(stage)}
+        weights = {k: artifacts.parent_entry(k, v)["weights"] for k, v in parents.items()}
+        digest = artifacts.fingerprint([overrides, weights])
+        if is_done(folder, digest):
+            console.print(f"[dim]stage {number + 1} of {len(stages)}: {name} is done[/dim]")
+        else:
+            console.rule(f"stage {number + 1} of {len(stages)}: {name}")
+            run_child(name, folder, overrides)
+            artifacts.write_json(folder / "pipeline.json", {"fingerprint": digest})
+        folders[name] = str(folder / "model")
+    minutes, seconds = divmod(int(time.monotonic() - began), 60)
+    console.print(f"\npipeline {settings['name']} done in {minutes}:{seconds:02d}")
+    console.print(f"run         {run}", soft_wrap=True)
+    console.print(f"tensorboard --logdir {run}", soft_wrap=True)
+
+
+def stage_overrides(stage: dict[str, Any], folders: dict[str, str], root: str | None) -> list[str]:
+    """Return a stage's overrides with {name} replaced by the model folder of an earlier stage."""
+    values = [*stage.get("use", {}).items(), *config.flat(stage.get("set") or {}).items()]
+    known = folders | ({"root": str(root)} if root else {})
+    found = []
+    for key, value in values:
+        if key:
+            if isinstance(value, str):
+                for name, folder in known.items():
+                    value = value.replace(f"{{{name}}}", folder)
+                value = value if key in config.groups() else quoted(value)
+            found.append(f"{key}={json.dumps(value) if not isinstance(value, str) else value}")
+    # names of models to compare are new keys of an empty dict
+    return [f"+{o}" if o.startswith("evaluate.models.") else o for o in found]
+
+
+def quoted(text: str) -> str:
+    """Return `text` as a quoted value of Hydra's override grammar."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def passthrough(overrides: list[str]) -> list[str]:
+    """Return the user's overrides that every stage should see."""
+    own = ("pipeline", "resume", "name", "data_root", "run_folder", "hydra", "run_id")
+    return [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in own]
+
+
+def find_pipeline(run: Path, digest: str, resume: str | None) -> Path:
+    """Return this pipeline's folder: with resume=auto the newest one of the same configuration."""
+    if resume == "auto":
+        for folder in sorted((p for p in run.parent.iterdir() if p.is_dir()), reverse=True):
+            found = artifacts.read_json(folder / "run.json")
+            if found and found["fingerprint"] == digest:
+                console.print(f"continuing {folder}", soft_wrap=True)
+                return folder
+    elif (run / "run.json").is_file():
+        raise UserError(f"{run} already holds a pipeline; add resume=auto to continue it")
+    artifacts.write_json(run / "run.json", {"fingerprint": digest})
+    return run
+
+
+def is_done(folder: Path, digest: str) -> bool:
+    """Return whether a stage with these overrides and parents has finished in `folder`."""
+    found = artifacts.read_json(folder / "pipeline.json")
+    return bool(found) and found["fingerprint"] == digest and (folder / "metrics.json").is_file()
+
+
+def run_child(name: str, folder: Path, overrides: list[str]) -> None:
+    """Run one stage, pass signals on, and stop the pipeline when it fails."""
+    if (folder / "metrics.json").is_file():  # made by other settings or other parents
+        folder.rename(folder.with_name(f"{folder.name}.old-{int(time.time())}"))
+    command = [sys.executable, "-m", "rlhf_lightning", *overrides, f"hydra.run.dir={quoted(str(folder))}", "resume=auto"]
+    child = subprocess.Popen(command)
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:  # the terminal sent it to the child as well
+        code = child.wait()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if code in (130, 143, -signal.SIGINT, -signal.SIGTERM):
+        raise KeyboardInterrupt(code if code > 0 else 128 - code)
+    if code:
+        raise UserError(
+            f"stage {name} failed (exit code {code}); its log is {folder / 'run.log'}. Add resume=auto to the same command "
+            "to go on after the stages that are done"
+        )

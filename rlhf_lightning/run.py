@@ -1,0 +1,305 @@
+"""One stage: from a composed configuration to a model folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities import disable_possible_user_warnings, rank_zero_only
+from omegaconf import DictConfig, open_dict
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as hf_logging
+
+from rlhf_lightning import artifacts, config
+from rlhf_lightning.callbacks.checkpoints import AtomicCheckpointIO
+from rlhf_lightning.callbacks.progress import LineProgress, progress_bar
+from rlhf_lightning.callbacks.tensorboard import HParams
+from rlhf_lightning.callbacks.throughput import Throughput
+from rlhf_lightning.data.sources import read_source
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.adapters import trainable_parameters
+from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer, resolve_model
+from rlhf_lightning.models.tiny import build_tiny
+from rlhf_lightning.modules.rewards import load_reward
+
+log = logging.getLogger(__name__)
+console = Console()
+
+
+def run_stage(cfg: DictConfig) -> float | None:
+    """Run the stage `cfg` describes and return its monitored metric."""
+    quiet()
+    run = Path(HydraConfig.get().runtime.output_dir)
+    start = starting_point(cfg)
+    identity = {"config": config.identity(cfg), "parents": [artifacts.parent_entry(*p)["weights"] for p in parents(cfg)]}
+    run, checkpoint, finished = find_run(cfg, run, artifacts.fingerprint(identity))
+    if finished is not None:
+        console.print(f"already done: {run}")
+        return finished.get(cfg.monitor)
+    with open_dict(cfg):
+        cfg.paths.run = str(run)
+    seed_everything(cfg.seed, workers=False, verbose=False)
+    if cfg.stage == "evaluate":
+        from rlhf_lightning.evaluation.stage import run_evaluate
+
+        return run_evaluate(cfg, run, start)
+    folder = start or build_start(cfg, run)
+    tokenizer = load_tokenizer(folder)
+    data = config.instantiate(cfg.data, "data", list(cfg.allow_targets), tokenizer=tokenizer)
+    data.setup("fit")
+    module = build_module(cfg, folder)
+    throughput, trainer = build_trainer(cfg)
+    announce(cfg, run, folder, data, checkpoint)
+    fit(trainer, module, data, checkpoint)
+    return finish(cfg, run, folder, identity, trainer, module, data, throughput)
+
+
+def parents(cfg: DictConfig) -> list[tuple[str, str]]:
+    """Return (role, folder) of the models this stage starts from."""
+    found = [("init", cfg.init_from), ("reward", cfg.reward_from)]
+    if cfg.stage == "evaluate":
+        found += list(cfg.evaluate.models.items())
+    return [(role, str(folder)) for role, folder in found if folder and Path(str(folder)).is_dir()]
+
+
+def starting_point(cfg: DictConfig) -> str | None:
+    """Return the folder or hub name to start from, or None where a tiny model is to be made."""
+    if cfg.init_from:
+        return resolve_model(str(cfg.init_from), cfg.paths.cache)
+    if cfg.model.name == "tiny":
+        return None
+    return resolve_model(str(cfg.model.name), cfg.paths.cache)
+
+
+def build_start(cfg: DictConfig, run: Path) -> str:
+    """Make the tiny model and its tokenizer from the training texts."""
+    if cfg.stage not in ("sft", "reward", "dpo"):
+        raise UserError(f"stage={cfg.stage} needs a model to start from: init_from=<folder or hub name>")
+    settings = config.plain(cfg)
+    source = settings["data"]["train"]
+    kinds = ["corpus", "demonstrations"] if source == "world" else [""]
+    world = {"seed": cfg.seed} | (settings["data"].get("world") or {})
+    sources = [read_source(source, "train", 20_000, kind, {**world, "records": None}) for kind in kinds]
+    texts = (text for found in sources for _, row in found.rows() for text in strings(row))
+    return build_tiny(run / "init", texts, seed=cfg.seed, **settings["model"]["build"])
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Yield every text inside a row."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from strings(inner)
+
+
+def build_module(cfg: DictConfig, folder: str) -> LightningModule:
+    """Build the stage's LightningModule; models are loaded later, by `configure_model`."""
+    settings = config.plain(cfg)
+    load = settings["model"]["load"]
+    options = dict(settings[cfg.stage])
+    loader = partial(load_causal_lm, folder, **load)
+    if cfg.stage == "reward":
+        loader = partial(load_scalar_model, folder, seed=cfg.seed, **load)
+    if cfg.stage in ("ppo", "rloo", "grpo"):
+        if not cfg.reward_from:
+            raise UserError("reward_from is needed: a reward model folder, module:function, or world")
+        options |= {"seed": cfg.seed, "reward": load_reward(settings["reward_from"], load["dtype"])}
+        options["gold"] = load_reward(cfg.gold_from) if cfg.gold_from else None
+        if options.pop("critic", "value_head") == "reward":
+            if not Path(str(cfg.reward_from)).is_dir():
+                raise UserError("ppo.critic=reward needs reward_from=<reward model folder>")
+            if load_tokenizer(folder).get_vocab() != load_tokenizer(cfg.reward_from).get_vocab():
+                raise UserError("ppo.critic=reward: policy and reward model have different tokenizers")
+            options["load_critic"] = partial(load_scalar_model, str(cfg.reward_from), trained=True, **load)
+        if cfg.trainer.accumulate_grad_batches != 1 or cfg.trainer.gradient_clip_val:
+            raise UserError(
+                f"{cfg.stage} accumulates and clips by itself: leave trainer.accumulate_grad_batches at 1 and "
+                f"trainer.gradient_clip_val at null, and use {cfg.stage}.microbatch_tokens and {cfg.stage}.max_grad_norm"
+            )
+    allow = list(cfg.allow_targets)
+    return config.instantiate(
+        cfg.module,
+        "module",
+        allow,
+        load=loader,
+        optimizer=config.instantiate(cfg.optimizer, "optimizer", allow),
+        schedule=config.instantiate(cfg.schedule, "schedule", allow),
+        lora=settings["adapter"],
+        **options,
+    )
+
+
+def build_trainer(cfg: DictConfig) -> tuple[Throughput | None, Trainer]:
+    """Build the Trainer with its callbacks, logger and strategy."""
+    allow = list(cfg.allow_targets)
+    callbacks = [
+        config.instantiate(node, f"callbacks.{name}", allow) for name, node in (cfg.callbacks or {}).items() if node
+    ]
+    callbacks.insert(0, Stop())
+    bar = progress_bar()
+    callbacks += [bar, HParams(config.flat(config.identity(cfg)), cfg.monitor)]
+    strategy = cfg.strategy if isinstance(cfg.strategy, str) else config.instantiate(cfg.strategy, "strategy", allow)
+    steps = cfg.val_every_n_steps
+    trainer = config.instantiate(
+        cfg.trainer,
+        "trainer",
+        allow,
+        callbacks=callbacks,
+        logger=config.instantiate(cfg.logger, "logger", allow) if cfg.logger else False,
+        strategy=strategy,
+        plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=not isinstance(bar, LineProgress),
+        val_check_interval=steps * cfg.trainer.accumulate_grad_batches if steps else None,
+        check_val_every_n_epoch=None if steps else 1,
+    )
+    return next((c for c in callbacks if isinstance(c, Throughput)), None), trainer
+
+
+def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, checkpoint: Path | None) -> None:
+    """Train; then validate once more unless the last step just was."""
+    with artifacts.readable_os_errors(trainer.default_root_dir):
+        trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Stop) and callback.received is not None:
+            raise KeyboardInterrupt(128 + callback.received)
+    if "val" in data.rows and getattr(module, "validated_at", -1) != trainer.global_step:  # type: ignore[attr-defined]
+        kept = dict(trainer.callback_metrics)
+        trainer.validate(module, data, verbose=False)
+        trainer.callback_metrics.update({k: v for k, v in kept.items() if k not in trainer.callback_metrics})
+
+
+def finish(
+    cfg: DictConfig,
+    run: Path,
+    folder: str,
+    identity: dict[str, Any],
+    trainer: Trainer,
+    module: Any,
+    data: Any,
+    throughput: Throughput | None,
+) -> float | None:
+    """Write the model folder and metrics.json, and say where they are."""
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics |= throughput.summary if throughput else {}
+    metrics |= {"global_step": trainer.global_step}
+    if not trainer.is_global_zero:
+        return metrics.get(cfg.monitor)
+    manifest = {
+        "stage": cfg.stage,
+        "parents": [artifacts.parent_entry("init", folder), *(artifacts.parent_entry(*p) for p in parents(cfg)[1:])],
+        "fingerprint": artifacts.fingerprint(identity),
+        "config": artifacts.fingerprint(identity["config"]),
+        "data": {split: rows.path.stem for split, rows in data.rows.items()},
+        "seed": cfg.seed,
+        "metrics": metrics,
+    }
+    tokenizer = data.tokenizer
+    tokenizer.chat_template = data.template.source if data.template.name != "plain" else tokenizer.chat_template
+    artifacts.write_json(run / "metrics.json", {"monitor": cfg.monitor, **metrics})
+    artifacts.write_model(run / "model", module.export_model(), tokenizer, manifest)
+    table = Table(title=f"{cfg.stage} done", show_header=False)
+    for name, value in sorted(metrics.items()):
+        table.add_row(name, f"{value:.4g}")
+    console.print(table)
+    console.print(f"model       {run / 'model'}", soft_wrap=True)
+    console.print(f"tensorboard --logdir {run}", soft_wrap=True)
+    return metrics.get(cfg.monitor)
+
+
+def announce(cfg: DictConfig, run: Path, folder: str, data: Any, checkpoint: Path | None) -> None:
+    """Say what starts, in a few lines."""
+    if rank_zero_only.rank != 0:
+        return
+    for split, rows in data.rows.items():
+        for reason, count in rows.skipped.items():
+            console.print(f"skipped {count} rows of data.{split}: {reason}", style="yellow", soft_wrap=True)
+    sizes = ", ".join(f"{len(rows)} {split} rows" for split, rows in data.rows.items())
+    console.print(f"[bold]{cfg.stage}[/bold] from {folder}", soft_wrap=True)
+    console.print(f"  {sizes}, {data.steps_per_epoch} steps an epoch; writing {run}", soft_wrap=True)
+    if checkpoint:
+        step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        console.print(f"  resuming at step {step}")
+
+
+# ---- which folder, which checkpoint -------------------------------------------------------------------------------
+
+
+def find_run(cfg: DictConfig, run: Path, digest: str) -> tuple[Path, Path | None, dict[str, Any] | None]:
+    """Return the run folder, the checkpoint to resume from, and the metrics when the run is already finished.
+
+    With resume=auto it is this folder, or the newest sibling of the same configuration.
+    """
+    resume = str(cfg.resume) if cfg.resume else None
+    started = artifacts.read_json(run / "run.json")
+    if resume is None:
+        if started:
+            raise UserError(f"{run} already holds a run; add resume=auto to continue it, or choose another folder")
+        artifacts.write_json(run / "run.json", {"fingerprint": digest, "stage": cfg.stage})
+        return run, None, None
+    if resume != "auto":
+        path = Path(resume)
+        path = path if path.suffix == ".ckpt" else path / "checkpoints" / "last.ckpt"
+        if not path.is_file():
+            raise UserError(f"resume={resume}: there is no checkpoint {path}; use resume=auto or a run folder")
+        artifacts.write_json(run / "run.json", {"fingerprint": digest, "stage": cfg.stage})
+        return run, path, None
+    if started and started["fingerprint"] != digest:
+        raise UserError(f"{run} was started with another configuration or other models; choose another folder to start anew")
+    for folder in [run, *sorted((p for p in run.parent.iterdir() if p != run), reverse=True)]:
+        found = artifacts.read_json(folder / "run.json") if folder.is_dir() else None
+        if not found or found["fingerprint"] != digest:
+            continue
+        if folder != run and not started:
+            shutil.rmtree(run, ignore_errors=True)  # the folder made for this start, still empty
+        checkpoint = folder / "checkpoints" / "last.ckpt"
+        done = (folder / "model" / artifacts.MANIFEST).is_file() or cfg.stage == "evaluate"
+        metrics = artifacts.read_json(folder / "metrics.json") if done else None
+        return folder, checkpoint if checkpoint.is_file() else None, metrics
+    artifacts.write_json(run / "run.json", {"fingerprint": digest, "stage": cfg.stage})
+    return run, None, None
+
+
+class Stop(Callback):
+    """Ends training after the current batch on SIGTERM or Ctrl-C; the checkpoint callback then saves."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def note(number: int, frame: Any) -> None:
+            if self.received is not None:
+                raise KeyboardInterrupt(128 + number)  # asked twice
+            self.received = number
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, note)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        trainer.should_stop = trainer.should_stop or self.received is not None
+
+
+def quiet() -> None:
+    """Silence what a user cannot act on."""
+    disable_possible_user_warnings()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
