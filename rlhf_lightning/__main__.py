@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from typing import NoReturn
 
 import hydra
 from hydra.errors import HydraException
@@ -20,16 +22,22 @@ QUESTIONS = {"--help", "-h", "--hydra-help", "--version", "--info", "-i"}
 @hydra.main(version_base="1.3", config_path="pkg://rlhf_lightning.conf", config_name="rlhf")
 def app(cfg: DictConfig) -> float | None:
     """Run the stage or the pipeline that was composed."""
-    config.require(cfg)
-    if cfg.pipeline:
-        from rlhf_lightning.pipeline import run_pipeline
+    try:
+        if cfg.pipeline:
+            from rlhf_lightning.pipeline import run_pipeline
 
-        return run_pipeline(cfg)
-    if cfg.stage not in config.STAGES:
-        raise UserError(f"choose what to run with stage= one of {', '.join(config.STAGES)}")
-    from rlhf_lightning.run import run_stage
+            return run_pipeline(cfg)
+        config.require(cfg)
+        if cfg.stage not in config.STAGES:
+            raise UserError(f"choose what to run with stage= one of {', '.join(config.STAGES)}")
+        from rlhf_lightning.run import run_stage
 
-    return run_stage(cfg)
+        return run_stage(cfg)
+    except UserError as error:  # here, because Hydra would print a line of its own first
+        logging.getLogger("rlhf_lightning").info("%s", error)
+        fail(str(error), 2)
+    except OmegaConfBaseException as error:
+        fail(config.explain(error, sys.argv[1:]), 2)
 
 
 def normalize(arguments: list[str]) -> list[str]:
@@ -73,8 +81,6 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach us instead of being printed by Hydra
     try:
         app()
-    except UserError as error:
-        fail(str(error), 2)
     except (HydraException, OmegaConfBaseException) as error:
         fail(config.explain(error, arguments), 2)
     except KeyboardInterrupt as stop:
@@ -82,7 +88,7 @@ def main() -> None:
         fail("interrupted; add resume=auto to the same command to go on", code)
 
 
-def fail(message: str, code: int) -> None:
+def fail(message: str, code: int) -> NoReturn:
     """Print one line on standard error and leave; Hydra's own line of overrides is not needed."""
     print(f"rlhf: {message}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -75,3 +75,18 @@ def stories_model() -> Path:
     if not folder.is_dir():
         pytest.skip("the shared model folder is absent (set RLHF_SHARED)")
     return folder
+
+
+def quiet_lightning(test: object) -> object:
+    """Mark a test in which Lightning's advice is not an error."""
+    for text in (
+        ".*does not have many workers.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*The '.*_dataloader' does not have.*",
+        ".*Trying to infer the `batch_size`.*",
+        ".*you skipped validation.*|.*You defined a `validation_step`.*",
+        ".*Checkpoint directory.*exists and is not empty.*",
+        ".*in eval mode at the start of training.*",
+    ):
+        test = pytest.mark.filterwarnings(f"ignore:{text}")(test)  # type: ignore[arg-type]
+    return test

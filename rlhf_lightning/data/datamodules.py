@@ -19,6 +19,7 @@ from rlhf_lightning.data.sources import Source, read_source
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.data.tokenize import TokenizedRows, tokenize
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.ops.seeding import generator
 
 CACHE = Path.home() / ".cache" / "rlhf_lightning"
 
@@ -119,6 +120,8 @@ class _Rows(LightningDataModule):
 
     def setup(self, stage: str = "fit") -> None:
         """Read and tokenize each split once; later starts open the cache."""
+        if self.trainer is not None and self.sources["val"] is None:
+            self.trainer.limit_val_batches = 0  # nothing to validate on
         for split, source in self.sources.items():
             if source is not None and split not in self.rows:
                 self.rows[split] = tokenize(
@@ -168,7 +171,8 @@ class _Rows(LightningDataModule):
         batches = token_budget(self.rows["val"].tokens, 4 * self.row_tokens)
         batches += [batches[-1]] * (-len(batches) % world)  # every rank the same number
         micros = [MicroBatch(tuple(batch), None, None, step=0) for batch in batches[rank::world]]
-        return DataLoader(_Listed(micros, lambda micro: self.collate("val", micro)), batch_size=None)
+        listed = _Listed(micros, lambda micro: self.collate("val", micro))
+        return DataLoader(listed, batch_size=None, generator=generator("loader"))
 
     def group(self, split: str, row: int) -> Group:
         """Return row `row` with its cached reference log-probabilities, where there are any."""
@@ -259,8 +263,7 @@ class PromptData(_Rows):
         ptx = None
         if self.ptx is not None and split == "train":
             plan = self.ptx._plan()
-            plan.set_epoch(micro.step // max(plan.steps, 1))
-            plan.start = micro.step % max(plan.steps, 1)
+            plan.epoch, plan.start = divmod(micro.step, max(plan.steps, 1))
             ptx = self.ptx.collate("train", next(iter(plan)))
         return PromptBatch(
             prompt_ids=[list(rows[row].prompt) for row in micro.rows],

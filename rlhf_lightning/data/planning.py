@@ -64,11 +64,6 @@ class StepPlan(Sampler[MicroBatch]):
         """Microbatches of a whole epoch on one rank."""
         return self.steps * self.accumulate
 
-    def set_epoch(self, epoch: int) -> None:
-        """Select the permutation of `epoch`; Lightning calls this at the start of each epoch."""
-        if epoch != self.epoch:
-            self.epoch, self.start = epoch, 0
-
     def __iter__(self) -> Iterator[MicroBatch]:
         rows = len(self.tokens)
         order = np.arange(rows)
@@ -99,17 +94,24 @@ class StepPlan(Sampler[MicroBatch]):
 class PlannedLoader(DataLoader[Any]):
     """A DataLoader over a :class:`StepPlan` that knows how many batches the training loop has taken.
 
-    Lightning saves and restores it through `state_dict`, which makes a mid-epoch resume continue with the next row.
+    Each pass over it is one epoch further. Lightning saves and restores it through `state_dict`, which makes a resume
+    continue with the next row. It counts epochs by itself, because Lightning's counter lags by one when a checkpoint was
+    written after the last batch of an epoch.
     """
 
     def __init__(self, dataset: Dataset[Any], plan: StepPlan, workers: int = 0) -> None:
+        # a generator of its own: a loader draws a seed at every start, which must not move the training's random state
         super().__init__(
-            dataset, sampler=plan, batch_size=None, num_workers=workers, persistent_workers=workers > 0
+            dataset, sampler=plan, batch_size=None, num_workers=workers, generator=generator("loader")
         )
         self.plan = plan
         self.taken = 0
+        self.began = False
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if self.began:
+            self.plan.epoch, self.plan.start = self.plan.epoch + 1, 0
+        self.began = True
         self.taken = self.plan.start
         for batch in super().__iter__():
             self.taken += 1
@@ -124,6 +126,7 @@ class PlannedLoader(DataLoader[Any]):
         finished = state["taken"] >= len(self.plan)
         self.plan.epoch = state["epoch"] + finished
         self.plan.start = 0 if finished else state["taken"]
+        self.began = False
 
 
 def token_budget(tokens: Sequence[int] | np.ndarray, budget: int) -> list[list[int]]:

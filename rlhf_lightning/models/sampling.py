@@ -164,7 +164,7 @@ class Sampler:
             input_ids=ids,
             attention_mask=mask.long(),
             position_ids=(mask.long().cumsum(1) - 1).clamp_min(0),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             logits_to_keep=1,
         )
@@ -182,7 +182,7 @@ class Sampler:
             input_ids=live.token[:, None],
             attention_mask=live.mask.long(),
             position_ids=live.length[:, None],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
         return output.logits[:, -1]

@@ -63,6 +63,9 @@ def build_tiny(
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         os.replace(temporary, folder)
+    except OSError:
+        if not (folder / "config.json").is_file():  # not merely another process that was quicker
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return str(folder)

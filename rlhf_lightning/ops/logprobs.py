@@ -47,7 +47,7 @@ def token_logprobs(
     size = max(max_logits // vocabulary, 1)
     if len(targets) <= size:
         return chunk(hidden, targets)
-    save = torch.is_grad_enabled() and (hidden.requires_grad or entropy)
+    save = torch.is_grad_enabled()  # even for frozen states: a head that learns would save the logits of all chunks
     parts = [
         checkpoint(chunk, h, t, use_reentrant=False) if save else chunk(h, t)
         for h, t in zip(hidden.split(size), targets.split(size), strict=True)

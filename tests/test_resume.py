@@ -1,0 +1,126 @@
+"""A run killed between any two steps and resumed ends bit-equal to one that was not, for every module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+
+from rlhf_lightning import DPO, PPO, SFT, DemonstrationData, PreferenceData, PromptData, RewardModel
+from rlhf_lightning.callbacks.checkpoints import AtomicCheckpointIO, RandomState, StepCheckpoint
+from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
+from rlhf_lightning.models.tiny import build_tiny
+from rlhf_lightning.modules.schedules import schedule
+from rlhf_lightning.world import gold_reward, rows
+from tests.conftest import quiet_lightning
+
+DATA = {"sft": DemonstrationData, "reward": PreferenceData, "dpo": PreferenceData, "ppo": PromptData}
+
+
+class Killed(Exception):
+    """Stands for a killed process."""
+
+
+class Kill(Callback):
+    """Dies after the checkpoint of the given number of updates was written, before the next batch."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step >= self.step:
+            raise Killed
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> str:
+    texts = (message["content"] for row in rows("demonstrations", 200) for message in row["messages"])
+    folder = tmp_path_factory.mktemp("start") / "model"
+    return build_tiny(folder, texts, vocab_size=300, hidden_size=32, layers=2, heads=2)
+
+
+def build(stage: str, start: str, cache: Path, accumulate: int) -> tuple[LightningModule, Any]:
+    data = DATA[stage](
+        load_tokenizer(start), "world", batch_size=4, row_tokens=128, cache_dir=cache, world={"rows": 14},
+        accumulate=accumulate,
+    )  # fmt: skip
+    common: dict[str, Any] = {
+        "optimizer": partial(torch.optim.AdamW, lr=1e-2),
+        "schedule": partial(schedule, warmup=2),
+    }
+    lm = partial(load_causal_lm, start, dropout=0.0 if stage == "ppo" else 0.1)
+    build_module: dict[str, Callable[[], LightningModule]] = {
+        "sft": lambda: SFT(lm, **common),
+        "reward": lambda: RewardModel(partial(load_scalar_model, start, dropout=0.1), **common),
+        "dpo": lambda: DPO(lm, **common),
+        "ppo": lambda: PPO(
+            lm, reward=gold_reward, max_new_tokens=8, inner_epochs=2, kl_target=1.0, kl_horizon=20, reward_scale=True,
+            **common,
+        ),
+    }  # fmt: skip
+    return build_module[stage](), data
+
+
+def run(stage: str, start: str, folder: Path, kill: int | None, accumulate: int, resume: bool) -> LightningModule:
+    seed_everything(5, verbose=False)
+    if resume:
+        torch.rand(17)  # another process would not be at the same random state
+    module, data = build(stage, start, folder / "cache", accumulate)
+    callbacks: list[Callback] = [StepCheckpoint(folder, every_n_steps=1), RandomState()]
+    callbacks += [Kill(kill)] if kill is not None else []
+    trainer = Trainer(
+        max_steps=10, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=callbacks,
+        enable_progress_bar=False, enable_model_summary=False, plugins=[AtomicCheckpointIO()],
+        use_distributed_sampler=False, accumulate_grad_batches=accumulate,
+    )  # fmt: skip
+    last = folder / "last.ckpt"
+    trainer.fit(module, data, ckpt_path=str(last) if resume else None)
+    assert trainer.global_step == 10
+    return module
+
+
+@pytest.mark.parametrize(
+    ("stage", "accumulate", "kills"),
+    [
+        ("sft", 1, [3]),
+        ("sft", 2, [1, 2, 5]),
+        ("reward", 1, [4, 6]),
+        ("dpo", 2, [3, 4]),
+        ("ppo", 1, [2, 6]),
+        ("ppo", 1, [4]),
+    ],
+)
+@quiet_lightning
+def test_resumed_equals_uninterrupted(
+    stage: str, accumulate: int, kills: list[int], start: str, tmp_path: Path
+) -> None:
+    whole = run(stage, start, tmp_path / "whole", None, accumulate, resume=False)
+    for number, kill in enumerate(kills):
+        with pytest.raises(Killed):
+            run(stage, start, tmp_path / "parts", kill, accumulate, resume=number > 0)
+    resumed = run(stage, start, tmp_path / "parts", None, accumulate, resume=True)
+    expected, found = whole.state_dict(), resumed.state_dict()
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        if name != "moments":  # statistics for export, not weights; they are checked below
+            assert torch.equal(tensor, found[name]), name
+    if stage == "reward":
+        assert torch.equal(expected["moments"], found["moments"])
+    if stage == "ppo":
+        assert (whole.kl.beta, whole.reward_moments) == (resumed.kl.beta, resumed.reward_moments)  # type: ignore[union-attr]
+        assert whole.kl.beta != 0.05  # type: ignore[union-attr]  # the controller did move
+        assert whole.samples_seen == resumed.samples_seen
+
+
+@quiet_lightning
+def test_checkpoint_holds_tensors_and_primitives_only(start: str, tmp_path: Path) -> None:
+    run("dpo", start, tmp_path, None, 1, resume=False)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    policy = {name for name in checkpoint["state_dict"] if name.startswith("policy.")}
+    assert policy == set(checkpoint["state_dict"])  # no reference, nothing frozen
+    assert not list(tmp_path.glob("*.tmp"))
