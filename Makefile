@@ -29,7 +29,7 @@ demo: $(VENV)/.base ## SFT, reward model, PPO and DPO on the built-in world, the
 check: $(VENV)/.test ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: $(VENV)/.test ## every tier this machine can run
 	$(BIN)/pytest -n 2 --dist worksteal -q

@@ -47,7 +47,10 @@ def normalize(arguments: list[str]) -> list[str]:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if key == "model" and equals and value not in options and "," not in value:
-            found += ["model=hub", f"model.name={value!r}" if not value.startswith(("'", '"')) else f"model.name={value}"]
+            found += [
+                "model=hub",
+                f"model.name={value!r}" if not value.startswith(("'", '"')) else f"model.name={value}",
+            ]
         else:
             found.append(argument)
     return found

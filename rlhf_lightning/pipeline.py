@@ -103,7 +103,14 @@ def run_child(name: str, folder: Path, overrides: list[str]) -> None:
     """Run one stage, pass signals on, and stop the pipeline when it fails."""
     if (folder / "metrics.json").is_file():  # made by other settings or other parents
         folder.rename(folder.with_name(f"{folder.name}.old-{int(time.time())}"))
-    command = [sys.executable, "-m", "rlhf_lightning", *overrides, f"hydra.run.dir={quoted(str(folder))}", "resume=auto"]
+    command = [
+        sys.executable,
+        "-m",
+        "rlhf_lightning",
+        *overrides,
+        f"hydra.run.dir={quoted(str(folder))}",
+        "resume=auto",
+    ]
     child = subprocess.Popen(command)
     previous = signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
     try:
@@ -116,6 +123,6 @@ def run_child(name: str, folder: Path, overrides: list[str]) -> None:
         raise KeyboardInterrupt(code if code > 0 else 128 - code)
     if code:
         raise UserError(
-            f"stage {name} failed (exit code {code}); its log is {folder / 'run.log'}. Add resume=auto to the same command "
-            "to go on after the stages that are done"
+            f"stage {name} failed (exit code {code}); its log is {folder / 'run.log'}. Add resume=auto to the same "
+            "command to go on after the stages that are done"
         )

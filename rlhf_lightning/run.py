@@ -30,7 +30,6 @@ from rlhf_lightning.callbacks.tensorboard import HParams
 from rlhf_lightning.callbacks.throughput import Throughput
 from rlhf_lightning.data.sources import read_source
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.adapters import trainable_parameters
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer, resolve_model
 from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.modules.rewards import load_reward
@@ -44,7 +43,10 @@ def run_stage(cfg: DictConfig) -> float | None:
     quiet()
     run = Path(HydraConfig.get().runtime.output_dir)
     start = starting_point(cfg)
-    identity = {"config": config.identity(cfg), "parents": [artifacts.parent_entry(*p)["weights"] for p in parents(cfg)]}
+    identity = {
+        "config": config.identity(cfg),
+        "parents": [artifacts.parent_entry(*p)["weights"] for p in parents(cfg)],
+    }
     run, checkpoint, finished = find_run(cfg, run, artifacts.fingerprint(identity))
     if finished is not None:
         console.print(f"already done: {run}")
@@ -127,8 +129,8 @@ def build_module(cfg: DictConfig, folder: str) -> LightningModule:
             options["load_critic"] = partial(load_scalar_model, str(cfg.reward_from), trained=True, **load)
         if cfg.trainer.accumulate_grad_batches != 1 or cfg.trainer.gradient_clip_val:
             raise UserError(
-                f"{cfg.stage} accumulates and clips by itself: leave trainer.accumulate_grad_batches at 1 and "
-                f"trainer.gradient_clip_val at null, and use {cfg.stage}.microbatch_tokens and {cfg.stage}.max_grad_norm"
+                f"{cfg.stage} accumulates and clips by itself: leave trainer.accumulate_grad_batches at 1, "
+                f"trainer.gradient_clip_val at null; use {cfg.stage}.microbatch_tokens and {cfg.stage}.max_grad_norm"
             )
     allow = list(cfg.allow_targets)
     return config.instantiate(
@@ -200,7 +202,10 @@ def finish(
         return metrics.get(cfg.monitor)
     manifest = {
         "stage": cfg.stage,
-        "parents": [artifacts.parent_entry("init", folder), *(artifacts.parent_entry(*p) for p in parents(cfg)[1:])],
+        "parents": [
+            artifacts.parent_entry("init", folder),
+            *(artifacts.parent_entry(*p) for p in parents(cfg)[1:]),
+        ],
         "fingerprint": artifacts.fingerprint(identity),
         "config": artifacts.fingerprint(identity["config"]),
         "data": {split: rows.path.stem for split, rows in data.rows.items()},
@@ -258,7 +263,9 @@ def find_run(cfg: DictConfig, run: Path, digest: str) -> tuple[Path, Path | None
         artifacts.write_json(run / "run.json", {"fingerprint": digest, "stage": cfg.stage})
         return run, path, None
     if started and started["fingerprint"] != digest:
-        raise UserError(f"{run} was started with another configuration or other models; choose another folder to start anew")
+        raise UserError(
+            f"{run} was started with another configuration or other models; choose another folder to start anew"
+        )
     for folder in [run, *sorted((p for p in run.parent.iterdir() if p != run), reverse=True)]:
         found = artifacts.read_json(folder / "run.json") if folder.is_dir() else None
         if not found or found["fingerprint"] != digest:
@@ -299,7 +306,10 @@ def quiet() -> None:
     disable_possible_user_warnings()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.pytorch.trainer.connectors.checkpoint_connector",
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")

@@ -24,7 +24,15 @@ def _leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = dict(os.environ)
     torch.manual_seed(0)
     yield
-    launcher = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"}
+    launcher = {
+        "LOCAL_RANK",
+        "NODE_RANK",
+        "WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "PL_GLOBAL_SEED",
+        "PL_SEED_WORKERS",
+    }
     allowed = launcher | {"PYTEST_CURRENT_TEST", "TF_CPP_MIN_LOG_LEVEL"}
     leaked = {k for k, v in os.environ.items() if before.get(k) != v and k not in allowed and not k.startswith("KMP_")}
     os.environ.clear()

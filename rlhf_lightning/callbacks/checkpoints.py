@@ -28,7 +28,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
             raise UserError(f"the checkpoint {path} cannot be read: {str(error).splitlines()[0][:200]}") from error
         except Exception as error:  # pickle raises its own type when a file wants to run code
-            raise UserError(f"the checkpoint {path} holds more than tensors and plain values; it is not loaded") from error
+            raise UserError(
+                f"the checkpoint {path} holds more than tensors and plain values; it is not loaded"
+            ) from error
 
 
 class RandomState(Callback):

@@ -10,7 +10,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 
-SHOWN = ("train/loss", "val/loss", "train/accuracy", "val/accuracy", "reward/proxy", "reward/gold", "kl/reference")
+SHOWN = (
+    "train/loss",
+    "val/loss",
+    "train/accuracy",
+    "val/accuracy",
+    "reward/proxy",
+    "reward/gold",
+    "kl/reference",
+)
 
 
 def progress_bar() -> Callback:
@@ -57,4 +65,5 @@ class LineProgress(Callback):
         left = elapsed / max(done - self.first, 1) * max(total - done, 0)
         metrics = trainer.callback_metrics
         shown = "  ".join(f"{name} {float(metrics[name]):.4g}" for name in SHOWN if name in metrics)
-        return f"  step {done}/{total} ({100 * done / max(total, 1):.0f}%)  {duration(elapsed)} so far, {duration(left)} left  {shown}"
+        share = f"{100 * done / max(total, 1):.0f}%"
+        return f"  step {done}/{total} ({share})  {duration(elapsed)} so far, {duration(left)} left  {shown}"

@@ -114,5 +114,9 @@ class Samples(Callback):
 
 def as_markdown(row: dict[str, Any]) -> str:
     """Return one sample as fenced text: it may hold anything a model can write."""
-    rest = ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k not in ("prompt", "response"))
+    rest = ", ".join(
+        f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
+        for k, v in row.items()
+        if k not in ("prompt", "response")
+    )
     return f"```\n{clean(row['prompt'])}\n---\n{clean(row['response'])}\n```\n{rest}"

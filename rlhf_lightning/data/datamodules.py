@@ -114,9 +114,7 @@ class _Rows(LightningDataModule):
 
     def raw_rows(self, split: str) -> Source:
         """Return the untokenized rows of "train" or "val"."""
-        return read_source(
-            self.sources[split], split, self.limits[split], self.kind, {"seed": self.seed} | self.world
-        )
+        return read_source(self.sources[split], split, self.limits[split], self.kind, {"seed": self.seed} | self.world)
 
     def setup(self, stage: str = "fit") -> None:
         """Read and tokenize each split once; later starts open the cache."""
@@ -149,9 +147,7 @@ class _Rows(LightningDataModule):
     def _plan(self) -> StepPlan:
         world, rank = self._ranks()
         rows = self.rows["train"]
-        return StepPlan(
-            rows.tokens, rows.counted, self.batch_size, self.accumulate, world, rank, seed=self.seed
-        )
+        return StepPlan(rows.tokens, rows.counted, self.batch_size, self.accumulate, world, rank, seed=self.seed)
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
@@ -160,7 +156,9 @@ class _Rows(LightningDataModule):
         """Return the resumable loader of this rank."""
         plan = self._plan()
         if not plan.steps:
-            raise UserError(f"data.train has {len(self.rows['train'])} rows, fewer than {plan.parts} microbatches a step")
+            raise UserError(
+                f"data.train has {len(self.rows['train'])} rows, fewer than {plan.parts} microbatches a step"
+            )
         return PlannedLoader(_Batches(lambda micro: self.collate("train", micro)), plan, self.workers)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:

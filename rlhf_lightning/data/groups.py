@@ -102,8 +102,8 @@ class GroupBatch:
 
     def to(self, device: torch.device | str, **kwargs: Any) -> GroupBatch:
         """Return the batch with every tensor on `device`."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = {k: v.to(device, **kwargs) if isinstance(v, Tensor) else v for k, v in values.items()}
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved: dict[str, Any] = {k: v.to(device, **kwargs) if isinstance(v, Tensor) else v for k, v in values.items()}
         return GroupBatch(**moved)
 
 
@@ -169,9 +169,7 @@ class _Builder:
         written = [self._row(r, entries) for r, entries in enumerate(rows)]
         length = max(len(row[0]) for row in written)
         fill = (self.pad_id, 0, -1, 0)
-        columns = [
-            torch.tensor([row[c] + [fill[c]] * (length - len(row[c])) for row in written]) for c in range(4)
-        ]
+        columns = [torch.tensor([row[c] + [fill[c]] * (length - len(row[c])) for row in written]) for c in range(4)]
         source, targets, sequence_ids, last, lengths, group_of, ranks = [], [], [], [], [], [], []
         for g, group in enumerate(self.groups):
             for k, response in enumerate(group.responses):

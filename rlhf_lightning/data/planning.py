@@ -94,16 +94,14 @@ class StepPlan(Sampler[MicroBatch]):
 class PlannedLoader(DataLoader[Any]):
     """A DataLoader over a :class:`StepPlan` that knows how many batches the training loop has taken.
 
-    Each pass over it is one epoch further. Lightning saves and restores it through `state_dict`, which makes a resume
-    continue with the next row. It counts epochs by itself, because Lightning's counter lags by one when a checkpoint was
-    written after the last batch of an epoch.
+    Each pass over it is one epoch further. Lightning saves and restores it through `state_dict`, which makes a
+    resume continue with the next row. It counts epochs by itself, because Lightning's counter lags by one when a
+    checkpoint was written after the last batch of an epoch.
     """
 
     def __init__(self, dataset: Dataset[Any], plan: StepPlan, workers: int = 0) -> None:
         # a generator of its own: a loader draws a seed at every start, which must not move the training's random state
-        super().__init__(
-            dataset, sampler=plan, batch_size=None, num_workers=workers, generator=generator("loader")
-        )
+        super().__init__(dataset, sampler=plan, batch_size=None, num_workers=workers, generator=generator("loader"))
         self.plan = plan
         self.taken = 0
         self.began = False

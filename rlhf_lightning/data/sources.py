@@ -96,8 +96,8 @@ def _read(path: Path) -> Iterator[Row]:
         for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
             yield from batch.to_pylist()
         return
-    opened = gzip.open(path, "rb") if name.endswith(".gz") else path.open("rb")
-    with opened as raw, io.TextIOWrapper(raw, encoding="utf-8") as text:  # type: ignore[arg-type]
+    opener: Any = gzip.open if name.endswith(".gz") else open
+    with opener(path, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8") as text:
         try:
             if ".csv" in path.name:
                 yield from csv.DictReader(text)

@@ -23,7 +23,8 @@ TEMPLATES = {
     ),
     "human_assistant": (
         "{% for m in messages %}{% if m['role'] == 'user' %}\n\nHuman: {% elif m['role'] == 'assistant' %}"
-        "\n\nAssistant: {% endif %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}\n\nAssistant: {% endif %}"
+        "\n\nAssistant: {% endif %}{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}\n\nAssistant: {% endif %}"
     ),
     "plain": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
 }
@@ -44,7 +45,9 @@ class Template:
 
     def __init__(self, tokenizer: Any, template: str = "auto") -> None:
         if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no EOS token, so a model could never learn to stop; set tokenizer.eos_token")
+            raise UserError(
+                "the tokenizer has no EOS token, so a model could never learn to stop; set tokenizer.eos_token"
+            )
         if template == "auto":
             if not tokenizer.chat_template:
                 names = "|".join(TEMPLATES)
@@ -54,11 +57,15 @@ class Template:
             self.source = TEMPLATES[template]
         else:
             options = ["auto", *TEMPLATES]
-            raise UserError(f"data.template={template!r} is not one of {', '.join(options)}.{nearest(template, options)}")
+            raise UserError(
+                f"data.template={template!r} is not one of {', '.join(options)}.{nearest(template, options)}"
+            )
         self.tokenizer, self.name = tokenizer, template
         added = tokenizer.added_tokens_decoder
         self.control = {str(t): i for i, t in added.items() if t.special or str(t) in self.source}
-        self._control_pattern = re.compile("|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or r"(?!)")
+        self._control_pattern = re.compile(
+            "|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or r"(?!)"
+        )
         # sentencepiece tokenizers put a space before the first word of every call; a newline in front absorbs it
         first = tokenizer.convert_ids_to_tokens(self._ids("a"))[0]
         self._anchor = self._ids("\n") if first.startswith("▁") else []

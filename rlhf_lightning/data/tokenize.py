@@ -59,7 +59,13 @@ class TokenizedRows:
     def __getitem__(self, row: int) -> Group:
         value = self._table.slice(row, 1).drop_columns(["raw"]).to_pylist()[0]
         return Group(
-            value["prompt"], value["responses"], value["counted"], value["ranks"], value["margin"], value["label"], row
+            value["prompt"],
+            value["responses"],
+            value["counted"],
+            value["ranks"],
+            value["margin"],
+            value["label"],
+            row,
         )
 
     def raw(self, row: int) -> dict[str, Any]:
@@ -120,10 +126,13 @@ def _write(path: Path, source: Source, to_group: ToGroup, on_bad_row: str, keep_
                 writer.write_batch(pa.RecordBatch.from_pylist(good, SCHEMA))
         # the schema's metadata is written first, so the counts are known only on a second pass over the file
         schema = SCHEMA.with_metadata({"skipped": json.dumps(dict(skipped))})
-        with pa.memory_map(str(spilled)) as stored, pa.OSFile(temporary, "wb") as sink:
-            with pa.ipc.new_file(sink, schema) as writer:
-                for batch in pa.ipc.open_stream(stored):
-                    writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+        with (
+            pa.memory_map(str(spilled)) as stored,
+            pa.OSFile(temporary, "wb") as sink,
+            pa.ipc.new_file(sink, schema) as w,
+        ):
+            for batch in pa.ipc.open_stream(stored):
+                w.write_batch(batch.replace_schema_metadata(schema.metadata))
         os.replace(temporary, path)
     finally:
         for leftover in (Path(temporary), Path(temporary + ".rows")):

@@ -27,7 +27,16 @@ from rlhf_lightning.ops.kl import kl_estimate
 from rlhf_lightning.ops.ranking import pairwise_ranking
 from rlhf_lightning.ops.statistics import mean_interval, wilson_interval
 
-SHARES = ("ended_with_eos", "refused_harmful", "over_refused", "corrected", "flattered", "correct", "padded", "accuracy")
+SHARES = (
+    "ended_with_eos",
+    "refused_harmful",
+    "over_refused",
+    "corrected",
+    "flattered",
+    "correct",
+    "padded",
+    "accuracy",
+)
 """Metrics that are shares of yes or no: their interval is Wilson's."""
 
 
@@ -35,8 +44,8 @@ def run_evaluate(cfg: DictConfig, run: Path, start: str | None) -> float | None:
     """Evaluate `evaluate.models`, or `init_from`, and return the monitored metric of the last model."""
     settings = config.plain(cfg)
     options = settings["evaluate"]
-    models = {name: str(folder) for name, folder in options["models"].items()} or {"model": start}
-    if None in models.values():
+    models = {name: str(folder) for name, folder in options["models"].items()} or ({"model": start} if start else {})
+    if not models:
         raise UserError("nothing to evaluate: give init_from=<folder> or evaluate.models.<name>=<folder>")
     rewards = {name: folder for name, folder in models.items() if is_reward_model(folder)}
     policies = {name: folder for name, folder in models.items() if name not in rewards}
@@ -88,11 +97,17 @@ def evaluate_policy(
     count = min(options.rows, len(rows))
     batch = data.collate(split, type("Chosen", (), {"rows": tuple(range(count)), "step": 0})())
     load = config.plain(cfg)["model"]["load"]
-    lm = load_causal_lm(folder, **load).to(device(cfg))
+    lm: Any = load_causal_lm(folder, **load)
+    lm.to(device(cfg))
     n = options.samples
     # one seed for all models: the same uniforms for the same prompt make the comparison sharper
     sampler = Sampler(lm, data.template.eos_ids, options.max_new_tokens, options.temperature)
-    columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as progress:
         task = progress.add_task(f"{name}: answers", total=count)
         drawn = sampler(batch.prompt_ids, n, (cfg.seed, "evaluate"), progress=lambda done: progress.advance(task, done))
@@ -114,7 +129,8 @@ def evaluate_policy(
         values |= {metric: found for metric, found in summary(metadata, responses).items() if metric != "words"}
     per_row = [k for k, v in values.items() if len(v) == len(responses)]
     samples = [
-        {"prompt": prompts[i], "response": responses[i]} | {k: values[k][i] for k in per_row} for i in range(len(responses))
+        {"prompt": prompts[i], "response": responses[i]} | {k: values[k][i] for k in per_row}
+        for i in range(len(responses))
     ]
     return {metric: interval(metric, found) for metric, found in values.items()}, samples
 
@@ -130,9 +146,10 @@ def interval(metric: str, values: list[float]) -> tuple[float, float, float]:
 def sequence_kl(
     cfg: DictConfig, lm: Any, reference: str, prompts: list[list[int]], responses: list[list[int]], n: int
 ) -> list[float]:
-    """Return log pi(y) - log pi_ref(y) of every sampled response, whose mean estimates KL(pi : ref) in nats a response."""
+    """Return log pi(y) - log pi_ref(y) of every sampled response; their mean estimates KL(pi : ref) in nats."""
     load = config.plain(cfg)["model"]["load"]
-    other = load_causal_lm(reference, **load).to(device(cfg)).eval()
+    other: Any = load_causal_lm(reference, **load).eval()
+    other.to(device(cfg))
     if other.config.get_text_config().vocab_size != lm.config.get_text_config().vocab_size:
         raise UserError(f"evaluate.reference={reference} has another vocabulary, so there is no KL to it")
     lm.eval()
@@ -162,7 +179,8 @@ def reward_accuracy(cfg: DictConfig, folder: str) -> dict[str, tuple[float, floa
     settings |= {"train": cfg.evaluate.preferences, "val": cfg.evaluate.preferences}
     data = PreferenceData(load_tokenizer(folder), **settings)
     data.setup()
-    model = load_scalar_model(folder, trained=True).to(device(cfg)).eval()
+    model: Any = load_scalar_model(folder, trained=True).eval()
+    model.to(device(cfg))
     data.layout, _ = choose_layout(model)
     scorer, right, pairs = ScalarModel(model), 0.0, 0
     for batch in data.val_dataloader():

@@ -32,10 +32,7 @@ def hidden_states(model: nn.Module, batch: GroupBatch) -> Tensor:
     """Return the last hidden states (R * L, D) of the decoder below the head of `model`."""
     trunk = plain(model).base_model
     mask = batch.group_ids >= 0
-    if batch.padded:
-        attention = mask.long()
-    else:
-        attention = group_attention_mask(batch.group_ids, batch.response_ids)
+    attention = mask.long() if batch.padded else group_attention_mask(batch.group_ids, batch.response_ids)
     arguments: dict[str, Any] = {"position_ids": batch.position_ids, "use_cache": False}
     output = trunk(input_ids=batch.input_ids, attention_mask=attention, **arguments)
     return output.last_hidden_state.flatten(0, 1)
@@ -66,7 +63,7 @@ class CompletionModel(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits (M, V) of hidden states (M, D)."""
-        logits = plain(self.lm).get_output_embeddings()(hidden)
+        logits = cast(nn.Module, plain(self.lm).get_output_embeddings())(hidden)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self.softcap:
@@ -76,7 +73,7 @@ class CompletionModel(nn.Module):
     def forward(
         self, batch: GroupBatch, temperature: float = 1.0, entropy: bool = False, values: bool = False
     ) -> CompletionOutput:
-        """Return log-probabilities (and entropy, values) of the counted tokens, computed only where one is predicted."""
+        """Return log-probabilities (and entropy, values) of the counted tokens; the head runs nowhere else."""
         hidden = hidden_states(self.lm, batch)[batch.source]
         logprobs, ent = token_logprobs(hidden, self.head, batch.targets, temperature, entropy)
         value = None
@@ -100,7 +97,7 @@ class ScalarModel(nn.Module):
         self.model = model
 
     def forward(self, batch: GroupBatch, at: Literal["last", "source"] = "last") -> Tensor:
-        """Return normalized float32 scores (S,) read at the last token of each response, or values (N,) at each state."""
+        """Return normalized float32 scores (S,) at the last token of each response, or values (N,) at each state."""
         hidden = hidden_states(self.model, batch)
         inner = plain(self.model)
         picked = hidden[batch.last if at == "last" else batch.source]
@@ -138,7 +135,10 @@ def choose_layout(model: nn.Module) -> tuple[Layout, str | None]:
                 for b in (pack(probes, layout="packed"), pack(probes, layout="padded"))
             )
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        return "padded", f"it does not take a group attention mask ({type(error).__name__}: {str(error)[:120]})"
+        return (
+            "padded",
+            f"it does not take a group attention mask ({type(error).__name__}: {str(error)[:120]})",
+        )
     finally:
         model.train(training)
     scale = padded.abs().max().clamp_min(1e-6)

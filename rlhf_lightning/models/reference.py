@@ -28,5 +28,3 @@ class Frozen(Generic[ModelT]):
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
-
-

@@ -125,7 +125,8 @@ class Sampler:
         # room for the longest response every prompt may have within the context
         context = getattr(plain(self.lm).config.get_text_config(), "max_position_embeddings", None)
         limits = torch.tensor(
-            [min(self.max_new_tokens, (context or 10**9) - len(p)) for p in prompts for _ in range(n)], device=device
+            [min(self.max_new_tokens, (context or 10**9) - len(p)) for p in prompts for _ in range(n)],
+            device=device,
         ).clamp_min(1)
         logits, cache, live = self._prefill(prompts, n, slots, device)
         drawn = torch.zeros((len(slots), self.max_new_tokens), dtype=torch.long, device=device)

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,7 +17,8 @@ from rlhf_lightning.ops.seeding import derive_seed
 
 SPECIALS = ["<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}"
+    "{{ bos_token }}{% for message in messages %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
@@ -31,14 +33,14 @@ def build_tiny(
     max_length: int = 512,
     seed: int = 0,
 ) -> str:
-    """Write a Llama with random weights and a byte-level BPE tokenizer trained on `texts`, and return the folder.
+    """Write a Llama with random weights and a byte-level BPE tokenizer trained on `texts`; return the folder.
 
     The defaults give about a million parameters. An existing folder is returned as it is.
     """
     folder = Path(folder)
     if (folder / "config.json").is_file():
         return str(folder)
-    tokenizer = _tokenizer(texts, vocab_size, max_length)
+    tokenizer: Any = _tokenizer(texts, vocab_size, max_length)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,

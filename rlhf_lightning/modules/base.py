@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rlhf_lightning.data.groups import GroupBatch
+from rlhf_lightning.data.groups import GroupBatch, Layout
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapters import add_lora, merge_lora
 from rlhf_lightning.models.completion import choose_layout
@@ -40,6 +40,7 @@ class StageModule(LightningModule):
         super().__init__()
         self.load, self.make_optimizer, self.make_schedule = load, optimizer, schedule
         self.lora = lora
+        self.layout: Layout = "packed"
         self._sums: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
 
     def build(self) -> Any:
@@ -124,7 +125,9 @@ class StageModule(LightningModule):
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
-            raise UserError(f"the gradient is not finite at step {self.global_step}; lower optimizer.lr or check the data")
+            raise UserError(
+                f"the gradient is not finite at step {self.global_step}; lower optimizer.lr or check the data"
+            )
         self.log_dict({"optim/grad_norm": norm, "optim/lr": optimizer.param_groups[0]["lr"]})
         self.flush("train")
 

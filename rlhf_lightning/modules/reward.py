@@ -31,6 +31,7 @@ class RewardModel(StageModule):
     """
 
     scorer: ScalarModel
+    moments: Tensor
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_lightning.data.groups import Group, pack
+from rlhf_lightning.data.groups import Group, Layout, pack
 from rlhf_lightning.data.planning import token_budget
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.errors import UserError, nearest
@@ -34,7 +34,7 @@ class FolderReward:
         model = load_scalar_model(folder, dtype=dtype, trained=True)
         tokenizer = load_tokenizer(folder)
         self.template = Template(tokenizer, "auto" if tokenizer.chat_template else "plain")
-        self.layout, _ = choose_layout(model)
+        self.layout: Layout = choose_layout(model)[0]
         self.model = Frozen(ScalarModel(model)).to(device)
         self.batch_tokens = batch_tokens
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
@@ -44,9 +44,7 @@ class FolderReward:
         self.model.to(device)
         return self
 
-    def __call__(
-        self, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]
-    ) -> Tensor:
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, (text, extra) in enumerate(zip(prompts, metadata, strict=True)):
             content = extra.get("messages") or [{"role": "user", "content": text}]
@@ -93,8 +91,8 @@ def load_reward(spec: Any, dtype: str = "float32") -> Reward:
         return gold_reward
     if Path(spec).is_dir():
         return FolderReward(spec, dtype)
-    module, colon, name = spec.partition(":")
-    if not colon or "/" in module:
+    module, _, name = spec.partition(":")
+    if not (module and name) or "/" in module:
         raise UserError(f"reward_from={spec!r} is neither a reward model folder, 'module:function', nor 'world'")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -114,10 +112,18 @@ def score(
     reward: Reward, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]
 ) -> Tensor:
     """Return the rewards (S,) as float32, or stop with the response that got none."""
-    values = torch.as_tensor(reward(prompts, responses, metadata)).detach().float().cpu()
+    returned = reward(prompts, responses, metadata)
+    try:
+        values = torch.as_tensor(returned).detach().float().cpu()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"the reward returned no numbers for {len(responses)} responses: {error}") from error
     if values.shape != (len(responses),):
-        raise UserError(f"the reward returned shape {tuple(values.shape)} for {len(responses)} responses; one number each is needed")
+        raise UserError(
+            f"the reward returned shape {tuple(values.shape)} for {len(responses)} responses; one number each is needed"
+        )
     if not torch.isfinite(values).all():
         bad = int((~torch.isfinite(values)).nonzero()[0])
-        raise UserError(f"the reward is {values[bad].item()} for the response {responses[bad][:200]!r} to {prompts[bad][:200]!r}")
+        raise UserError(
+            f"the reward is {values[bad].item()} for the response {responses[bad][:200]!r} to {prompts[bad][:200]!r}"
+        )
     return values

@@ -1,4 +1,4 @@
-"""Returns, advantages and their normalization, on (S, T) tensors padded on the right; a mask is True where it counts."""
+"""Returns, advantages and their normalization, on right-padded (S, T) tensors; mask True means it counts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
     """Return generalized advantages and returns (S, T); both are 0 where the mask is False.
 
-    delta_t = r_t + gamma V_{t+1} - V_t, A_t = sum_l (gamma lam)^l delta_{t+l}, R_t = A_t + V_t, and the value after the
-    last counted token is 0. Source: arXiv 1506.02438 eq. 16.
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = sum_l (gamma lam)^l delta_{t+l}, R_t = A_t + V_t, and the
+    value after the last counted token is 0. Source: arXiv 1506.02438 eq. 16.
     """
     rewards, values = rewards * mask, values * mask
     advantages = torch.zeros_like(rewards)
@@ -34,7 +34,7 @@ def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Ten
 def whiten(
     values: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """Return (x - mean) / sqrt(var + 1e-8) over the masked values, with the mean added back when not `shift_mean`.
+    """Return (x - mean) / sqrt(var + 1e-8) over the masked values, plus the mean when not `shift_mean`.
 
     Args:
         values, mask: any shape, the same.

@@ -42,8 +42,8 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Tens
 class KLController:
     """The weight beta of the KL penalty: fixed, or steered towards a target.
 
-    With a `target`, beta is multiplied after every iteration by 1 + clip(kl / target - 1, -0.2, 0.2) n / horizon, where
-    n is the number of responses (arXiv 1909.08593 eq. 4).
+    With a `target`, beta is multiplied after every iteration by 1 + clip(kl / target - 1, -0.2, 0.2) n /
+    horizon, where n is the number of responses (arXiv 1909.08593 eq. 4).
 
     Args:
         beta: start value.

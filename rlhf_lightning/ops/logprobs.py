@@ -17,7 +17,7 @@ def token_logprobs(
     entropy: bool = False,
     max_logits: int = 2**27,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return log softmax(head(hidden) / temperature)[targets], and the entropy of the same distribution if asked.
+    """Return log softmax(head(hidden) / temperature)[targets], and the entropy of that distribution if asked.
 
     At most `max_logits` logits exist at a time; with gradients each chunk is recomputed in the backward pass.
     Half precision logits are widened to float32 first.
@@ -47,12 +47,13 @@ def token_logprobs(
     size = max(max_logits // vocabulary, 1)
     if len(targets) <= size:
         return chunk(hidden, targets)
-    save = torch.is_grad_enabled()  # even for frozen states: a head that learns would save the logits of all chunks
+    save = torch.is_grad_enabled()  # for frozen states too: a head that learns keeps the logits of all chunks
     parts = [
         checkpoint(chunk, h, t, use_reentrant=False) if save else chunk(h, t)
         for h, t in zip(hidden.split(size), targets.split(size), strict=True)
     ]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if entropy else None
+    entropies = [e for _, e in parts if e is not None]
+    return torch.cat([p for p, _ in parts]), torch.cat(entropies) if entropy else None
 
 
 def sequence_sum(values: Tensor, sequence_ids: Tensor, count: int) -> Tensor:
@@ -67,7 +68,7 @@ def sequence_mean(values: Tensor, sequence_ids: Tensor, count: int) -> Tensor:
 
 
 def to_padded(flat: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (S, T) values, right-padded with 0, and the mask of the N that count, from `flat` (N,) in order."""
+    """Return (S, T) values, right-padded with 0, and their mask, from the sequences in `flat` (N,)."""
     width = int(lengths.max()) if len(lengths) else 0
     mask = torch.arange(width, device=flat.device)[None, :] < lengths[:, None]
     padded = flat.new_zeros(mask.shape)

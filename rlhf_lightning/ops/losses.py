@@ -22,20 +22,22 @@ def preference_loss(
 ) -> Tensor:
     """Return the direct-preference loss of each pair.
 
-    With h the difference of log-ratios, (log pi - log pi_ref) of chosen minus rejected (SimPO: of log pi alone):
+    With h the difference of log(pi / pi_ref), chosen minus rejected (SimPO: of log pi alone):
 
     * sigmoid: -p log sigma(beta h) - (1 - p) log sigma(-beta h), p = label (1 - eps) + (1 - label) eps. DPO
       (arXiv 2305.18290 eq. 7); eps > 0 is conservative DPO (Mitchell 2023).
-    * robust: [(1 - eps) L(h) - eps L(-h)] / (1 - 2 eps), unbiased under label noise eps (arXiv 2403.00409 eq. 3).
+    * robust: [(1 - eps) L(h) - eps L(-h)] / (1 - 2 eps), unbiased under label noise eps
+      (arXiv 2403.00409 eq. 3).
     * ipo: (h - 1 / (2 beta))^2 with h from length-averaged log-probabilities (arXiv 2310.12036 eq. 17).
-    * simpo: -log sigma(beta h - target_margin), averaged log-probabilities, no reference (arXiv 2405.14734 eq. 6).
+    * simpo: -log sigma(beta h - target_margin), averaged log-probabilities, no reference
+      (arXiv 2405.14734 eq. 6).
 
     Args:
         logits: (P,) h.
         beta: strength of the pull to the reference, > 0.
         label: (P,) probability that the chosen response is the better one.
-        label_smoothing: eps in [0, 0.5).
-        target_margin: SimPO's gamma.
+        label_smoothing: eps in [0, 0.5); ipo does not use it.
+        target_margin: SimPO's gamma; the other sigmoid kinds subtract it from beta h as well, ipo does not.
 
     Returns:
         (P,) losses.
@@ -57,7 +59,7 @@ def preference_loss(
 def ppo_policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float = 0.2, clip_high: float = 0.2
 ) -> tuple[Tensor, Tensor]:
-    """Return -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = pi / pi_old, and where the clip was active.
+    """Return -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = pi / pi_old, and where it was clipped.
 
     Any shape, the same for all; source: arXiv 1707.06347 eq. 7.
     """
@@ -66,10 +68,13 @@ def ppo_policy_loss(
     return -torch.minimum(plain, clipped), clipped < plain
 
 
-def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None = 0.2) -> tuple[Tensor, Tensor]:
-    """Return max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2 and where the clipped error is the larger one.
+def ppo_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None = 0.2
+) -> tuple[Tensor, Tensor]:
+    """Return max((V - R)^2, (clip(V, V_old +- clip) - R)^2) / 2 and where the clipped error is larger.
 
-    Any shape, the same for all; the maximum keeps a gradient when the clip would reward moving away (baselines ppo2).
+    Any shape, the same for all; the maximum keeps the gradient of a value that moved away from its return
+    (baselines ppo2).
     """
     plain = (values - returns) ** 2
     if clip is None:

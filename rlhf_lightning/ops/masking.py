@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def group_attention_mask(group_ids: Tensor, response_ids: Tensor) -> Tensor:
     """Return the boolean attention mask of packed completion groups.
 
-    Token i attends to token j when both are in the same group, j is not after i, and j is in the prompt or in the
-    same response as i. Padding (group id -1) attends to padding only, so that no row of the mask is empty.
+    Token i attends to token j when both are in the same group, j is not after i, and j is in the prompt or
+    in the same response as i. Padding (group id -1) attends to padding only, so that no row of the mask is
+    empty.
 
     Args:
         group_ids: (R, L) group of each token, -1 for padding.
@@ -19,7 +21,7 @@ def group_attention_mask(group_ids: Tensor, response_ids: Tensor) -> Tensor:
         (R, 1, L, L) bool, True where attention is allowed.
     """
     length = group_ids.shape[1]
-    causal = group_ids.new_ones((length, length), dtype=bool).tril()
+    causal = group_ids.new_ones((length, length), dtype=torch.bool).tril()
     same_group = group_ids[:, :, None] == group_ids[:, None, :]
     visible = (response_ids[:, None, :] == 0) | (response_ids[:, :, None] == response_ids[:, None, :])
     return (same_group & visible & causal).unsqueeze(1)

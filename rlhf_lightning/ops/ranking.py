@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, label: Tensor | float = 1.0) -> Tensor:
+def bradley_terry(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, label: Tensor | float = 1.0
+) -> Tensor:
     """Return -p log sigma(r_c - r_r - m) - (1 - p) log sigma(r_r - r_c - m) of each pair (P,).
 
     Bradley and Terry 1952; margin as in Llama 2 (arXiv 2307.09288 eq. 2); p is the soft label.
@@ -31,10 +33,10 @@ def ranked_pairs(ranks: Tensor, group_of: Tensor) -> tuple[Tensor, Tensor]:
 def pairwise_ranking(
     scores: Tensor, ranks: Tensor, group_of: Tensor, margins: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the Bradley-Terry loss of each group (G,), a mean over its untied pairs, and the scores' gaps (P,).
+    """Return the Bradley-Terry loss of each group (G,), a mean over untied pairs, and the scores' gaps (P,).
 
-    All pairs of one prompt are one item of the batch, as in InstructGPT (arXiv 2203.02155 eq. 1). A group whose
-    responses all tie has loss 0.
+    All pairs of one prompt are one item of the batch, as in InstructGPT (arXiv 2203.02155 eq. 1). A group
+    whose responses all tie has loss 0.
     """
     first, second = ranked_pairs(ranks, group_of)
     group = group_of[first]
@@ -46,7 +48,8 @@ def pairwise_ranking(
 def plackett_luce(scores: Tensor, ranks: Tensor, group_of: Tensor, groups: int) -> Tensor:
     """Return -sum_i [r_(i) - log sum_{j not better than i} exp r_(j)] of each group (groups,).
 
-    Plackett 1975, Luce 1959. Tied responses share one denominator (Breslow's treatment), the last place adds nothing.
+    Plackett 1975, Luce 1959. Tied responses share one denominator (Breslow's treatment), the last place
+    adds nothing.
     """
     same = group_of[:, None] == group_of[None, :]
     remaining = same & (ranks[None, :] >= ranks[:, None])
@@ -57,5 +60,5 @@ def plackett_luce(scores: Tensor, ranks: Tensor, group_of: Tensor, groups: int) 
 
 
 def centering(scores: Tensor, group_of: Tensor, groups: int) -> Tensor:
-    """Return (sum of a group's scores)^2 (groups,), which for pairs is (r_c + r_r)^2 (arXiv 2312.09244, TRL)."""
+    """Return (sum of a group's scores)^2 (groups,), for pairs (r_c + r_r)^2 (arXiv 2312.09244, TRL)."""
     return scores.new_zeros(groups).index_add(0, group_of, scores) ** 2

@@ -8,7 +8,7 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Return a 63-bit seed that depends on all `parts` and their order, stable across processes and versions."""
+    """Return a 63-bit seed that depends on all `parts` and their order, stable across processes."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 

@@ -110,9 +110,7 @@ def _agrees(response: str) -> bool:
     return response.lstrip().lower().startswith(tuple(y.lower() for y in declared()["agreements"]))
 
 
-def gold_reward(
-    prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]
-) -> list[float]:
+def gold_reward(prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:
     """Return the gold total of every response; the reward callable of the world."""
     return [gold(row, response).total for row, response in zip(metadata, responses, strict=True)]
 

@@ -121,7 +121,15 @@ def _lists() -> list[tuple[str, Prompt]]:
 def _open() -> list[tuple[str, Prompt]]:
     data = declared()["open"]
     return [
-        (subject, Prompt("open", q.format(subject=subject), data["statement"].format(subject=subject, value=value), value))
+        (
+            subject,
+            Prompt(
+                "open",
+                q.format(subject=subject),
+                data["statement"].format(subject=subject, value=value),
+                value,
+            ),
+        )
         for subject, value in data["values"].items()
         for q in data["questions"]
     ]

@@ -106,7 +106,7 @@ def _ranking(prompt: Prompt, rng: random.Random, person: Labeller, number: int) 
     values = [round(person.value(row, text, annotator) + rng.gauss(0, person.noise), 6) for text in responses]
     levels = sorted(set(values), reverse=True)
     if len(levels) == 1:  # a ranking needs two levels
-        levels, values = [1, 0], [1, *[0] * (len(values) - 1)]
+        levels, values = [1.0, 0.0], [1.0, *[0.0] * (len(values) - 1)]
     return {
         "prompt": prompt.question,
         "responses": responses,

@@ -36,8 +36,8 @@ def test_a_step_has_the_same_rows_whoever_computes_it(accumulate: int, world: in
 def test_weights_sum_to_a_mean_over_the_step() -> None:
     plans = [StepPlan(TOKENS, TOKENS * 2, 8, 2, 2, rank) for rank in range(2)]
     micros = [micro for plan in plans for micro in plan if micro.step == 0]
-    tokens = sum(micro.per_token * sum(2 * TOKENS[row] for row in micro.rows) for micro in micros)
-    groups = sum(micro.per_group * len(micro.rows) for micro in micros)
+    tokens = sum((micro.per_token or 0) * sum(2 * TOKENS[row] for row in micro.rows) for micro in micros)
+    groups = sum((micro.per_group or 0) * len(micro.rows) for micro in micros)
     assert len(micros) == 4
     assert tokens / 4 == pytest.approx(1.0)  # Lightning divides by accumulation, the strategy by ranks
     assert groups / 4 == pytest.approx(1.0)

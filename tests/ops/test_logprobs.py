@@ -54,7 +54,7 @@ def test_uniform_logits_have_the_logarithm_of_the_vocabulary() -> None:
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 10, 11, 100])
 def test_chunks_do_not_change_values_or_gradients(rows: int, entropy: bool) -> None:
-    def run(max_logits: int) -> tuple[Tensor, ...]:
+    def run(max_logits: int) -> list[Tensor]:
         hidden, head, targets = problem()
         logprobs, entropies = token_logprobs(hidden, head, targets, 0.8, entropy, max_logits)
         weights = torch.linspace(-1, 2, len(targets), dtype=torch.float64)
@@ -64,8 +64,9 @@ def test_chunks_do_not_change_values_or_gradients(rows: int, entropy: bool) -> N
         loss.backward()
         assert hidden.grad is not None
         assert head.weight.grad is not None
-        found = (logprobs.detach(), hidden.grad, head.weight.grad, head.bias.grad)
-        return found if entropies is None else (*found, entropies.detach())
+        assert head.bias.grad is not None
+        found = [logprobs.detach(), hidden.grad, head.weight.grad, head.bias.grad]
+        return found if entropies is None else [*found, entropies.detach()]
 
     for chunked, whole in zip(run(rows * VOCABULARY), run(2**27), strict=True):
         torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-12)
@@ -73,7 +74,7 @@ def test_chunks_do_not_change_values_or_gradients(rows: int, entropy: bool) -> N
 
 @pytest.mark.parametrize("frozen", ["neither", "hidden", "head"])
 def test_logits_never_exceed_the_limit(frozen: str) -> None:
-    """Also what autograd keeps: a frozen trunk under a learning head must not save the logits of every chunk."""
+    """Also not in what autograd keeps, whichever part learns."""
     hidden, head, targets = problem(n=60)
     hidden.requires_grad_(frozen != "hidden")
     head.requires_grad_(frozen != "head")
@@ -152,9 +153,7 @@ def test_reductions_agree_with_padding_and_ignore_order(lengths: list[int], rand
     order = list(range(len(flat)))
     random.shuffle(order)  # type: ignore[attr-defined]
     torch.testing.assert_close(sequence_sum(flat[order], ids[order], len(lengths)), padded.sum(1))
-    torch.testing.assert_close(
-        sequence_mean(flat[order], ids[order], len(lengths)), padded.sum(1) / sizes.clamp_min(1)
-    )
+    torch.testing.assert_close(sequence_mean(flat[order], ids[order], len(lengths)), padded.sum(1) / sizes.clamp_min(1))
 
 
 def test_padding_keeps_the_gradient() -> None:

@@ -1,7 +1,8 @@
-"""Bradley-Terry and Plackett-Luce: known probabilities, ties, margins, invariances and recovery of planted scores."""
+"""Bradley-Terry and Plackett-Luce: known probabilities, ties, margins, invariances, planted scores."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -34,7 +35,12 @@ def flatten(groups: list[list[tuple[float, int]]]) -> tuple[Tensor, Tensor, Tens
 
 def test_bradley_terry_by_hand() -> None:
     loss = bradley_terry(f64(1, 0, 2, 1), f64(0, 0, 0, 0), f64(0, 0, 3, 0), f64(1, 1, 1, 0.25))
-    expected = [-math.log(0.7310585786300049), math.log(2), softplus(1), 0.25 * softplus(-1) + 0.75 * softplus(1)]
+    expected = [
+        -math.log(0.7310585786300049),
+        math.log(2),
+        softplus(1),
+        0.25 * softplus(-1) + 0.75 * softplus(1),
+    ]
     torch.testing.assert_close(loss, f64(*expected), rtol=1e-13, atol=0)
 
 
@@ -134,12 +140,12 @@ def test_losses_ignore_a_shift_within_a_prompt_the_order_of_rows_and_other_group
     random.shuffle(order)  # type: ignore[attr-defined]
     zeros, ones = torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.float64)
     moved = (scores + shifts[group_of])[order], ranks[order], group_of[order]
-    close = {"rtol": 1e-9, "atol": 1e-9}
+    close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
     plain = pairwise_ranking(scores, ranks, group_of, zeros, ones)[0]
-    torch.testing.assert_close(pairwise_ranking(*moved, zeros, ones)[0], plain, **close)
-    torch.testing.assert_close(plackett_luce(*moved, count), plackett_luce(scores, ranks, group_of, count), **close)
+    close(pairwise_ranking(*moved, zeros, ones)[0], plain)
+    close(plackett_luce(*moved, count), plackett_luce(scores, ranks, group_of, count))
     alone = [pairwise_ranking(*flatten([group]), zeros[:1], ones[:1])[0] for group in groups]
-    torch.testing.assert_close(torch.cat(alone), plain, **close)
+    close(torch.cat(alone), plain)
 
 
 def test_centering_of_pairs_and_groups() -> None:
@@ -152,7 +158,7 @@ def test_centering_of_pairs_and_groups() -> None:
 
 
 def test_planted_scores_are_recovered_from_infinite_preferences() -> None:
-    """With P(i over j) = sigma(s_i - s_j) as soft labels over all pairs the minimum is at s, up to a shift."""
+    """With soft labels P(i over j) = sigma(s_i - s_j) over all pairs the minimum is at s, up to a shift."""
     planted = f64(0.8, -0.4, 0.1, -0.5)
     pairs = torch.combinations(torch.arange(4))
     labels = torch.sigmoid(planted[pairs[:, 0]] - planted[pairs[:, 1]])

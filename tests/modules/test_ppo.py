@@ -1,0 +1,452 @@
+"""PPO, RLOO and GRPO: their arithmetic by hand, their invariants in a real Trainer, and that they learn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from rlhf_lightning.data.datamodules import PromptBatch
+from rlhf_lightning.data.groups import Group, GroupBatch, pack
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.modules.ppo import PPO
+from rlhf_lightning.modules.rollout import Rollout
+from rlhf_lightning.modules.schedules import schedule
+from tests.conftest import quiet_lightning, tiny_config
+
+VOCAB, GOOD = 16, 7
+
+
+def config(**changes: object) -> LlamaConfig:
+    return tiny_config(**({"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1} | changes))
+
+
+def load(**changes: object) -> LlamaForCausalLM:
+    torch.manual_seed(3)
+    return LlamaForCausalLM(config(**changes))
+
+
+def load_critic() -> LlamaForSequenceClassification:
+    torch.manual_seed(4)
+    return LlamaForSequenceClassification(config(num_labels=1))
+
+
+class Ids:
+    """A template whose text is the token ids."""
+
+    eos_ids = frozenset({2})
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(str(i) for i in ids)
+
+
+class Prompts(LightningDataModule):
+    """The same `size` prompts for a given number of iterations."""
+
+    def __init__(self, iterations: int, size: int = 16, ptx: GroupBatch | None = None, val: bool = False) -> None:
+        super().__init__()
+        self.template, self.layout, self.rows = Ids(), "packed", {}
+        prompts = [[1, 3 + i % 4, 5 + i % 3] for i in range(size)]
+        batch = PromptBatch(prompts, [str(p) for p in prompts], [{"row": i} for i in range(size)], [*range(size)], ptx)
+        self.batches, self.val, self.steps_per_epoch = [batch] * iterations, val, iterations
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.batches, batch_size=None)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(self.batches[:1], batch_size=None) if self.val else []  # type: ignore[arg-type]
+
+
+class History(Callback):
+    """Keeps what every iteration logged."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.validation: dict[str, float] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validation = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+
+
+def good_share(prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:
+    """Reward the share of tokens that are the good one."""
+    return [text.split().count(str(GOOD)) / len(text.split()) for text in responses]
+
+
+def build(loader: Callable[[], Any] = load, lr: float = 3e-2, **options: Any) -> PPO:
+    settings: dict[str, Any] = {"reward": good_share, "max_new_tokens": 4, "missing_eos_penalty": 0.0}
+    return PPO(loader, partial(torch.optim.AdamW, lr=lr, eps=1e-5), **(settings | options))
+
+
+def fit(module: PPO, data: Prompts, **options: Any) -> History:
+    history = History()
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[history],
+        enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1, num_sanity_val_steps=0,
+        **({} if data.val else {"limit_val_batches": 0}), **options,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    return history
+
+
+def weights(module: PPO) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+# ---- learning ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"estimator": "gae"},
+        {"estimator": "gae", "load_critic": load_critic, "critic_lr": 1e-2, "minibatches": 2},
+        {"estimator": "rloo", "samples": 4, "inner_epochs": 2},
+        {"estimator": "grpo", "samples": 4, "inner_epochs": 2, "kl_in": "loss", "kl_estimator": "k3"},
+    ],
+    ids=["value head", "critic", "rloo", "grpo"],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+@quiet_lightning
+def test_a_rewarded_token_becomes_likely(options: dict[str, Any], seed: int) -> None:
+    module = build(max_new_tokens=1, kl_beta=0.01, seed=seed, **options)
+    rows = fit(module, Prompts(25)).rows
+    assert rows[0]["reward/proxy"] < 0.3
+    with torch.no_grad():
+        likely = module.policy.lm(torch.tensor([[1, 3, 5]])).logits[0, -1].softmax(-1)[GOOD].item()
+    assert likely > 0.9
+    assert rows[-1]["kl/reference"] > 0.5  # and it is far from where it started
+
+
+@quiet_lightning
+def test_kl_penalty_holds_the_policy_back() -> None:
+    free, held = (fit(build(kl_beta=beta, kl_estimator="k3"), Prompts(12)).rows[-1] for beta in (0.0, 1.0))
+    assert held["kl/reference"] < 0.5 * free["kl/reference"]
+    assert held["reward/total"] <= held["reward/proxy"]
+
+
+@quiet_lightning
+def test_critic_learns_the_returns() -> None:
+    def by_prompt(prompts: Any, responses: Any, metadata: Sequence[dict[str, Any]]) -> list[float]:
+        return [float(extra["row"] % 4 == 0) for extra in metadata]  # the second prompt token tells
+
+    module = build(
+        lr=0.0, reward=by_prompt, load_critic=load_critic, critic_lr=1e-2, vf_coef=1.0, value_clip=None, kl_beta=0.0
+    )
+    rows = fit(module, Prompts(12)).rows
+    assert rows[-1]["value/loss"] < 0.1 * rows[0]["value/loss"]
+    assert rows[0]["value/explained_variance"] < 0.5 < 0.9 < rows[-1]["value/explained_variance"]
+    assert rows[-1]["kl/reference"] == pytest.approx(0, abs=1e-5)  # the critic has a trunk of its own
+
+
+# ---- invariants of the first update --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+@quiet_lightning
+def test_first_update_starts_from_the_sampling_policy(temperature: float) -> None:
+    rows = fit(build(inner_epochs=1, temperature=temperature, kl_estimator="k3"), Prompts(3)).rows
+    assert rows[0]["kl/reference"] == pytest.approx(0, abs=1e-5)
+    assert rows[-1]["kl/reference"] > 1e-3
+    for row in rows:
+        assert row["policy/ratio_min"] == pytest.approx(1, abs=1e-4)
+        assert row["policy/ratio_max"] == pytest.approx(1, abs=1e-4)
+        assert row["policy/clip_fraction"] == 0
+        assert row["kl/old"] == pytest.approx(0, abs=1e-5)
+
+
+@quiet_lightning
+def test_dropout_is_found_by_the_ratio() -> None:
+    with pytest.raises(UserError, match=r"differs from 1 by .* of iteration 0; switch off dropout"):
+        fit(build(partial(load, attention_dropout=0.5)), Prompts(1))
+
+
+@quiet_lightning
+def test_bfloat16_weights_are_no_reason_to_stop() -> None:
+    rows = fit(
+        build(lambda: load(hidden_size=64, initializer_range=0.5).bfloat16(), microbatch_tokens=20), Prompts(2)
+    ).rows
+    assert math.isfinite(rows[-1]["policy/loss"])
+
+
+@quiet_lightning
+def test_microbatches_change_memory_not_results() -> None:
+    options = {"kl_beta": 0.1, "entropy_coef": 0.01, "minibatches": 2, "inner_epochs": 2}
+    small, large = build(microbatch_tokens=12, **options), build(microbatch_tokens=4096, **options)
+    rows = [fit(module, Prompts(2)).rows for module in (small, large)]
+    for name, tensor in weights(small).items():
+        torch.testing.assert_close(tensor, weights(large)[name], atol=2e-4, rtol=0, msg=name)
+    for name in ("policy/loss", "value/loss", "policy/entropy", "optim/grad_norm"):
+        assert rows[0][0][name] == pytest.approx(rows[1][0][name], abs=1e-4), name
+
+
+# ---- arithmetic by hand --------------------------------------------------------------------------------------------
+
+
+def two_responses(module: PPO, finished: Sequence[bool] = (True, False)) -> Rollout:
+    """One prompt with responses of 2 and 3 tokens, scores 1 and -2, and log-probabilities chosen by hand."""
+    module.configure_model()
+    groups = [Group([1, 3], [[4, 2], [5, 6, 7]])]
+    rollout = Rollout(groups, 2, torch.tensor(finished), torch.tensor([1.0, -2.0]), "packed", torch.device("cpu"), 4096)
+    rollout.tokens["old_logprobs"] = torch.tensor([[-1.0, -2.0, 0.0], [-1.0, -1.0, -1.0]])
+    rollout.tokens["ref_logprobs"] = torch.tensor([[-2.0, -1.5, 0.0], [-1.0, -3.0, -1.0]])
+    rollout.tokens["values"] = torch.tensor([[0.5, 0.25, 0.0], [0.0, 1.0, -1.0]])
+    return rollout
+
+
+def attached(**options: Any) -> PPO:
+    """A module that believes in a Trainer of one process."""
+    module = build(**options)
+    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    return module
+
+
+@quiet_lightning
+def test_gae_is_wired_to_scores_kl_and_values() -> None:
+    module = attached(kl_beta=0.5, gamma=1.0, lam=0.5, whiten_advantages=False, missing_eos_penalty=3.0)
+    rollout = two_responses(module)
+    metrics = module.advantages(rollout)
+    # kl = old - ref: [1, -0.5] and [0, 2, 0]; the score, less 3 where there is no end, comes with the last token
+    rewards = [[-0.5, 0.25 + 1.0], [0.0, -1.0, -2.0 - 3.0]]
+    last = [rewards[0][1] - 0.25, rewards[1][2] + 1.0]  # delta at the last token
+    first = rewards[0][0] + 0.25 - 0.5 + 0.5 * last[0]
+    middle = rewards[1][1] - 1.0 - 1.0 + 0.5 * last[1]
+    start = rewards[1][0] + 1.0 - 0.0 + 0.5 * middle
+    expected = torch.tensor([[first, last[0], 0.0], [start, middle, last[1]]])
+    torch.testing.assert_close(rollout.tokens["advantages"], expected)
+    values = torch.tensor([[0.5, 0.25, 0.0], [0.0, 1.0, -1.0]])
+    torch.testing.assert_close(rollout.tokens["returns"], expected + values)
+    assert metrics["reward/proxy"] == pytest.approx(-0.5)
+    assert metrics["reward/proxy_std"] == pytest.approx(1.5)
+    assert metrics["reward/total"] == pytest.approx((0.75 - 6.0) / 2)
+    assert metrics["kl/reference"] == pytest.approx((0.5 + 2.0) / 2)
+    assert metrics["rollout/length"] == 2.5
+    assert metrics["rollout/ended_with_eos"] == 0.5
+    assert metrics["rollout/episodes"] == 2
+
+
+@pytest.mark.parametrize(("estimator", "expected"), [("rloo", [5.75, -5.75]), ("grpo", [0.5**0.5, -(0.5**0.5)])])
+@quiet_lightning
+def test_critic_free_advantages_compare_the_samples(estimator: str, expected: list[float]) -> None:
+    module = attached(estimator=estimator, samples=2, kl_beta=0.5, whiten_advantages=False, missing_eos_penalty=3.0)
+    rollout = two_responses(module)
+    module.advantages(rollout)  # totals: 1 - 0.5 * 0.5 = 0.75 and -5 - 0.5 * 2 = -6, without values
+    scale = 6.75 / 5.75 if estimator == "rloo" else 1.0
+    wanted = torch.tensor(expected)[:, None] * scale * rollout.mask
+    torch.testing.assert_close(rollout.tokens["advantages"], wanted, atol=1e-4, rtol=0)
+
+
+@quiet_lightning
+def test_whitened_advantages_have_mean_zero_and_deviation_one_over_tokens() -> None:
+    module = attached()
+    rollout = two_responses(module)
+    module.advantages(rollout)
+    counted = rollout.tokens["advantages"][rollout.mask]
+    assert counted.mean().item() == pytest.approx(0, abs=1e-6)
+    assert counted.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    assert not rollout.tokens["advantages"][~rollout.mask].any()
+
+
+@quiet_lightning
+def test_kl_in_the_loss_leaves_the_reward_alone() -> None:
+    module = attached(kl_beta=0.5, kl_in="loss", kl_estimator="k2")
+    metrics = module.advantages(two_responses(module))
+    assert metrics["reward/total"] == metrics["reward/proxy"]
+    assert metrics["kl/reference"] == pytest.approx((0.5 + 0.125 + 2.0) / 2)
+
+
+@quiet_lightning
+def test_scores_are_scaled_then_clipped_then_penalized() -> None:
+    module = attached(missing_eos_penalty=0.25, reward_clip=1.0, reward_scale=True)
+    rollout = two_responses(module)
+    shaped = module.shaped_scores(rollout)  # deviation of (1, -2) is 1.5
+    assert shaped.tolist() == pytest.approx([1 / 1.5, -1.0 - 0.25])
+    assert module.reward_moments == [2.0, -1.0, 5.0]
+    module.shaped_scores(rollout)
+    assert module.reward_moments == [4.0, -2.0, 10.0]
+
+
+# ---- inner epochs, schedule, state ---------------------------------------------------------------------------------
+
+
+@quiet_lightning
+def test_target_kl_ends_the_inner_epochs() -> None:
+    stopped = fit(build(inner_epochs=5, target_kl=1e-6), Prompts(1)).rows[0]
+    whole = fit(build(inner_epochs=5, target_kl=1e6), Prompts(1)).rows[0]
+    assert stopped["ppo/inner_epochs"] == 2  # the first update is measured by the second epoch
+    assert whole["ppo/inner_epochs"] == 5
+    assert (stopped["ppo/updates"], whole["ppo/updates"]) == (2, 5)
+
+
+@quiet_lightning
+def test_rate_is_annealed_by_update() -> None:
+    module = build(lr=1.0e-3, inner_epochs=2, minibatches=2)
+    module.make_schedule = partial(schedule, shape="linear", final=0.0)
+    rows = fit(module, Prompts(2)).rows
+    assert [row["ppo/updates"] for row in rows] == [4, 8]
+    assert [row["optim/lr"] for row in rows] == pytest.approx([0.5e-3, 0.0])
+    assert module.trainer.global_step == 8
+
+
+@quiet_lightning
+def test_adaptive_beta_follows_the_kl() -> None:
+    low = fit(build(kl_target=1e-4, kl_horizon=32), Prompts(4)).rows
+    high = fit(build(kl_target=1e4, kl_horizon=32), Prompts(4)).rows
+    assert low[-1]["kl/beta"] > low[0]["kl/beta"]
+    assert [row["kl/beta"] for row in high] == pytest.approx([0.05 * 0.9**i for i in range(4)])
+
+
+@quiet_lightning
+def test_pretraining_mix_keeps_its_text_likely() -> None:
+    ptx = pack([Group([1], [[9, 10, 11, 2]])])
+    rows = fit(build(ptx_coef=1.0), Prompts(12, ptx=ptx)).rows
+    assert rows[-1]["policy/ptx_loss"] < 0.5 * rows[0]["policy/ptx_loss"]
+    with pytest.raises(KeyError):
+        fit(build(), Prompts(1, ptx=ptx)).rows[0]["policy/ptx_loss"]
+
+
+@quiet_lightning
+def test_gradients_are_clipped() -> None:
+    module = build(max_grad_norm=1e-3, inner_epochs=1)
+    module.make_optimizer = partial(torch.optim.SGD, lr=1.0)
+    module.configure_model()
+    before = [p.detach().clone() for p in module.parameters()]
+    row = fit(module, Prompts(1)).rows[0]
+    moved = math.sqrt(sum(((p - old) ** 2).sum().item() for p, old in zip(module.parameters(), before, strict=True)))
+    assert row["optim/grad_norm"] > 1e-2
+    assert moved == pytest.approx(1e-3, rel=1e-2)
+
+
+@quiet_lightning
+def test_reference_is_the_start_and_outside_of_the_state() -> None:
+    module = build()
+    fit(module, Prompts(3))
+    start = load().state_dict()
+    assert module.reference is not None
+    for name, tensor in module.reference.model.lm.state_dict().items():
+        assert torch.equal(tensor, start[name]), name
+    assert not [name for name in module.state_dict() if "reference" in name]
+    assert not torch.equal(module.policy.lm.state_dict()["model.norm.weight"], start["model.norm.weight"])
+
+
+@quiet_lightning
+def test_adapter_off_is_the_reference() -> None:
+    module = build(lora={"r": 4, "alpha": 8}, lr=5e-2)
+    rows = fit(module, Prompts(4)).rows
+    assert module.reference is None
+    assert rows[0]["kl/reference"] == pytest.approx(0, abs=1e-5)
+    assert rows[-1]["kl/reference"] > 1e-3
+    start = load().state_dict()
+    for name, tensor in module.policy.lm.state_dict().items():  # type: ignore[union-attr]
+        if "lora" not in name:
+            assert torch.equal(tensor, start[name.replace("base_model.model.", "").replace(".base_layer", "")]), name
+    assert type(module.export_model()) is LlamaForCausalLM
+
+
+@quiet_lightning
+def test_checkpoint_carries_what_is_not_a_weight(tmp_path: Path) -> None:
+    module = build(kl_target=1e-4, kl_horizon=32, reward_scale=True)
+    fit(module, Prompts(3))
+    held: dict[str, Any] = {}
+    module.on_save_checkpoint(held)
+    torch.save(held, tmp_path / "extra.ckpt")
+    fresh = build(kl_target=1e-4)
+    fresh.on_load_checkpoint(torch.load(tmp_path / "extra.ckpt", weights_only=True))
+    assert (fresh.iteration, fresh.episodes) == (3, 48)
+    assert fresh.kl.beta == module.kl.beta != 0.05
+    assert fresh.reward_moments == module.reward_moments
+
+
+@quiet_lightning
+def test_the_seed_decides_everything() -> None:
+    one, same, other = build(seed=1), build(seed=1), build(seed=2)
+    for number, module in enumerate((one, same, other)):
+        torch.manual_seed(number)
+        fit(module, Prompts(2))
+    assert all(torch.equal(tensor, weights(same)[name]) for name, tensor in weights(one).items())
+    assert one.samples_seen == same.samples_seen
+    assert one.samples_seen != other.samples_seen
+
+
+# ---- what users see ------------------------------------------------------------------------------------------------
+
+
+@quiet_lightning
+def test_samples_and_gold_are_kept() -> None:
+    seen: list[dict[str, Any]] = []
+
+    def gold(prompts: Any, responses: Any, metadata: Any) -> list[float]:
+        seen.extend(metadata)
+        return [float(len(text.split())) for text in responses]
+
+    module = build(gold=gold, samples=2)
+    row = fit(module, Prompts(1, size=3)).rows[0]
+    assert len(module.samples_seen) == 6
+    assert set(module.samples_seen[0]) == {"prompt", "response", "reward", "finished", "gold"}
+    assert row["reward/gold"] == pytest.approx(sum(s["gold"] for s in module.samples_seen) / 6)
+    assert [m["row"] for m in seen] == [0, 0, 1, 1, 2, 2]
+    assert {m["finished"] for m in seen} <= {True, False}
+
+
+@quiet_lightning
+def test_validation_reports_means_over_the_held_out_prompts() -> None:
+    module = build()
+    found = fit(module, Prompts(2, val=True)).validation
+    assert set(found) == {"val/reward", "val/kl", "val/length", "val/ended_with_eos"}
+    assert found["val/reward"] == pytest.approx(sum(s["reward"] for s in module.samples_seen) / 16)
+    assert 1 <= found["val/length"] <= 4
+    assert module.iteration == 2  # validation is no iteration
+
+
+@quiet_lightning
+def test_bad_reward_stops_with_the_response() -> None:
+    with pytest.raises(UserError, match="the reward is nan for the response"):
+        fit(build(reward=lambda prompts, responses, metadata: [math.nan] * len(prompts)), Prompts(1))
+
+
+@quiet_lightning
+def test_diverged_policy_stops_with_the_iteration() -> None:
+    with pytest.raises(UserError, match=r"the (loss|gradient) is .* in iteration [01]; lower optimizer.lr"):
+        fit(build(lr=math.inf, inner_epochs=1), Prompts(2))
+
+
+@quiet_lightning
+def test_gradient_that_is_not_finite_never_reaches_the_weights() -> None:
+    module = build(inner_epochs=1)
+    module.configure_model()
+    before = weights(module)
+    module.policy.lm.get_input_embeddings().weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(UserError, match="the gradient is not finite in iteration 0; lower optimizer.lr"):
+        fit(module, Prompts(1))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(module).items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimator": "ppo"}, "gae, rloo, grpo"),
+        ({"kl_estimator": "k4"}, "k1, k2, k3"),
+        ({"kl_in": "score"}, "reward, loss"),
+        ({"estimator": "rloo"}, "samples=1 must be at least 2"),
+        ({"estimator": "grpo", "samples": 1}, "samples=1 must be at least 2"),
+        ({"kl_in": "loss"}, "no gradient in expectation"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"inner_epochs": 0}, "at least 1"),
+        ({"minibatches": 0}, "at least 1"),
+    ],
+)
+def test_impossible_settings(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(**options)
