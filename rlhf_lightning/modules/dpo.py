@@ -61,12 +61,7 @@ class DPO(StageModule):
         if reference == "adapter_off" and self.lora is None:
             raise UserError("dpo.reference=adapter_off needs a LoRA adapter; add adapter=lora")
         self.loss: PreferenceLoss = loss
-        self.beta, self.label_smoothing, self.target_margin = (
-            beta,
-            loss,
-            label_smoothing,
-            target_margin,
-        )
+        self.beta, self.label_smoothing, self.target_margin = beta, label_smoothing, target_margin
         self.averaged = length_normalized or loss in ("ipo", "simpo")
         self.sft_coef = sft_coef
         self.reference_kind = "none" if loss == "simpo" else reference
