@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ def hash_weights(folder: str | Path) -> str | None:
     if not path.is_dir():
         return None
     digest = hashlib.sha256()
-    for file in sorted([*path.glob("*.safetensors"), path / "config.json"]):
+    for file in sorted([*path.glob("*.safetensors"), *path.glob("config.json")]):
         digest.update(file.name.encode())
         with file.open("rb") as opened:
             while block := opened.read(1 << 20):
@@ -45,23 +46,38 @@ def readable_os_errors(path: str | Path) -> Iterator[None]:
     """Turn a full disk or a missing permission into a message; what was there before stays as it was."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    except UserError:
+        raise
+    except Exception as error:
+        number = _os_error(error)
+        denied = isinstance(error, OSError) and number in (errno.EACCES, errno.EROFS)
+        if number is None or not (denied or number in (errno.ENOSPC, errno.EDQUOT)):
             raise
         parent = next(p for p in [Path(path), *Path(path).parents] if p.exists())
         free = shutil.disk_usage(parent).free
         raise UserError(
-            f"cannot write {path}: {os.strerror(error.errno)} ({free / 2**20:.0f} MiB free); "
+            f"cannot write {path}: {os.strerror(number)} ({free / 2**20:.0f} MiB free); "
             "what was saved before is intact"
         ) from error
+
+
+def _os_error(error: BaseException | None) -> int | None:
+    """Return the operating system's error behind `error`: torch and safetensors wrap it in types of their own."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.errno
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            return int(found[1])
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; on success it is synced and renamed to `path`, else removed."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with readable_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.close(handle)
         temporary = Path(name)
@@ -120,8 +136,8 @@ def write_model(folder: str | Path, model: Any, tokenizer: Any, manifest: dict[s
     An older folder of that name is replaced only when the new one is complete.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with readable_os_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
         try:
             model.save_pretrained(temporary, safe_serialization=True)
@@ -136,10 +152,12 @@ def write_model(folder: str | Path, model: Any, tokenizer: Any, manifest: dict[s
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
             temporary.chmod(0o755)
+            older = folder.with_name(f"{temporary.name}.old")
             if folder.exists():
-                shutil.rmtree(folder)
+                folder.rename(older)  # quick, unlike removing it: hardly a moment without a model of this name
             os.replace(temporary, folder)
             _sync_folder(folder.parent)
+            shutil.rmtree(older, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

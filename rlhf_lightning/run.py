@@ -298,7 +298,9 @@ class Stop(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        trainer.should_stop = trainer.should_stop or self.received is not None
+        # not inside an accumulation window: its gradients would be lost
+        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        trainer.should_stop = trainer.should_stop or (whole and self.received is not None)
 
 
 def quiet() -> None:

@@ -19,17 +19,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint to a temporary name in the same folder, syncs, renames; loads tensors and primitives only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with atomic_path(path) as temporary:
-            torch.save(checkpoint, temporary)
+        # through a Python file, whose OSError tells a full disk from other failures
+        with atomic_path(path) as temporary, temporary.open("wb") as opened:
+            torch.save(checkpoint, opened)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         try:
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except (EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
-            raise UserError(f"the checkpoint {path} cannot be read: {str(error).splitlines()[0][:200]}") from error
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            raise UserError(f"the checkpoint {path} cannot be read: {reason}") from error
         except Exception as error:  # pickle raises its own type when a file wants to run code
             raise UserError(
-                f"the checkpoint {path} holds more than tensors and plain values; it is not loaded"
+                f"the checkpoint {path} is damaged or holds more than tensors and plain values; it is not loaded"
             ) from error
 
 
@@ -78,12 +80,16 @@ class StepCheckpoint(Callback):
 
     def __init__(self, folder: str | Path, every_n_steps: int = 50) -> None:
         self.path = Path(folder) / "last.ckpt"
-        self.every_n_steps, self.saved_at = every_n_steps, 0
+        self.every_n_steps, self.saved_at, self.step_before = every_n_steps, 0, 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.step_before = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # inside an accumulation window the gradients would be lost, but there global_step has not moved
+        if trainer.global_step == self.step_before:
+            return  # inside an accumulation window, whose gradients a checkpoint does not hold
         updates = trainer.global_step - self.saved_at
         if updates and (trainer.should_stop or (self.every_n_steps and updates >= self.every_n_steps)):
             self.save(trainer)

@@ -88,7 +88,7 @@ class Template:
         if isinstance(content, str):
             return self._text(content)
         pieces = self._layout(tuple(m["role"] for m in content), True)
-        ids = [token for piece in pieces for token in self._encode(piece, content)]
+        ids = [token for n, piece in enumerate(pieces) for token in self._encode(piece, content, first=n == 0)]
         if self.name != "auto" and self._bos and ids[:1] != self._bos:
             ids = self._bos + ids
         return ids or self._start()
@@ -122,11 +122,11 @@ class Template:
         text = self.tokenizer.decode([*self._anchor, *kept], skip_special_tokens=True)
         return text[len(self.tokenizer.decode(self._anchor)) :] if self._anchor else text
 
-    def content(self, text: str) -> list[int]:
-        """Return the tokens of a text in which nothing is a control token."""
+    def content(self, text: str, first: bool = False) -> list[int]:
+        """Return the tokens of a text in which nothing is a control token; `first` when nothing stands before it."""
         text = text.strip() if self._trims else text
         if not self._control_pattern.search(text):
-            return self._plain_ids(text)
+            return self._ids(text) if first else self._plain_ids(text)
         parts = self._control_pattern.split(text)
         found = self._control_pattern.findall(text)
         ids = self._plain_ids(parts[0])
@@ -141,8 +141,8 @@ class Template:
         ids: list[int] = list(self._bos) if self.name != "auto" else []
         flags = [False] * len(ids)
         follows_assistant = False
-        for piece in self._layout(tuple(m["role"] for m in content), False):
-            tokens = self._encode(piece, content)
+        for number, piece in enumerate(self._layout(tuple(m["role"] for m in content), False)):
+            tokens = self._encode(piece, content, first=number == 0)
             if isinstance(piece, int):
                 follows_assistant = content[piece]["role"] == "assistant"
                 flags += [follows_assistant] * len(tokens)
@@ -159,8 +159,8 @@ class Template:
             raise RowError("the chat template renders earlier turns differently from the prompt; use data.turns=last")
         return prompt, ids[len(prompt) :], flags[len(prompt) :]
 
-    def _encode(self, piece: int | tuple[int, ...], content: Sequence[Message]) -> list[int]:
-        return self.content(content[piece]["content"]) if isinstance(piece, int) else list(piece)
+    def _encode(self, piece: int | tuple[int, ...], content: Sequence[Message], first: bool) -> list[int]:
+        return self.content(content[piece]["content"], first) if isinstance(piece, int) else list(piece)
 
     def _render(self, roles: tuple[str, ...], generation: bool) -> list[int | tuple[int, ...]]:
         """Return the template as pieces: a message number, or the token ids of the template's own text."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def run_evaluate(cfg: DictConfig, run: Path, start: str | None) -> float | None:
     """Evaluate `evaluate.models`, or `init_from`, and return the monitored metric of the last model."""
     settings = config.plain(cfg)
     options = settings["evaluate"]
+    began = time.perf_counter()
     models = {name: str(folder) for name, folder in options["models"].items()} or ({"model": start} if start else {})
     if not models:
         raise UserError("nothing to evaluate: give init_from=<folder> or evaluate.models.<name>=<folder>")
@@ -51,14 +53,17 @@ def run_evaluate(cfg: DictConfig, run: Path, start: str | None) -> float | None:
     policies = {name: folder for name, folder in models.items() if name not in rewards}
     writer = SummaryWriter(str(run / "tensorboard"))
     table: dict[str, dict[str, tuple[float, float, float]]] = {}
+    judged = 0
     for name, folder in rewards.items():
-        table[name] = reward_accuracy(cfg, folder)
+        table[name], pairs = reward_accuracy(cfg, folder)
+        judged += pairs
     if policies:
         reference = options["reference"] or next(iter(policies.values()))
         reward = load_reward(settings["reward_from"], settings["model"]["load"]["dtype"]) if cfg.reward_from else None
         gold = load_reward(cfg.gold_from) if cfg.gold_from else None
         for name, folder in policies.items():
             table[name], rows = evaluate_policy(cfg, name, folder, reference, reward, gold)
+            judged += len(rows)
             artifacts.write_jsonl(run / "samples" / f"{name}.jsonl", rows)
             writer.add_text(f"samples/{name}", "\n\n".join(map(as_markdown, rows[:16])), 0)
     metrics: dict[str, Any] = {"perf/peak_memory_gb": peak_memory_gb()}
@@ -71,7 +76,7 @@ def run_evaluate(cfg: DictConfig, run: Path, start: str | None) -> float | None:
     metrics["monitor"] = f"{last}/{cfg.monitor}"
     if len(table) == 1:  # one model needs no prefix
         metrics |= {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{last}/")}
-    metrics["perf/rows_per_s"] = table[last].get("rows_per_s", (0.0,) * 3)[0]
+    metrics["perf/rows_per_s"] = judged / (time.perf_counter() - began)
     artifacts.write_json(run / "metrics.json", metrics)
     show(table)
     return metrics.get(metrics["monitor"])
@@ -82,7 +87,10 @@ def is_reward_model(folder: str) -> bool:
     path = Path(folder)
     if not path.is_dir():
         return False
-    architectures = AutoConfig.from_pretrained(folder).architectures or []
+    try:
+        architectures = AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures or []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not a model folder: {str(error).splitlines()[0][:200]}") from error
     return any("SequenceClassification" in name for name in architectures)
 
 
@@ -169,8 +177,8 @@ def sequence_kl(
 
 
 @torch.no_grad()
-def reward_accuracy(cfg: DictConfig, folder: str) -> dict[str, tuple[float, float, float]]:
-    """Return a reward model's accuracy on the pairs of `evaluate.preferences` with its Wilson interval."""
+def reward_accuracy(cfg: DictConfig, folder: str) -> tuple[dict[str, tuple[float, float, float]], int]:
+    """Return a reward model's accuracy on `evaluate.preferences` with its Wilson interval, and the number of pairs."""
     from rlhf_lightning.data.datamodules import PreferenceData
 
     if not cfg.evaluate.preferences:
@@ -188,7 +196,7 @@ def reward_accuracy(cfg: DictConfig, folder: str) -> dict[str, tuple[float, floa
         _, gaps = pairwise_ranking(scorer(batch), batch.ranks, batch.group_of, batch.margins, batch.labels)
         right += float((gaps > 0).sum() + 0.5 * (gaps == 0).sum())
         pairs += len(gaps)
-    return {"accuracy": (right / pairs, *wilson_interval(right, pairs))}
+    return {"accuracy": (right / pairs, *wilson_interval(right, pairs))}, pairs
 
 
 def prompt_data(cfg: DictConfig, folder: str) -> Any:
