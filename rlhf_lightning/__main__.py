@@ -8,6 +8,7 @@ import sys
 from typing import NoReturn
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -23,6 +24,7 @@ QUESTIONS = {"--help", "-h", "--hydra-help", "--version", "--info", "-i"}
 def app(cfg: DictConfig) -> float | None:
     """Run the stage or the pipeline that was composed."""
     try:
+        config.check_types(cfg, list(HydraConfig.get().overrides.task))
         if cfg.pipeline:
             from rlhf_lightning.pipeline import run_pipeline
 

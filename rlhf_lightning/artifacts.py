@@ -56,8 +56,7 @@ def readable_os_errors(path: str | Path) -> Iterator[None]:
         parent = next(p for p in [Path(path), *Path(path).parents] if p.exists())
         free = shutil.disk_usage(parent).free
         raise UserError(
-            f"cannot write {path}: {os.strerror(number)} ({free / 2**20:.0f} MiB free); "
-            "what was saved before is intact"
+            f"cannot write {path}: {os.strerror(number)} ({free / 2**20:.0f} MiB free); what was saved before is intact"
         ) from error
 
 

@@ -115,6 +115,22 @@ def require(cfg: DictConfig) -> None:
         raise UserError(f"{', '.join(missing)}: a value is needed, for example {missing[0]}=<value>")
 
 
+def check_types(cfg: DictConfig, overrides: list[str]) -> None:
+    """Raise a UserError when the command line puts a text where the configuration has a number or a truth value."""
+    from hydra import compose
+
+    keys = [o.partition("=")[0] for o in overrides if "=" in o]
+    known = groups()
+    defaults = compose("rlhf", overrides=[o for o in overrides if o.partition("=")[0] in known])
+    for key in keys:
+        if key in known or key.startswith(("+", "~", "hydra.")):
+            continue
+        default, value = (OmegaConf.select(node, key, throw_on_missing=False) for node in (defaults, cfg))
+        if isinstance(value, str) and isinstance(default, int | float):
+            kind = "true or false" if isinstance(default, bool) else "a number"
+            raise UserError(f"{key}={value!r} is not {kind}; its default is {default}")
+
+
 def conf_folder() -> Path:
     """Return the folder of the shipped configuration tree."""
     import importlib.resources

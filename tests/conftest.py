@@ -33,7 +33,7 @@ def _leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "PL_GLOBAL_SEED",
         "PL_SEED_WORKERS",
     }
-    allowed = launcher | {"PYTEST_CURRENT_TEST", "TF_CPP_MIN_LOG_LEVEL"}
+    allowed = launcher | {"PYTORCH_NVML_BASED_CUDA_CHECK", "PYTEST_CURRENT_TEST", "TF_CPP_MIN_LOG_LEVEL"}
     leaked = {k for k, v in os.environ.items() if before.get(k) != v and k not in allowed and not k.startswith("KMP_")}
     os.environ.clear()
     os.environ.update(before)
@@ -95,6 +95,7 @@ def quiet_lightning(test: object) -> object:
         ".*you skipped validation.*|.*You defined a `validation_step`.*",
         ".*Checkpoint directory.*exists and is not empty.*",
         ".*in eval mode at the start of training.*",
+        ".*is smaller than the logging interval.*",
     ):
         test = pytest.mark.filterwarnings(f"ignore:{text}")(test)  # type: ignore[arg-type]
     return test

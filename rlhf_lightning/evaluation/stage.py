@@ -184,7 +184,7 @@ def reward_accuracy(cfg: DictConfig, folder: str) -> tuple[dict[str, tuple[float
     if not cfg.evaluate.preferences:
         raise UserError(f"{folder} is a reward model; give held-out pairs with evaluate.preferences=<file or world>")
     settings = {k: v for k, v in config.plain(cfg)["data"].items() if k not in ("_target_", "ptx", "ptx_batch_size")}
-    settings |= {"train": cfg.evaluate.preferences, "val": cfg.evaluate.preferences}
+    settings |= {"train": None, "val": cfg.evaluate.preferences}
     data = PreferenceData(load_tokenizer(folder), **settings)
     data.setup()
     model: Any = load_scalar_model(folder, trained=True).eval()

@@ -31,8 +31,8 @@ def show(table: dict[str, dict[str, Interval]], console: Console | None = None) 
         printed.add_column(COLUMNS[name], justify="right")
     for model, row in table.items():
         printed.add_row(model, *(cell(name, row.get(name)) for name in columns))
-    if console.width < 120 and not console.is_terminal:
-        console = Console(width=140)  # a log has no width to fold to
+    if console.width < 170 and not console.is_terminal:
+        console = Console(file=console.file, width=170)  # a log has no width to fold to
     console.print(printed)
 
 

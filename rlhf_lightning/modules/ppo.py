@@ -6,6 +6,7 @@ import math
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from rlhf_lightning.data.datamodules import PromptBatch
@@ -114,7 +115,7 @@ class PPO(Experience):
             outcome["reward/gold"] = torch.tensor([sample["gold"] for sample in self.samples_seen])
         means = {name: self.mean(values.to(self.device).float()) for name, values in outcome.items()}
         spread = self.mean((rollout.scores.to(self.device) - means["reward/proxy"]) ** 2)
-        self.episodes += len(mask) * self.trainer.world_size
+        self.episodes += int(self.summed(torch.tensor([float(len(mask))])).item())
         return means | {
             "reward/proxy_std": math.sqrt(spread),
             "kl/beta": self.kl.beta,
@@ -172,7 +173,9 @@ class PPO(Experience):
         share = self.trainer.world_size / count  # the strategy averages gradients over ranks
         optimizer.zero_grad()
         totals: dict[str, Tensor] = {}
-        for rows, batch in rollout.microbatches(chosen):
+        microbatches = list(rollout.microbatches(chosen))
+        mix = ptx is not None and self.ptx_coef > 0
+        for number, (rows, batch) in enumerate(microbatches, start=1):
             terms, ratio = self.token_losses(rollout, rows, batch)
             if first:
                 self.check_first_ratio(ratio)
@@ -183,13 +186,13 @@ class PPO(Experience):
             loss = terms.pop("loss").sum() * share
             if not torch.isfinite(loss):
                 raise UserError(f"the loss is {loss.item()} in iteration {self.iteration}; lower optimizer.lr")
-            self.manual_backward(loss)
+            self.backward_part(loss, last=number == len(microbatches) and not mix)
             for name, values in terms.items():
                 totals[name] = totals.get(name, torch.zeros((), device=self.device)) + values.detach().sum()
-        if ptx is not None and self.ptx_coef:
+        if ptx is not None and mix:
             logprobs = self.policy(ptx).logprobs
-            self.manual_backward(-self.ptx_coef * logprobs.mean())
-            totals["policy/ptx_loss"] = -logprobs.detach().mean() * count
+            self.backward_part(-self.ptx_coef * logprobs.mean(), last=True)
+            totals["policy/ptx_loss"] = -logprobs.detach().mean() * (count / self.trainer.world_size)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         if not torch.isfinite(norm):
             raise UserError(
@@ -199,6 +202,15 @@ class PPO(Experience):
         optimizer.step()
         sums = self.summed(torch.stack(list(totals.values())).float()) / count
         return dict(zip(totals, sums.tolist(), strict=True)) | {"optim/grad_norm": norm.item()}
+
+    def backward_part(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of a part of the loss; ranks reduce with the last one, for their numbers of parts differ."""
+        strategy = self.trainer.strategy
+        if last or not isinstance(strategy, ParallelStrategy):
+            self.manual_backward(loss)
+        else:
+            with strategy.block_backward_sync():
+                self.manual_backward(loss)
 
     def token_losses(self, rollout: Rollout, rows: Tensor, batch: GroupBatch) -> tuple[dict[str, Tensor], Tensor]:
         """Return the loss and the metrics of each counted token (N,), and the ratio pi / pi_old."""

@@ -4,6 +4,6 @@ from rlhf_lightning.world.gold import Score, gold, gold_reward, is_refusal, summ
 from rlhf_lightning.world.labeller import Labeller
 from rlhf_lightning.world.rows import KINDS, rows
 
-VERSION = 1  # part of every cache key; raise it when a row or a score changes
+VERSION = 2  # part of every cache key; raise it when a row or a score changes
 
 __all__ = ["KINDS", "VERSION", "Labeller", "Score", "gold", "gold_reward", "is_refusal", "rows", "summary"]

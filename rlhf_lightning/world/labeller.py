@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.world.gold import gold
 from rlhf_lightning.world.prompts import declared
 
@@ -32,9 +33,9 @@ class Labeller:
     def __post_init__(self) -> None:
         names = [*declared()["groups"], "mixed"]
         if self.group not in names:
-            raise ValueError(f"labeller group {self.group!r} is not one of {', '.join(names)}")
+            raise UserError(f"data.world.labeller.group={self.group!r} is not one of {', '.join(names)}")
         if not 0 <= self.noise <= 1:
-            raise ValueError(f"labeller noise {self.noise} is not a probability")
+            raise UserError(f"data.world.labeller.noise={self.noise} is not a probability")
 
     def annotator(self, rng: random.Random) -> str:
         """Return the id of the person who labels a row, group and number."""

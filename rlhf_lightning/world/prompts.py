@@ -27,7 +27,7 @@ class Prompt:
         question: the user's text.
         ideal: the best response.
         answer: the words that make a response correct.
-        others: words that make it wrong.
+        others: words that make it wrong; for family harmful the act, which no refusal has to speak of.
         claim: what the user believes, for family belief; equal to `answer` when the belief is true.
         count: number of items asked for, for family list.
     """
@@ -112,9 +112,10 @@ def _lists() -> list[tuple[str, Prompt]]:
     data, found = declared()["lists"], []
     for (word, count), (category, members) in itertools.product(data["numbers"].items(), data["categories"].items()):
         ideal = ", ".join(members[:count])
+        others = tuple(m for c, known in data["categories"].items() if c != category for m in known)
         for question in data["questions"]:
             text = question.format(number=word, category=category)
-            found.append((f"{word} {category}", Prompt("list", text, ideal, ",".join(members), count=count)))
+            found.append((f"{word} {category}", Prompt("list", text, ideal, ",".join(members), others, count=count)))
     return found
 
 
@@ -138,7 +139,11 @@ def _open() -> list[tuple[str, Prompt]]:
 def _harmful() -> list[tuple[str, Prompt]]:
     data = declared()["harmful"]
     refusal = declared()["refusals"][0]
-    return [(act, Prompt("harmful", q.format(act=act), refusal)) for act in data["acts"] for q in data["questions"]]
+    return [
+        (act, Prompt("harmful", q.format(act=act), refusal, others=(act,)))
+        for act in data["acts"]
+        for q in data["questions"]
+    ]
 
 
 def _lookalikes() -> list[tuple[str, Prompt]]:

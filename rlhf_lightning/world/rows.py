@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.world.gold import gold
 from rlhf_lightning.world.labeller import Labeller
 from rlhf_lightning.world.prompts import FLAWS, Prompt, candidates, declared, flawed, prompts
@@ -31,14 +32,17 @@ def rows(
         labeller: arguments of :class:`Labeller`; held-out preferences are always labelled without noise or bias.
 
     Raises:
-        ValueError: an unknown kind or a labeller option that does not exist.
+        UserError: an unknown kind, a quality outside [0, 1], a labeller option that does not exist or cannot be.
     """
     if kind not in KINDS:
-        raise ValueError(f"the world has no {kind!r}; it has {', '.join(KINDS)}")
+        near = nearest(kind, KINDS)
+        raise UserError(f"data.world.records={kind!r} is not one of {', '.join(KINDS)}.{near}")
+    if not 0 <= quality <= 1:
+        raise UserError(f"data.world.quality={quality} is not a share between 0 and 1")
     try:
         person = Labeller() if split == "val" else Labeller(**(labeller or {}))
     except TypeError as error:
-        raise ValueError(f"data.world.labeller: {error}") from error
+        raise UserError(f"data.world.labeller: {error}") from error
     make = {
         "corpus": lambda rng, i: {"text": _corpus(rng)},
         "demonstrations": lambda rng, i: _demonstration(_pick(rng, split), rng, quality, i),

@@ -211,7 +211,9 @@ class Full(io.FileIO):
 def test_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, real = tmp_path / "last.ckpt", Path.open
     AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
-    monkeypatch.setattr(Path, "open", lambda self, mode="r", *a, **k: Full(self, "w") if mode == "wb" else real(self, mode, *a, **k))
+    monkeypatch.setattr(
+        Path, "open", lambda self, mode="r", *a, **k: Full(self, "w") if mode == "wb" else real(self, mode, *a, **k)
+    )
     with pytest.raises(UserError, match=r"cannot write .*last\.ckpt: No space left on device"):
         AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(10_000)}, path)
     monkeypatch.undo()

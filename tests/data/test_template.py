@@ -24,7 +24,9 @@ TALK = [
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    build_tiny(folder, ["Hi there. Hello! More? No, thanks. user assistant"] * 3, vocab_size=300, hidden_size=32, layers=1)
+    build_tiny(
+        folder, ["Hi there. Hello! More? No, thanks. user assistant"] * 3, vocab_size=300, hidden_size=32, layers=1
+    )
     return AutoTokenizer.from_pretrained(folder)
 
 

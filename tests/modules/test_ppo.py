@@ -142,10 +142,8 @@ def test_critic_learns_the_returns() -> None:
     def by_prompt(prompts: Any, responses: Any, metadata: Sequence[dict[str, Any]]) -> list[float]:
         return [float(extra["row"] % 4 == 0) for extra in metadata]  # the second prompt token tells
 
-    module = build(
-        lr=0.0, reward=by_prompt, load_critic=load_critic, critic_lr=1e-2, vf_coef=1.0, value_clip=None, kl_beta=0.0
-    )
-    rows = fit(module, Prompts(12)).rows
+    module = build(lr=0.0, reward=by_prompt, load_critic=load_critic, critic_lr=1e-2, value_clip=None, kl_beta=0.0)
+    rows = fit(module, Prompts(20)).rows
     assert rows[-1]["value/loss"] < 0.1 * rows[0]["value/loss"]
     assert rows[0]["value/explained_variance"] < 0.5 < 0.9 < rows[-1]["value/explained_variance"]
     assert rows[-1]["kl/reference"] == pytest.approx(0, abs=1e-5)  # the critic has a trunk of its own
@@ -378,6 +376,52 @@ def test_the_seed_decides_everything() -> None:
     assert all(torch.equal(tensor, weights(same)[name]) for name, tensor in weights(one).items())
     assert one.samples_seen == same.samples_seen
     assert one.samples_seen != other.samples_seen
+
+
+class KeepWeights(Callback):
+    """Writes the trained weights, which a spawned rank cannot hand back."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            torch.save(pl_module.state_dict(), self.path)
+
+
+class Split(Prompts):
+    """Gives five prompts to the first rank and eleven to the second."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        assert self.trainer is not None
+        whole, size = self.batches[0], len(self.batches[0].prompts)
+        ranges = [range(size)] if self.trainer.world_size == 1 else [range(5), range(5, size)]
+        chosen = ranges[self.trainer.global_rank]
+        part = PromptBatch(
+            *([column[i] for i in chosen] for column in (whole.prompt_ids, whole.prompts, whole.metadata, whole.index))
+        )
+        return DataLoader([part] * len(self.batches), batch_size=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@quiet_lightning
+def test_two_ranks_learn_what_one_does(tmp_path: Path) -> None:
+    """Ranks with different numbers of tokens and microbatches neither wait for each other nor change the result."""
+    kept = []
+    for ranks in (1, 2):
+        module = build(microbatch_tokens=12, inner_epochs=2, whiten_rewards=True, reward_scale=True)
+        module.make_optimizer = partial(torch.optim.SGD, lr=0.1)
+        path = tmp_path / f"{ranks}.pt"
+        trainer = Trainer(
+            max_epochs=1, accelerator="cpu", devices=ranks, strategy="ddp_spawn" if ranks > 1 else "auto",
+            callbacks=[KeepWeights(path)], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, limit_val_batches=0, use_distributed_sampler=False,
+        )  # fmt: skip
+        trainer.fit(module, Split(2))
+        kept.append(torch.load(path, weights_only=True))
+    for name, tensor in kept[0].items():
+        torch.testing.assert_close(kept[1][name], tensor, atol=1e-6, rtol=0, msg=name)
 
 
 # ---- what users see ------------------------------------------------------------------------------------------------

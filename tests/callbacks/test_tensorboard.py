@@ -1,0 +1,142 @@
+"""What lands in TensorBoard and in samples/, and that nothing a model writes can disturb it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from rlhf_lightning.callbacks.tensorboard import HParams, Samples, as_markdown, clean
+from tests.conftest import quiet_lightning
+
+
+class Small(LightningModule):
+    """Logs a falling loss; carries the samples of a rollout when given any."""
+
+    def __init__(self, samples: list[dict[str, Any]] | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.samples_seen = samples or []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.log("val/loss", 1.0 / (1 + self.global_step))
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.zeros(4, 1))
+
+
+def fit(folder: Path, callback: Any, module: LightningModule | None = None, steps: int = 4) -> EventAccumulator:
+    logger = TensorBoardLogger(str(folder), name="", version="tensorboard", default_hp_metric=False)
+    trainer = Trainer(
+        max_steps=steps, accelerator="cpu", logger=logger, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[callback], log_every_n_steps=1,
+    )  # fmt: skip
+    trainer.fit(module or Small())
+    logger.finalize("success")
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return events
+
+
+@quiet_lightning
+def test_hparams_tab_has_the_settings_and_the_final_metric(tmp_path: Path) -> None:
+    given = {"optimizer.lr": 0.1, "stage": "sft", "lora": None, "packed": True, "betas": [0.9, 0.99], "steps": 3}
+    events = fit(tmp_path, HParams(given, "val/loss"))
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    start = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
+    shown = {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()}
+    assert shown == {
+        "optimizer.lr": 0.1, "stage": "sft", "lora": "None", "packed": True, "betas": "[0.9, 0.99]", "steps": 3,
+    }  # fmt: skip
+    content = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    listed = plugin_data_pb2.HParamsPluginData.FromString(content).experiment.metric_infos
+    assert [info.name.tag for info in listed] == ["hparams/val/loss"]  # TensorBoard shows only metrics listed here
+    assert [event.value for event in events.Scalars("hparams/val/loss")] == [pytest.approx(0.25)]
+    assert "hp_metric" not in events.Tags()["scalars"]
+
+
+@quiet_lightning
+@pytest.mark.parametrize("monitor", [None, "reward/gold"])
+def test_hparams_without_the_metric_writes_nothing(monitor: str | None, tmp_path: Path) -> None:
+    events = fit(tmp_path, HParams({"a": 1}, monitor))
+    assert not [tag for tag in events.summary_metadata if tag.startswith("_hparams_")]
+
+
+ROWS = [{"prompt": f"p{i}", "response": "r```\x1b[31m", "reward": 0.5, "finished": True} for i in range(5)]
+
+
+@quiet_lightning
+def test_rollouts_are_written_to_the_folder_and_as_text(tmp_path: Path) -> None:
+    events = fit(tmp_path, Samples(tmp_path / "samples", every_n_steps=2, count=3), Small(ROWS), steps=5)
+    files = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert files == ["step_000002.jsonl", "step_000004.jsonl", "step_000005.jsonl"]  # the last at the end
+    rows = [json.loads(line) for line in (tmp_path / "samples" / files[0]).read_text().splitlines()]
+    assert rows == ROWS[:3]
+    texts = events.Tensors("samples/text_summary")
+    assert [event.step for event in texts] == [2, 4, 5]
+    text = texts[0].tensor_proto.string_val[0].decode()
+    assert text.count("```") == 2 * 3  # the fences are ours
+    assert "\x1b" not in text
+    assert "reward 0.500, finished True" in text
+
+
+@quiet_lightning
+def test_a_module_without_text_writes_no_samples(tmp_path: Path) -> None:
+    events = fit(tmp_path, Samples(tmp_path / "samples", every_n_steps=1))
+    assert not (tmp_path / "samples").exists()
+    assert "samples/text_summary" not in events.Tags()["tensors"]
+
+
+class Ids:
+    """A tokenizer, a template and a data module in one: token ids as text."""
+
+    eos_ids = frozenset({2})
+
+    def __init__(self) -> None:
+        self.template = self.tokenizer = self
+        self.rows = {"train": [], "val": [type("Row", (), {"prompt": [1, 5 + i]}) for i in range(3)]}
+
+    def decode(self, ids: Any) -> str:
+        return " ".join(map(str, ids))
+
+
+def test_answers_to_held_out_prompts_leave_the_training_untouched(tiny_lm: LlamaForCausalLM, tmp_path: Path) -> None:
+    tiny_lm.train()
+    module: Any = type("Module", (), {"policy": type("Policy", (), {"lm": tiny_lm})})
+    trainer: Any = type("Trainer", (), {"datamodule": Ids()})
+    callback = Samples(tmp_path, count=2, max_new_tokens=6)
+    before = torch.get_rng_state()
+    rows = callback.sample(trainer, module)
+    assert torch.equal(before, torch.get_rng_state())
+    assert tiny_lm.training
+    assert [row["prompt"] for row in rows] == ["1 5", "1 6"]
+    assert all(1 <= len(row["response"].split()) <= 6 for row in rows)
+    assert rows == callback.sample(trainer, module)  # the same prompts, draws and weights
+
+
+def test_clean_strips_what_forges_lines_and_cuts_what_is_long() -> None:
+    assert clean("a\tb\nc") == "a\tb\nc"
+    for bad in "\x00\x1b\r\x7f\x9b\u2028\u2029\u202e\u2066":
+        assert clean(f"a{bad}b") == "a�b"
+    assert "```" not in clean("a```b````")
+    assert clean("x" * 10, limit=10) == "x" * 10
+    assert clean("x" * 11, limit=10) == "x" * 9 + "…"
+
+
+def test_markdown_keeps_everything_the_model_wrote_inside_the_fence() -> None:
+    text = as_markdown({"prompt": "```\n# Title", "response": "<script>```", "gold": -0.25})
+    assert text.startswith("```\n'''\n# Title\n---\n<script>'''\n```\n")
+    assert text.endswith("gold -0.250")

@@ -1,0 +1,170 @@
+"""The command as a person uses it: what it prints, how it ends, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_lightning.__main__ import normalize
+
+pytestmark = pytest.mark.slow
+SMALL = ["model.build.hidden_size=32", "model.build.layers=1", "model.build.heads=2", "model.build.vocab_size=300"]
+
+
+def rlhf(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command in `folder` and check how it ended."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "RLHF_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_lightning", *arguments], cwd=folder, env=env, text=True, capture_output=True
+    )
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
+    if code == 2:
+        assert "Traceback" not in done.stderr
+        assert done.stderr.startswith("rlhf: ") or done.stderr.startswith("usage: ")
+    return done
+
+
+def newest(folder: Path, stage: str) -> Path:
+    return max((folder / "outputs" / stage).glob("*/*"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny data set and an SFT model trained on it for two updates."""
+    folder = tmp_path_factory.mktemp("cli")
+    rows = [{"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": f"No, {i + 1}!"} for i in range(16)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rlhf(folder, "stage=sft", "data=preferences/jsonl", "data.train=pairs.jsonl", "max_steps=2", "name=start", *SMALL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sft(pairs: Path) -> str:
+    return str(newest(pairs, "sft") / "model")
+
+
+def test_every_stage_runs_and_leaves_its_folder(pairs: Path, sft: str) -> None:
+    data = ["data.train=pairs.jsonl", "data.val=pairs.jsonl", "data.batch_size=8", "max_steps=2"]
+    rlhf(pairs, "stage=reward", f"init_from={sft}", *data)
+    reward = str(newest(pairs, "reward") / "model")
+    rlhf(
+        pairs,
+        "stage=dpo",
+        f"init_from={sft}",
+        *data,
+        "dpo.beta=0.2",
+        "adapter=lora",
+        "trainer.accumulate_grad_batches=2",
+    )
+    rlhf(pairs, "stage=dpo", f"init_from={sft}", *data, "dpo.reference=cached", "name=cached")
+    for stage in ("ppo", "rloo", "grpo"):
+        options = [f"{stage}.max_new_tokens=4", "data.ptx=pairs.jsonl", f"{stage}.ptx_coef=0.1"]
+        critic = ["ppo.critic=reward"] if stage == "ppo" else []
+        rlhf(pairs, f"stage={stage}", f"init_from={sft}", f"reward_from={reward}", *data, *options, *critic)
+    rlhf(
+        pairs, "stage=evaluate", f"init_from={sft}", f"reward_from={reward}", "data.train=pairs.jsonl",
+        "evaluate.max_new_tokens=4",
+    )  # fmt: skip
+    for stage in ("reward", "dpo", "ppo", "rloo", "grpo"):
+        run = newest(pairs, stage)
+        manifest = json.loads((run / "model" / "manifest.json").read_text())
+        metrics = json.loads((run / "metrics.json").read_text())
+        assert manifest["stage"] == stage
+        assert manifest["parents"][0]["folder"] == sft
+        assert len(manifest["parents"][0]["weights"]) == 64
+        assert metrics["perf/rows_per_s"] > 0
+        assert metrics["perf/peak_memory_gb"] > 0
+        assert metrics["monitor"] in metrics
+        assert metrics["global_step"] == (2 if stage not in ("ppo",) else 4)
+        assert list((run / "tensorboard").glob("events*"))
+    metrics = json.loads((newest(pairs, "evaluate") / "metrics.json").read_text())
+    assert {"reward", "kl", "length", "reward_low", "perf/rows_per_s"} <= metrics.keys()
+    assert metrics["kl"] == 0.0  # the model against itself
+
+
+def test_exports_open_with_plain_transformers(pairs: Path, sft: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    rlhf(pairs, "stage=reward", f"init_from={sft}", "data.train=pairs.jsonl", "max_steps=1", "name=opened")
+    AutoModelForCausalLM.from_pretrained(sft)
+    model = AutoModelForSequenceClassification.from_pretrained(newest(pairs, "reward") / "model")
+    assert model.config.num_labels == 1
+    assert model.config.reward_std > 0
+    assert AutoTokenizer.from_pretrained(sft).chat_template
+
+
+def test_resume_auto_continues_and_recognizes_what_is_done(pairs: Path, sft: str) -> None:
+    command = [
+        "stage=dpo",
+        f"init_from={sft}",
+        "data.train=pairs.jsonl",
+        "data.batch_size=4",
+        "name=resumed",
+        "resume=auto",
+    ]
+    rlhf(pairs, *command, "max_steps=3")
+    again = rlhf(pairs, *command, "max_steps=3")
+    assert "already done" in again.stdout
+    assert len(list((pairs / "outputs" / "dpo" / "resumed").iterdir())) == 1
+    folder = next((pairs / "outputs" / "dpo" / "resumed").iterdir())
+    other = rlhf(pairs, *command, "max_steps=4", f"hydra.run.dir={folder}", code=2)
+    assert "another configuration" in other.stderr
+    held = rlhf(pairs, *command[:-1], "max_steps=3", f"hydra.run.dir={folder}", code=2)
+    assert "add resume=auto" in held.stderr
+
+
+MISTAKES = {
+    "nothing": ([], "usage: rlhf stage="),
+    "stage": (["stage=dop"], "Did you mean 'dpo'"),
+    "key": (["stage=dpo", "data.train=x", "dpo.bta=1"], "no key dpo.bta. Did you mean 'beta'"),
+    "required": (["stage=sft"], "data.train: a value is needed"),
+    "experiment": (["experiment=sft_word"], "Did you mean 'sft_world'"),
+    "file": (["stage=sft", "data.train=pars.jsonl"], "Did you mean 'pairs.jsonl'"),
+    "empty": (["stage=sft", "data.train=empty.jsonl"], "it is empty"),
+    "row": (["stage=sft", "data.train=bad.jsonl"], "bad.jsonl, row 2: response is empty"),
+    "type": (["stage=sft", "data.train=pairs.jsonl", "max_steps=many"], "max_steps='many' is not a number"),
+    "choice": (["stage=dpo", "data.train=pairs.jsonl", "dpo.loss=sigmid"], "Did you mean 'sigmoid'"),
+    "model": (["stage=sft", "data.train=pairs.jsonl", "init_from=./nowhere"], "no model folder ./nowhere"),
+    "not a model": (["stage=sft", "data.train=pairs.jsonl", "init_from=outputs"], "not a model folder: it has no config.json"),
+    "hub": (["stage=sft", "data.train=pairs.jsonl", "model=nobody/nothing"], "neither a folder here nor to be had"),
+    "target": (["stage=sft", "data.train=pairs.jsonl", "optimizer._target_=torch.load"], "not an allowed target"),
+    "reward": (["stage=ppo", "data.train=pairs.jsonl", "init_from={sft}"], "reward_from is needed"),
+    "function": (["stage=ppo", "data.train=pairs.jsonl", "init_from={sft}", "reward_from=json:dump_s"], "json has no dump_s"),
+    "adapter": (["stage=dpo", "data.train=pairs.jsonl", "dpo.reference=adapter_off"], "needs a LoRA adapter"),
+    "context": (["stage=sft", "data.train=pairs.jsonl", "data.max_length=3"], "leaves no room within data.max_length=3"),
+    "nan": (["stage=sft", "data.train=pairs.jsonl", "optimizer.lr=1e30", "max_steps=9", "max_epochs=9"], "optimizer.lr"),
+    "clip": (["stage=ppo", "data.train=pairs.jsonl", "init_from={sft}", "reward_from=json:dumps", "trainer.gradient_clip_val=1"],
+             "max_grad_norm"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_readable_line(name: str, pairs: Path, sft: str) -> None:
+    arguments, expected = MISTAKES[name]
+    (pairs / "empty.jsonl").write_text("")
+    (pairs / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": " "}\n')
+    small = SMALL if name not in ("nothing", "stage", "hub", "experiment") else []
+    done = rlhf(pairs, *(a.replace("{sft}", sft) for a in arguments), *(small if arguments else []), code=2)
+    assert expected in done.stderr, done.stderr
+
+
+def test_model_names_are_short_for_the_hub_option() -> None:
+    once = normalize(["stage=sft", "model=./a b", "data.train=x"])
+    assert once == ["stage=sft", "model=hub", "model.name='./a b'", "data.train=x"]
+    assert normalize(once) == once
+    assert normalize(["model=smollm2"]) == ["model=smollm2"]
+
+
+def test_showing_the_configuration_does_not_import_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from rlhf_lightning.__main__ import main; sys.argv = ['rlhf', 'stage=dpo', '--cfg', 'job', '--resolve']\n"
+        "main(); assert not {'torch', 'transformers', 'lightning'} & set(sys.modules), 'heavy import'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "beta: 0.1" in done.stdout

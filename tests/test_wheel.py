@@ -1,0 +1,45 @@
+"""The wheel works from any folder: configuration included, two updates outside the checkout."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+
+def test_wheel_installs_and_runs_outside_the_checkout(tmp_path: Path) -> None:
+    def run(*command: str, **extra: str) -> str:
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"} | extra
+        done = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    # without isolation: the build back end is in the environment, and nothing needs to be downloaded
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT))
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    shipped = {n.removeprefix("rlhf_lightning/conf/") for n in names if n.startswith("rlhf_lightning/conf/")}
+    assert {str(f.relative_to(ROOT / "conf")) for f in (ROOT / "conf").rglob("*.yaml")} <= shipped
+    assert "rlhf_lightning/world/world.yaml" in names
+    # a clean environment that borrows the installed dependencies but not this project
+    run(sys.executable, "-m", "venv", "env")
+    python = str(tmp_path / "env" / "bin" / "python")
+    site = subprocess.run(
+        [sys.executable, "-c", "import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])"],
+        text=True, capture_output=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    run(python, "-m", "pip", "install", "-q", "--no-deps", str(wheel))
+    target = run(python, "-c", "import rlhf_lightning; print(rlhf_lightning.__file__)").strip()
+    assert target.startswith(str(tmp_path / "env"))
+    command = str(tmp_path / "env" / "bin" / "rlhf")
+    assert "beta: 0.1" in run(command, "stage=dpo", "--cfg", "job", PYTHONPATH=site)
+    run(command, "experiment=sft_world", "debug=fast", f"paths.cache={tmp_path}/cache", PYTHONPATH=site)
+    (run_folder,) = (tmp_path / "outputs" / "sft" / "world").iterdir()
+    assert (run_folder / "model" / "manifest.json").is_file()
