@@ -178,7 +178,7 @@ def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, ch
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Stop) and callback.received is not None:
             raise KeyboardInterrupt(128 + callback.received)
-    if "val" in data.rows and getattr(module, "validated_at", -1) != trainer.global_step:  # type: ignore[attr-defined]
+    if "val" in data.rows and module.validated_at != trainer.global_step:  # type: ignore[attr-defined]
         kept = dict(trainer.callback_metrics)
         trainer.validate(module, data, verbose=False)
         trainer.callback_metrics.update({k: v for k, v in kept.items() if k not in trainer.callback_metrics})

@@ -41,6 +41,7 @@ class StageModule(LightningModule):
         self.load, self.make_optimizer, self.make_schedule = load, optimizer, schedule
         self.lora = lora
         self.layout: Layout = "packed"
+        self.validated_at = -1  # the update after which validation last ran
         self._sums: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
 
     def build(self) -> Any:
@@ -110,6 +111,8 @@ class StageModule(LightningModule):
     def flush(self, split: str) -> dict[str, float]:
         """Log and return the means of `split` over all ranks, and start anew."""
         held = self._sums.pop(split, {})
+        if split == "val":
+            self.validated_at = self.trainer.global_step
         if not held:
             return {}
         table = torch.stack([torch.stack(pair) for pair in held.values()]).to(self.device)

@@ -75,9 +75,10 @@ def test_every_row_reads_as_a_record() -> None:
         for row in rows(kind, 200):
             record = preference(row)
             assert row["annotator"]
+            best = row["chosen"] if kind == "preferences" else row["responses"][row["ranking"].index(0)]
+            assert record.responses[0] == best
             assert len(record.ranks) == len(record.responses) >= 2
             assert min(record.ranks) == 0 < max(record.ranks)
-            assert record.responses[0] == row.get("chosen", row.get("responses", [""])[row.get("ranking", [0]).index(0)])
     for row in rows("prompts", 200):
         assert prompt(row).metadata["ideal"] == row["ideal"]
     for row in rows("corpus", 50):
