@@ -78,6 +78,15 @@ def test_write_json_replaces_whole_and_leaves_nothing_behind(tmp_path: Path) -> 
     assert names(path.parent) == ["metrics.json"]
 
 
+def test_the_old_file_is_swapped_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    artifacts.write_json(path, {"run": 1})
+    with path.open() as reader:
+        artifacts.write_json(path, {"run": 2})
+        assert json.load(reader) == {"run": 1}  # at no moment does the name hold half a file
+    assert artifacts.read_json(path) == {"run": 2}
+
+
 def test_a_failed_write_keeps_the_last_good_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.json"
     artifacts.write_json(path, {"good": 1})

@@ -1,0 +1,118 @@
+"""What comes before learning: shaped scores, the reference, samples, validation, and the state of a run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from rlhf_lightning.errors import UserError
+from tests.conftest import quiet_lightning
+from tests.modules.bandit import (
+    Prompts,
+    attached,
+    build,
+    fit,
+    load,
+    two_responses,
+    weights,
+)
+
+
+@quiet_lightning
+def test_scores_are_scaled_then_clipped_then_penalized() -> None:
+    module = attached(missing_eos_penalty=0.25, reward_clip=1.0, reward_scale=True)
+    rollout = two_responses(module)
+    shaped = module.shaped_scores(rollout)  # deviation of (1, -2) is 1.5
+    assert shaped.tolist() == pytest.approx([1 / 1.5, -1.0 - 0.25])
+    assert module.reward_moments == [2.0, -1.0, 5.0]
+    module.shaped_scores(rollout)
+    assert module.reward_moments == [4.0, -2.0, 10.0]
+
+
+@quiet_lightning
+def test_reference_is_the_start_and_outside_of_the_state() -> None:
+    module = build()
+    fit(module, Prompts(3))
+    start = load().state_dict()
+    assert module.reference is not None
+    for name, tensor in module.reference.model.lm.state_dict().items():
+        assert torch.equal(tensor, start[name]), name
+    assert not [name for name in module.state_dict() if "reference" in name]
+    assert not torch.equal(module.policy.lm.state_dict()["model.norm.weight"], start["model.norm.weight"])
+
+
+@quiet_lightning
+def test_adapter_off_is_the_reference() -> None:
+    module = build(lora={"r": 4, "alpha": 8}, lr=5e-2)
+    rows = fit(module, Prompts(4)).rows
+    assert module.reference is None
+    assert rows[0]["kl/reference"] == pytest.approx(0, abs=1e-5)
+    assert rows[-1]["kl/reference"] > 1e-3
+    start = load().state_dict()
+    for name, tensor in module.policy.lm.state_dict().items():  # type: ignore[union-attr]
+        if "lora" not in name:
+            assert torch.equal(tensor, start[name.replace("base_model.model.", "").replace(".base_layer", "")]), name
+    assert type(module.export_model()) is LlamaForCausalLM
+
+
+@quiet_lightning
+def test_checkpoint_carries_what_is_not_a_weight(tmp_path: Path) -> None:
+    module = build(kl_target=1e-4, kl_horizon=32, reward_scale=True)
+    fit(module, Prompts(3))
+    held: dict[str, Any] = {}
+    module.on_save_checkpoint(held)
+    torch.save(held, tmp_path / "extra.ckpt")
+    fresh = build(kl_target=1e-4)
+    fresh.on_load_checkpoint(torch.load(tmp_path / "extra.ckpt", weights_only=True))
+    assert (fresh.iteration, fresh.episodes) == (3, 48)
+    assert fresh.kl.beta == module.kl.beta != 0.05
+    assert fresh.reward_moments == module.reward_moments
+
+
+@quiet_lightning
+def test_the_seed_decides_everything() -> None:
+    one, same, other = build(seed=1), build(seed=1), build(seed=2)
+    for number, module in enumerate((one, same, other)):
+        torch.manual_seed(number)
+        fit(module, Prompts(2))
+    assert all(torch.equal(tensor, weights(same)[name]) for name, tensor in weights(one).items())
+    assert one.samples_seen == same.samples_seen
+    assert one.samples_seen != other.samples_seen
+
+
+@quiet_lightning
+def test_samples_and_gold_are_kept() -> None:
+    seen: list[dict[str, Any]] = []
+
+    def gold(prompts: Any, responses: Any, metadata: Any) -> list[float]:
+        seen.extend(metadata)
+        return [float(len(text.split())) for text in responses]
+
+    module = build(gold=gold, samples=2)
+    row = fit(module, Prompts(1, size=3)).rows[0]
+    assert len(module.samples_seen) == 6
+    assert set(module.samples_seen[0]) == {"prompt", "response", "reward", "finished", "gold"}
+    assert row["reward/gold"] == pytest.approx(sum(s["gold"] for s in module.samples_seen) / 6)
+    assert [m["row"] for m in seen] == [0, 0, 1, 1, 2, 2]
+    assert {m["finished"] for m in seen} <= {True, False}
+
+
+@quiet_lightning
+def test_validation_reports_means_over_the_held_out_prompts() -> None:
+    module = build()
+    found = fit(module, Prompts(2, val=True)).validation
+    assert set(found) == {"val/reward", "val/kl", "val/length", "val/ended_with_eos"}
+    assert found["val/reward"] == pytest.approx(sum(s["reward"] for s in module.samples_seen) / 16)
+    assert 1 <= found["val/length"] <= 4
+    assert module.iteration == 2  # validation is no iteration
+
+
+@quiet_lightning
+def test_bad_reward_stops_with_the_response() -> None:
+    with pytest.raises(UserError, match="the reward is nan for the response"):
+        fit(build(reward=lambda prompts, responses, metadata: [math.nan] * len(prompts)), Prompts(1))
