@@ -55,11 +55,19 @@ def test_a_rewarded_token_becomes_likely(options: dict[str, Any], seed: int) -> 
     assert rows[-1]["kl/reference"] > 0.5  # and it is far from where it started
 
 
+@pytest.mark.parametrize("place", ["reward", "loss"])
 @quiet_lightning
-def test_kl_penalty_holds_the_policy_back() -> None:
-    free, held = (fit(build(kl_beta=beta, kl_estimator="k3"), Prompts(12)).rows[-1] for beta in (0.0, 1.0))
+def test_kl_penalty_holds_the_policy_back(place: str) -> None:
+    options = {"kl_in": place, "kl_estimator": "k3"}
+    free, held = (fit(build(kl_beta=beta, **options), Prompts(12)).rows[-1] for beta in (0.0, 1.0))
     assert held["kl/reference"] < 0.5 * free["kl/reference"]
     assert held["reward/total"] <= held["reward/proxy"]
+
+
+@quiet_lightning
+def test_entropy_bonus_keeps_the_policy_open() -> None:
+    closed, opened = (fit(build(entropy_coef=coef), Prompts(12)).rows[-1] for coef in (0.0, 1.0))
+    assert opened["policy/entropy"] > closed["policy/entropy"] + 0.3
 
 
 @quiet_lightning
