@@ -148,6 +148,7 @@ def write_model(folder: str | Path, model: Any, tokenizer: Any, manifest: dict[s
             }
             (temporary / MANIFEST).write_text(json.dumps(complete, indent=2, default=str) + "\n", encoding="utf-8")
             for file in temporary.iterdir():
+                file.chmod(0o644)  # safetensors makes files only their owner can read
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
             temporary.chmod(0o755)
