@@ -169,6 +169,42 @@ def parent_entry(role: str, folder: str) -> dict[str, Any]:
     return {"role": role, "folder": str(folder), "weights": weights}
 
 
+def find_run(run: Path, stage: str, resume: str | None, digest: str) -> tuple[Path, Path | None, dict[str, Any] | None]:
+    """Return the run folder, the checkpoint to resume from, and the metrics when the run is already finished.
+
+    With resume=auto it is this folder, or the newest sibling of the same configuration.
+    """
+    started = read_json(run / "run.json")
+    if resume is None:
+        if started:
+            raise UserError(f"{run} already holds a run; add resume=auto to continue it, or choose another folder")
+        write_json(run / "run.json", {"fingerprint": digest, "stage": stage})
+        return run, None, None
+    if resume != "auto":
+        path = Path(resume)
+        path = path if path.suffix == ".ckpt" else path / "checkpoints" / "last.ckpt"
+        if not path.is_file():
+            raise UserError(f"resume={resume}: there is no checkpoint {path}; use resume=auto or a run folder")
+        write_json(run / "run.json", {"fingerprint": digest, "stage": stage})
+        return run, path, None
+    if started and started["fingerprint"] != digest:
+        raise UserError(
+            f"{run} was started with another configuration or other models; choose another folder to start anew"
+        )
+    for folder in [run, *sorted((p for p in run.parent.iterdir() if p != run), reverse=True)]:
+        found = read_json(folder / "run.json") if folder.is_dir() else None
+        if not found or found["fingerprint"] != digest:
+            continue
+        if folder != run and not started:
+            shutil.rmtree(run, ignore_errors=True)  # the folder made for this start, still empty
+        checkpoint = folder / "checkpoints" / "last.ckpt"
+        done = (folder / "model" / MANIFEST).is_file() or stage == "evaluate"
+        metrics = read_json(folder / "metrics.json") if done else None
+        return folder, checkpoint if checkpoint.is_file() else None, metrics
+    write_json(run / "run.json", {"fingerprint": digest, "stage": stage})
+    return run, None, None
+
+
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:

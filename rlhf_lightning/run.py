@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import signal
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -16,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities import disable_possible_user_warnings, rank_zero_only
 from omegaconf import DictConfig, open_dict
 from rich.console import Console
@@ -26,6 +24,7 @@ from transformers.utils import logging as hf_logging
 from rlhf_lightning import artifacts, config
 from rlhf_lightning.callbacks.checkpoints import AtomicCheckpointIO
 from rlhf_lightning.callbacks.progress import LineProgress, progress_bar
+from rlhf_lightning.callbacks.stop import Stop
 from rlhf_lightning.callbacks.tensorboard import HParams
 from rlhf_lightning.callbacks.throughput import Throughput
 from rlhf_lightning.data.sources import read_source
@@ -47,26 +46,39 @@ def run_stage(cfg: DictConfig) -> float | None:
         "config": config.identity(cfg),
         "parents": [artifacts.parent_entry(*p)["weights"] for p in parents(cfg)],
     }
-    run, checkpoint, finished = find_run(cfg, run, artifacts.fingerprint(identity))
+    run, checkpoint, finished = artifacts.find_run(
+        run, cfg.stage, cfg.resume and str(cfg.resume), artifacts.fingerprint(identity)
+    )
     if finished is not None:
         console.print(f"already done: {run}")
         return finished.get(cfg.monitor)
     with open_dict(cfg):
         cfg.paths.run = str(run)
     seed_everything(cfg.seed, workers=False, verbose=False)
+    allow = list(cfg.allow_targets)
     if cfg.stage == "evaluate":
         from rlhf_lightning.evaluation.stage import run_evaluate
 
-        return run_evaluate(cfg, run, start)
+        return run_evaluate(*evaluated(cfg, run, start), partial(config.instantiate, cfg.data, "data", allow))
     folder = start or build_start(cfg, run)
     tokenizer = load_tokenizer(folder)
-    data = config.instantiate(cfg.data, "data", list(cfg.allow_targets), tokenizer=tokenizer)
+    data = config.instantiate(cfg.data, "data", allow, tokenizer=tokenizer)
     data.setup("fit")
     module = build_module(cfg, folder)
     throughput, trainer = build_trainer(cfg)
     announce(cfg, run, folder, data, checkpoint)
     fit(trainer, module, data, checkpoint)
     return finish(cfg, run, folder, identity, trainer, module, data, throughput)
+
+
+def evaluated(cfg: DictConfig, run: Path, start: str | None) -> tuple[dict[str, Any], Path, dict[str, str]]:
+    """Return the plain settings, the run folder and the models to evaluate: name -> folder or hub name."""
+    settings = config.plain(cfg)
+    options = settings["evaluate"]
+    if options["reference"]:
+        options["reference"] = resolve_model(str(options["reference"]), cfg.paths.cache)
+    models = {name: resolve_model(str(model), cfg.paths.cache) for name, model in options["models"].items()}
+    return settings, run, models or ({"model": start} if start else {})
 
 
 def parents(cfg: DictConfig) -> list[tuple[str, str]]:
@@ -238,69 +250,6 @@ def announce(cfg: DictConfig, run: Path, folder: str, data: Any, checkpoint: Pat
     if checkpoint:
         step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
         console.print(f"  resuming at step {step}")
-
-
-# ---- which folder, which checkpoint -------------------------------------------------------------------------------
-
-
-def find_run(cfg: DictConfig, run: Path, digest: str) -> tuple[Path, Path | None, dict[str, Any] | None]:
-    """Return the run folder, the checkpoint to resume from, and the metrics when the run is already finished.
-
-    With resume=auto it is this folder, or the newest sibling of the same configuration.
-    """
-    resume = str(cfg.resume) if cfg.resume else None
-    started = artifacts.read_json(run / "run.json")
-    if resume is None:
-        if started:
-            raise UserError(f"{run} already holds a run; add resume=auto to continue it, or choose another folder")
-        artifacts.write_json(run / "run.json", {"fingerprint": digest, "stage": cfg.stage})
-        return run, None, None
-    if resume != "auto":
-        path = Path(resume)
-        path = path if path.suffix == ".ckpt" else path / "checkpoints" / "last.ckpt"
-        if not path.is_file():
-            raise UserError(f"resume={resume}: there is no checkpoint {path}; use resume=auto or a run folder")
-        artifacts.write_json(run / "run.json", {"fingerprint": digest, "stage": cfg.stage})
-        return run, path, None
-    if started and started["fingerprint"] != digest:
-        raise UserError(
-            f"{run} was started with another configuration or other models; choose another folder to start anew"
-        )
-    for folder in [run, *sorted((p for p in run.parent.iterdir() if p != run), reverse=True)]:
-        found = artifacts.read_json(folder / "run.json") if folder.is_dir() else None
-        if not found or found["fingerprint"] != digest:
-            continue
-        if folder != run and not started:
-            shutil.rmtree(run, ignore_errors=True)  # the folder made for this start, still empty
-        checkpoint = folder / "checkpoints" / "last.ckpt"
-        done = (folder / "model" / artifacts.MANIFEST).is_file() or cfg.stage == "evaluate"
-        metrics = artifacts.read_json(folder / "metrics.json") if done else None
-        return folder, checkpoint if checkpoint.is_file() else None, metrics
-    artifacts.write_json(run / "run.json", {"fingerprint": digest, "stage": cfg.stage})
-    return run, None, None
-
-
-class Stop(Callback):
-    """Ends training after the current batch on SIGTERM or Ctrl-C; the checkpoint callback then saves."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        def note(number: int, frame: Any) -> None:
-            if self.received is not None:
-                raise KeyboardInterrupt(128 + number)  # asked twice
-            self.received = number
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, note)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        # not inside an accumulation window: its gradients would be lost
-        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        trainer.should_stop = trainer.should_stop or (whole and self.received is not None)
 
 
 def quiet() -> None:

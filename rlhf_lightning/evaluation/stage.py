@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoConfig
 
-from rlhf_lightning import artifacts, config
+from rlhf_lightning import artifacts
 from rlhf_lightning.callbacks.tensorboard import as_markdown
 from rlhf_lightning.callbacks.throughput import peak_memory_gb
+from rlhf_lightning.data.datamodules import PreferenceData
 from rlhf_lightning.data.groups import Group, pack
-from rlhf_lightning.data.planning import token_budget
+from rlhf_lightning.data.planning import MicroBatch, token_budget
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.table import show
 from rlhf_lightning.models.completion import CompletionModel, ScalarModel, choose_layout
@@ -41,12 +42,18 @@ SHARES = (
 """Metrics that are shares of yes or no: their interval is Wilson's."""
 
 
-def run_evaluate(cfg: DictConfig, run: Path, start: str | None) -> float | None:
-    """Evaluate `evaluate.models`, or `init_from`, and return the monitored metric of the last model."""
-    settings = config.plain(cfg)
+def run_evaluate(
+    settings: dict[str, Any], run: Path, models: dict[str, str], make_data: Callable[..., Any]
+) -> float | None:
+    """Evaluate each of `models` (name: folder) and return the monitored metric of the last one.
+
+    Args:
+        settings: the plain configuration of the run.
+        run: folder for metrics.json, samples/ and tensorboard/.
+        make_data: builds the prompts' data module from a `tokenizer`.
+    """
     options = settings["evaluate"]
     began = time.perf_counter()
-    models = {name: str(folder) for name, folder in options["models"].items()} or ({"model": start} if start else {})
     if not models:
         raise UserError("nothing to evaluate: give init_from=<folder> or evaluate.models.<name>=<folder>")
     rewards = {name: folder for name, folder in models.items() if is_reward_model(folder)}
@@ -55,14 +62,19 @@ def run_evaluate(cfg: DictConfig, run: Path, start: str | None) -> float | None:
     table: dict[str, dict[str, tuple[float, float, float]]] = {}
     judged = 0
     for name, folder in rewards.items():
-        table[name], pairs = reward_accuracy(cfg, folder)
+        table[name], pairs = reward_accuracy(settings, folder)
         judged += pairs
     if policies:
         reference = options["reference"] or next(iter(policies.values()))
-        reward = load_reward(settings["reward_from"], settings["model"]["load"]["dtype"]) if cfg.reward_from else None
-        gold = load_reward(cfg.gold_from) if cfg.gold_from else None
+        reward = (
+            load_reward(settings["reward_from"], settings["model"]["load"]["dtype"])
+            if settings["reward_from"]
+            else None
+        )
+        gold = load_reward(settings["gold_from"]) if settings["gold_from"] else None
         for name, folder in policies.items():
-            table[name], rows = evaluate_policy(cfg, name, folder, reference, reward, gold)
+            data = make_data(tokenizer=load_tokenizer(folder))
+            table[name], rows = evaluate_policy(settings, name, folder, data, reference, reward, gold)
             judged += len(rows)
             artifacts.write_jsonl(run / "samples" / f"{name}.jsonl", rows)
             writer.add_text(f"samples/{name}", "\n\n".join(map(as_markdown, rows[:16])), 0)
@@ -73,7 +85,7 @@ def run_evaluate(cfg: DictConfig, run: Path, start: str | None) -> float | None:
             writer.add_scalar(f"{name}/{metric}", mean, 0)
     writer.close()
     last = next(reversed(table))
-    metrics["monitor"] = f"{last}/{cfg.monitor}"
+    metrics["monitor"] = f"{last}/{monitored(table[last], settings['monitor'])}"
     if len(table) == 1:  # one model needs no prefix
         metrics |= {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{last}/")}
     metrics["perf/rows_per_s"] = judged / (time.perf_counter() - began)
@@ -95,21 +107,19 @@ def is_reward_model(folder: str) -> bool:
 
 
 def evaluate_policy(
-    cfg: DictConfig, name: str, folder: str, reference: str, reward: Any, gold: Any
+    settings: dict[str, Any], name: str, folder: str, data: Any, reference: str, reward: Any, gold: Any
 ) -> tuple[dict[str, tuple[float, float, float]], list[dict[str, Any]]]:
     """Return metric -> (mean, low, high) and the samples of one language model."""
-    options = cfg.evaluate
-    data = prompt_data(cfg, folder)
+    options = settings["evaluate"]
+    prepare(data)
     split = "val" if "val" in data.rows else "train"
-    rows = data.rows[split]
-    count = min(options.rows, len(rows))
-    batch = data.collate(split, type("Chosen", (), {"rows": tuple(range(count)), "step": 0})())
-    load = config.plain(cfg)["model"]["load"]
-    lm: Any = load_causal_lm(folder, **load)
-    lm.to(device(cfg))
-    n = options.samples
+    count = min(options["rows"], len(data.rows[split]))
+    batch = data.collate(split, MicroBatch(tuple(range(count)), None, None, step=0))
+    lm: Any = load_causal_lm(folder, **settings["model"]["load"])
+    lm.to(device(settings))
+    n = options["samples"]
     # one seed for all models: the same uniforms for the same prompt make the comparison sharper
-    sampler = Sampler(lm, data.template.eos_ids, options.max_new_tokens, options.temperature)
+    sampler = Sampler(lm, data.template.eos_ids, options["max_new_tokens"], options["temperature"])
     columns = (
         TextColumn("  {task.description}"),
         BarColumn(),
@@ -118,7 +128,9 @@ def evaluate_policy(
     )
     with Progress(*columns) as progress:
         task = progress.add_task(f"{name}: answers", total=count)
-        drawn = sampler(batch.prompt_ids, n, (cfg.seed, "evaluate"), progress=lambda done: progress.advance(task, done))
+        drawn = sampler(
+            batch.prompt_ids, n, (settings["seed"], "evaluate"), progress=lambda done: progress.advance(task, done)
+        )
     responses = [data.template.decode(ids) for ids in drawn.responses]
     prompts = [text for text in batch.prompts for _ in range(n)]
     metadata = [extra for extra in batch.metadata for _ in range(n)]
@@ -128,10 +140,10 @@ def evaluate_policy(
     }
     if reward is not None:
         values["reward"] = score(reward, prompts, responses, metadata).tolist()
-    values["kl"] = sequence_kl(cfg, lm, reference, batch.prompt_ids, drawn.responses, n)
+    values["kl"] = sequence_kl(settings, lm, reference, batch.prompt_ids, drawn.responses, n)
     if gold is not None:
         values["gold"] = score(gold, prompts, responses, metadata).tolist()
-    if cfg.gold_from == "world":
+    if settings["gold_from"] == "world":
         from rlhf_lightning.world import summary
 
         values |= {metric: found for metric, found in summary(metadata, responses).items() if metric != "words"}
@@ -152,12 +164,11 @@ def interval(metric: str, values: list[float]) -> tuple[float, float, float]:
 
 @torch.no_grad()
 def sequence_kl(
-    cfg: DictConfig, lm: Any, reference: str, prompts: list[list[int]], responses: list[list[int]], n: int
+    settings: dict[str, Any], lm: Any, reference: str, prompts: list[list[int]], responses: list[list[int]], n: int
 ) -> list[float]:
     """Return log pi(y) - log pi_ref(y) of every sampled response; their mean estimates KL(pi : ref) in nats."""
-    load = config.plain(cfg)["model"]["load"]
-    other: Any = load_causal_lm(reference, **load).eval()
-    other.to(device(cfg))
+    other: Any = load_causal_lm(reference, **settings["model"]["load"]).eval()
+    other.to(device(settings))
     if other.config.get_text_config().vocab_size != lm.config.get_text_config().vocab_size:
         raise UserError(f"evaluate.reference={reference} has another vocabulary, so there is no KL to it")
     lm.eval()
@@ -166,9 +177,9 @@ def sequence_kl(
     groups = [Group(p, responses[i * n : (i + 1) * n]) for i, p in enumerate(prompts)]
     found = [0.0] * len(responses)
     for chosen in token_budget([g.tokens for g in groups], 8192):
-        batch = pack([groups[i] for i in chosen], layout=layout).to(device(cfg))
+        batch = pack([groups[i] for i in chosen], layout=layout).to(device(settings))
         # at the sampling temperature, the distribution the responses were drawn from
-        temperature = cfg.evaluate.temperature or 1.0
+        temperature = settings["evaluate"]["temperature"] or 1.0
         x = kl_estimate(policy(batch, temperature).logprobs, ref(batch, temperature).logprobs, "k1")
         sums = torch.zeros(batch.sequences, device=x.device).index_add(0, batch.sequence_ids, x).tolist()
         for place, value in zip([i * n + k for i in chosen for k in range(n)], sums, strict=True):
@@ -177,37 +188,39 @@ def sequence_kl(
 
 
 @torch.no_grad()
-def reward_accuracy(cfg: DictConfig, folder: str) -> tuple[dict[str, tuple[float, float, float]], int]:
+def reward_accuracy(settings: dict[str, Any], folder: str) -> tuple[dict[str, tuple[float, float, float]], int]:
     """Return a reward model's accuracy on `evaluate.preferences` with its Wilson interval, and the number of pairs."""
-    from rlhf_lightning.data.datamodules import PreferenceData
-
-    if not cfg.evaluate.preferences:
+    preferences = settings["evaluate"]["preferences"]
+    if not preferences:
         raise UserError(f"{folder} is a reward model; give held-out pairs with evaluate.preferences=<file or world>")
-    settings = {k: v for k, v in config.plain(cfg)["data"].items() if k not in ("_target_", "ptx", "ptx_batch_size")}
-    settings |= {"train": None, "val": cfg.evaluate.preferences}
-    data = PreferenceData(load_tokenizer(folder), **settings)
+    shared = {k: v for k, v in settings["data"].items() if k not in ("_target_", "ptx", "ptx_batch_size")}
+    data = PreferenceData(load_tokenizer(folder), **shared | {"train": None, "val": preferences})
     data.setup()
     model: Any = load_scalar_model(folder, trained=True).eval()
-    model.to(device(cfg))
+    model.to(device(settings))
     data.layout, _ = choose_layout(model)
     scorer, right, pairs = ScalarModel(model), 0.0, 0
     for batch in data.val_dataloader():
-        batch = batch.to(device(cfg))
+        batch = batch.to(device(settings))
         _, gaps = pairwise_ranking(scorer(batch), batch.ranks, batch.group_of, batch.margins, batch.labels)
         right += float((gaps > 0).sum() + 0.5 * (gaps == 0).sum())
         pairs += len(gaps)
     return {"accuracy": (right / pairs, *wilson_interval(right, pairs))}, pairs
 
 
-def prompt_data(cfg: DictConfig, folder: str) -> Any:
-    """Return the prompts, tokenized for the model in `folder`."""
-    data = config.instantiate(cfg.data, "data", list(cfg.allow_targets), tokenizer=load_tokenizer(folder))
+def prepare(data: Any) -> None:
+    """Read and tokenize the prompts: the held-out ones, or the training ones where there are no others."""
     if data.sources["val"] is not None:
         data.sources["train"] = None
     data.setup()
-    return data
 
 
-def device(cfg: DictConfig) -> str:
+def monitored(found: dict[str, Any], wanted: str) -> str:
+    """Return the metric a sweep reads: the wanted one, or the best that was measured."""
+    return next(metric for metric in (wanted, "gold", "reward", "accuracy", "kl") if metric in found)
+
+
+def device(settings: dict[str, Any]) -> str:
     """Return where to compute, from the trainer's accelerator."""
-    return "cuda" if cfg.trainer.accelerator in ("gpu", "cuda") and torch.cuda.is_available() else "cpu"
+    wanted = settings["trainer"]["accelerator"] in ("gpu", "cuda")
+    return "cuda" if wanted and torch.cuda.is_available() else "cpu"

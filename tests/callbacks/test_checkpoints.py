@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from rlhf_lightning.callbacks.checkpoints import AtomicCheckpointIO, RandomState, StepCheckpoint
+from rlhf_lightning.callbacks.stop import Stop
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.run import Stop
 from tests.conftest import quiet_lightning
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, open_dict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rlhf_lightning import config
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation import stage
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.tiny import build_tiny
+from rlhf_lightning.run import evaluated
 from rlhf_lightning.world import gold_reward, rows
 
 ROWS, SAMPLES = 64, 2
@@ -63,6 +66,10 @@ def configured(folder: Path, **changes: Any) -> DictConfig:
     return cfg
 
 
+def evaluate(cfg: DictConfig, folder: Path, start: str | None) -> float | None:
+    return stage.run_evaluate(*evaluated(cfg, folder, start), partial(config.instantiate, cfg.data, "data"))
+
+
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], EventAccumulator]:
     metrics = json.loads((folder / "metrics.json").read_text())
     found = {p.stem: [json.loads(line) for line in p.read_text().splitlines()] for p in folder.glob("samples/*.jsonl")}
@@ -76,7 +83,7 @@ def compared(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("compared")
     models = {"start": folders["start"], "moved": folders["moved"], "judge": folders["reward"]}
     cfg = configured(folder, evaluate__models=models, evaluate__preferences="world", reward_from=folders["reward"])
-    return folder, stage.run_evaluate(cfg, folder, None)
+    return folder, evaluate(cfg, folder, None)
 
 
 def test_figures_are_those_of_the_samples(compared: tuple[Path, float]) -> None:
@@ -128,7 +135,7 @@ def test_kl_is_what_a_plain_forward_says(folders: dict[str, str], tmp_path: Path
     lm = load_causal_lm(folders["moved"]).eval()
     other = load_causal_lm(folders["start"]).eval()
     prompts, responses = [[1, 7, 9], [1, 30]], [[11, 12, 13], [14], [15, 2], [16, 17, 18, 2]]
-    found = stage.sequence_kl(cfg, lm, folders["start"], prompts, responses, 2)
+    found = stage.sequence_kl(config.plain(cfg), lm, folders["start"], prompts, responses, 2)
     for place, response in enumerate(responses):
         prompt = prompts[place // 2]
         ids, expected = torch.tensor([prompt + response]), 0.0
@@ -147,7 +154,9 @@ def test_estimate_agrees_with_the_exact_divergence(folders: dict[str, str], tmp_
     policy, ref = (m(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1) for m in (lm, other))
     exact = (policy.exp() * (policy - ref)).sum().item()
     drawn = Sampler(lm, {2}, 1)([prompt], 4000, ("kl",))
-    values = stage.sequence_kl(configured(tmp_path), lm, folders["start"], [prompt], drawn.responses, 4000)
+    values = stage.sequence_kl(
+        config.plain(configured(tmp_path)), lm, folders["start"], [prompt], drawn.responses, 4000
+    )
     mean, low, high = stage.interval("kl", values)
     assert low - (mean - low) < exact < high + (high - mean)  # twice the 95% interval: the seed is fixed
     assert high - low < exact
@@ -156,7 +165,7 @@ def test_estimate_agrees_with_the_exact_divergence(folders: dict[str, str], tmp_
 def test_one_model_needs_no_prefix_and_repeats_exactly(folders: dict[str, str], tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        value = stage.run_evaluate(configured(tmp_path / name), tmp_path / name, folders["start"])
+        value = evaluate(configured(tmp_path / name), tmp_path / name, folders["start"])
         metrics, _, _ = read(tmp_path / name)
         assert metrics["gold"] == metrics["model/gold"] == value
     assert read(tmp_path / "a")[1] == read(tmp_path / "b")[1]
@@ -164,7 +173,9 @@ def test_one_model_needs_no_prefix_and_repeats_exactly(folders: dict[str, str], 
 
 def test_gold_is_the_worlds(compared: tuple[Path, float], folders: dict[str, str], tmp_path: Path) -> None:
     cfg = configured(tmp_path)
-    data = stage.prompt_data(cfg, folders["start"])
+    data = config.instantiate(cfg.data, "data", tokenizer=load_tokenizer(folders["start"]))
+    stage.prepare(data)
+    assert set(data.rows) == {"val"}  # the training prompts are not even read
     metadata = [data.rows["val"].raw(i) for i in range(ROWS) for _ in range(SAMPLES)]
     samples = read(compared[0])[1]["moved"]
     expected = gold_reward([r["prompt"] for r in samples], [r["response"] for r in samples], metadata)
@@ -173,7 +184,7 @@ def test_gold_is_the_worlds(compared: tuple[Path, float], folders: dict[str, str
 
 def test_limit_of_rows_and_greedy_answers(folders: dict[str, str], tmp_path: Path) -> None:
     cfg = configured(tmp_path, evaluate__rows=3, evaluate__temperature=0.0, gold_from=None)
-    stage.run_evaluate(cfg, tmp_path, folders["start"])
+    evaluate(cfg, tmp_path, folders["start"])
     metrics, samples, _ = read(tmp_path)
     found = samples["model"]
     assert len(found) == 3 * SAMPLES
@@ -184,16 +195,16 @@ def test_limit_of_rows_and_greedy_answers(folders: dict[str, str], tmp_path: Pat
 
 def test_mistakes_are_named(folders: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give init_from="):
-        stage.run_evaluate(configured(tmp_path), tmp_path, None)
+        evaluate(configured(tmp_path), tmp_path, None)
     with pytest.raises(UserError, match=r"is a reward model; give held-out pairs with evaluate\.preferences"):
-        stage.run_evaluate(configured(tmp_path), tmp_path, folders["reward"])
+        evaluate(configured(tmp_path), tmp_path, folders["reward"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty is not a model folder"):
-        stage.run_evaluate(configured(tmp_path), tmp_path, str(tmp_path / "empty"))
+        evaluate(configured(tmp_path), tmp_path, str(tmp_path / "empty"))
     texts = ["another vocabulary"] * 3
     small = build_tiny(tmp_path / "small", texts, vocab_size=280, hidden_size=32, layers=1, heads=2)
     with pytest.raises(UserError, match="another vocabulary, so there is no KL"):
-        stage.run_evaluate(configured(tmp_path, evaluate__reference=small), tmp_path, folders["start"])
+        evaluate(configured(tmp_path, evaluate__reference=small), tmp_path, folders["start"])
 
 
 def test_which_folders_are_reward_models(folders: dict[str, str]) -> None:

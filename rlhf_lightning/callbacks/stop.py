@@ -1,0 +1,31 @@
+"""Ending a run when asked, between two optimizer steps."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class Stop(Callback):
+    """Ends training after the current batch on SIGTERM or Ctrl-C; the checkpoint callback then saves."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def note(number: int, frame: Any) -> None:
+            if self.received is not None:
+                raise KeyboardInterrupt(128 + number)  # asked twice
+            self.received = number
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, note)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # not inside an accumulation window: its gradients would be lost
+        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        trainer.should_stop = trainer.should_stop or (whole and self.received is not None)
