@@ -34,6 +34,7 @@ class Preference:
     ranks: list[int]
     margin: float = 0.0
     label: float = 1.0
+    annotator: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ def preference(row: dict[str, Any]) -> Preference:
 
     A ranking is `prompt`, `responses` and `ranking`, one rank a response, lower is better, equal for ties.
     """
-    extra = {"margin": _number(row, "margin", 0.0), "label": _number(row, "label", 1.0)}
+    extra: dict[str, Any] = {"margin": _number(row, "margin", 0.0), "label": _number(row, "label", 1.0)}
+    if row.get("annotator") is not None:
+        extra["annotator"] = str(row["annotator"])
     if not 0 <= extra["label"] <= 1:
         raise RowError(f"label is {extra['label']}, outside 0..1 (the probability that chosen is better)")
     if row.get("responses") is not None:
@@ -143,7 +146,7 @@ def _pair(row: dict[str, Any]) -> tuple[list[Message], tuple[str, str]]:
     return shared, (good[-1]["content"], bad[-1]["content"])
 
 
-def _ranking(row: dict[str, Any], extra: dict[str, float]) -> Preference:
+def _ranking(row: dict[str, Any], extra: dict[str, Any]) -> Preference:
     responses = [_final(r, f"responses[{i}]") for i, r in enumerate(_list(row["responses"], "responses"))]
     if row.get("ranking") is None:
         raise _missing(row, ["ranking"])

@@ -56,6 +56,10 @@ class DPO(StageModule):
                 raise UserError(f"dpo.{key}={value!r} is not one of {', '.join(options)}.{nearest(value, options)}")
         if beta <= 0 or not 0 <= label_smoothing < 0.5:
             raise UserError(f"dpo.beta={beta} must be above 0 and dpo.label_smoothing={label_smoothing} in [0, 0.5)")
+        if label_smoothing and loss in ("ipo", "simpo"):
+            raise UserError(f"dpo.label_smoothing is for dpo.loss=sigmoid and robust; {loss} does not use it")
+        if target_margin and loss != "simpo":
+            raise UserError(f"dpo.target_margin is SimPO's; dpo.loss={loss} does not use it")
         if reference == "auto":
             reference = "adapter_off" if self.lora is not None else "live"
         if reference == "adapter_off" and self.lora is None:

@@ -20,7 +20,7 @@ class RewardModel(StageModule):
     """A scalar r(x, y) read at the last token of prompt and response.
 
     L = mean over prompts of the mean over pairs of -log sigma(r_w - r_l - margin), plus
-    `center` * (sum of a prompt's scores)^2.
+    `center` * (2 x mean of a prompt's scores)^2, which is (r_w + r_l)^2 for a pair.
 
     Args:
         loss: "pairwise" for all pairs of a ranking, "plackett_luce" for the ranking as a whole.

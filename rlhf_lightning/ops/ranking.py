@@ -60,5 +60,6 @@ def plackett_luce(scores: Tensor, ranks: Tensor, group_of: Tensor, groups: int) 
 
 
 def centering(scores: Tensor, group_of: Tensor, groups: int) -> Tensor:
-    """Return (sum of a group's scores)^2 (groups,), for pairs (r_c + r_r)^2 (arXiv 2312.09244, TRL)."""
-    return scores.new_zeros(groups).index_add(0, group_of, scores) ** 2
+    """Return (2 x mean score)^2 of each group (groups,): (r_c + r_r)^2 for a pair (arXiv 2312.09244, TRL)."""
+    sums = scores.new_zeros(groups).index_add(0, group_of, scores)
+    return (2 * sums / torch.bincount(group_of, minlength=groups).clamp_min(1)) ** 2

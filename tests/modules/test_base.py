@@ -1,0 +1,91 @@
+"""What every stage shares: step counts, parameter groups, weighted means, and stopping at what is not finite."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rlhf_lightning import SFT, DemonstrationData
+from rlhf_lightning.data.groups import Group, pack
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
+from rlhf_lightning.modules.base import decay_groups
+from tests.conftest import quiet_lightning
+from tests.modules.offline import demonstrations, fit, lm, sgd, start
+
+
+def test_norms_and_biases_do_not_decay() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2, bias=False))
+    model[2].weight.requires_grad_(False)
+    matrices, others = decay_groups(model, lr=0.5)
+    assert [p.shape for p in matrices["params"]] == [(4, 3)]
+    assert sorted(p.shape for p in others["params"]) == [(4,), (4,), (4,)]
+    assert (matrices["lr"], others["lr"], others["weight_decay"]) == (0.5, 0.5, 0.0)
+    assert "weight_decay" not in matrices
+
+
+def test_a_mean_is_weighted_by_items_not_by_microbatches() -> None:
+    module = SFT(lm, sgd())
+    module.track("train", 1, loss=torch.tensor(10.0))
+    module.track("train", 3, loss=torch.tensor(2.0))
+    total, count = module._sums["train"]["loss"]
+    assert (total / count).item() == 3.0
+
+
+@pytest.mark.parametrize(("epochs", "steps", "accumulate", "expected"), [(3, -1, 1, 12), (3, -1, 2, 12), (3, 7, 2, 7)])
+@quiet_lightning
+def test_the_schedule_sees_optimizer_updates(
+    tmp_path: Path, epochs: int, steps: int, accumulate: int, expected: int
+) -> None:
+    folder, seen = start(tmp_path), []
+
+    def schedule(optimizer: Any, total: int) -> Any:
+        seen.append(total)
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+
+    data = DemonstrationData(
+        load_tokenizer(folder), demonstrations(16), batch_size=4, accumulate=accumulate, cache_dir=tmp_path
+    )
+    module = SFT(partial(load_causal_lm, folder), sgd(), schedule)
+    from lightning.pytorch import Trainer
+
+    trainer = Trainer(
+        max_epochs=epochs, max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=accumulate,
+        use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    assert seen == [expected]
+    assert trainer.global_step == expected
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rows() -> None:
+    module = SFT(lm, sgd())
+    module.configure_model()
+    with torch.no_grad():
+        next(module.parameters()).fill_(float("nan"))
+    batch = pack([Group([1, 5], [[6, 2]], index=17), Group([1, 5], [[7, 2]], index=4)])
+    with pytest.raises(UserError, match=r"the loss is nan at step 0, rows \[17, 4\] of data\.train"):
+        module.training_step(batch, 0)
+
+
+@quiet_lightning
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
+    folder = start(tmp_path)
+    module = SFT(partial(load_causal_lm, folder), sgd())
+    data = DemonstrationData(load_tokenizer(folder), demonstrations(8), batch_size=8, cache_dir=tmp_path)
+
+    def poisoned(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("inf")
+
+    module.configure_model()
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    next(module.parameters()).register_hook(poisoned)
+    with pytest.raises(UserError, match="the gradient is not finite at step 0; lower optimizer.lr"):
+        fit(module, data, 2)
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())

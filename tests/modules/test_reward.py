@@ -1,0 +1,87 @@
+"""Reward models: the loss by hand, what is exported, and that separable preferences are ordered."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf_lightning import PreferenceData, RewardModel
+from rlhf_lightning.artifacts import write_model
+from rlhf_lightning.data.groups import Group, pack
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer
+from tests.conftest import quiet_lightning
+from tests.modules.offline import adam, classifier, fit, preferences, sgd, start
+
+
+def score(prompt: list[int], response: list[int]) -> torch.Tensor:
+    """Score one response with a plain forward pass of the classifier."""
+    return classifier()(torch.tensor([[*prompt, *response]])).logits[0, 0]
+
+
+def test_loss_of_pairs_with_margin_and_soft_label() -> None:
+    module = RewardModel(classifier, sgd(), center=0.01)
+    module.configure_model()
+    groups = [
+        Group([1, 5, 6], [[8, 9, 2], [10, 2]], margin=0.7),
+        Group([1, 7], [[11, 2], [12, 13, 14, 2]], label=0.8),
+    ]
+    expected = []
+    for group in groups:
+        chosen, rejected = (score(list(group.prompt), list(y)) for y in group.responses)
+        gap = chosen - rejected
+        term = -group.label * logsigmoid(gap - group.margin) - (1 - group.label) * logsigmoid(-gap - group.margin)
+        expected.append(term + 0.01 * (chosen + rejected) ** 2)
+    loss = module.training_step(pack(groups), 0)
+    assert loss.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["pairwise", "plackett_luce"])
+def test_rankings(loss: str) -> None:
+    module = RewardModel(classifier, sgd(), loss=loss, center=0.0)  # type: ignore[arg-type]
+    module.configure_model()
+    responses, ranks = [[8, 2], [9, 9, 2], [10, 2], [11, 12, 2]], [0, 1, 1, 2]
+    scores = [score([1, 5], y).item() for y in responses]
+    pairs = [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)]  # 1 and 2 tie
+    expected = sum(math.log1p(math.exp(scores[b] - scores[a])) for a, b in pairs) / len(pairs)
+    if loss == "plackett_luce":
+        denominators = [math.log(sum(math.exp(scores[j]) for j in later)) for later in (range(4), range(1, 4))]
+        expected = sum(denominators) + denominators[1] - sum(scores[:3])
+    found = module.training_step(pack([Group([1, 5], responses, ranks=ranks)]), 0)
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@quiet_lightning
+def test_separable_pairs_are_ordered_and_the_export_says_the_same(tmp_path: Path, seed: int) -> None:
+    folder = start(tmp_path)
+    tokenizer = load_tokenizer(folder)
+    rows = preferences(48)
+    data = PreferenceData(tokenizer, rows[:32], rows[32:], batch_size=16, seed=seed, cache_dir=tmp_path)
+    module = RewardModel(lambda: load_scalar_model(folder, seed=seed), adam())
+    trainer = fit(module, data, 40)
+    assert trainer.callback_metrics["val/accuracy"] == 1.0
+    assert 0.7 < trainer.callback_metrics["val/accuracy_low"] < 0.95  # 16 pairs do not prove more
+    write_model(tmp_path / "model", module.export_model(), tokenizer, {})
+    exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    plain = AutoTokenizer.from_pretrained(tmp_path / "model")
+    held = []
+    for row in rows[32:]:
+        for text in (row["chosen"], row["rejected"]):
+            turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": text}]
+            ids = torch.tensor([plain.apply_chat_template(turns)["input_ids"]])
+            held.append(exported(ids).logits[0, 0].item())
+    mean, std = exported.config.reward_mean, exported.config.reward_std
+    assert mean == pytest.approx(sum(held) / len(held), abs=1e-4)  # the statistics are those of the held-out scores
+    assert std == pytest.approx(torch.tensor(held).std(correction=0).item(), rel=1e-3)
+    assert all(good > bad for good, bad in zip(held[::2], held[1::2], strict=True))
+
+
+def test_unknown_loss_is_refused() -> None:
+    with pytest.raises(UserError, match=r"reward\.loss='listwise' is not one of"):
+        RewardModel(classifier, sgd(), loss="listwise")  # type: ignore[arg-type]

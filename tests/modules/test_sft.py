@@ -1,0 +1,57 @@
+"""SFT: its loss is plain cross-entropy on the counted tokens, normalised over the whole step, and it memorises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_lightning import SFT, DemonstrationData
+from rlhf_lightning.data.groups import Group, pack
+from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
+from tests.conftest import quiet_lightning
+from tests.modules.offline import adam, demonstrations, fit, lm, response_logprob, sgd, start
+
+
+def test_loss_is_the_mean_over_counted_tokens() -> None:
+    module = SFT(lm, sgd())
+    module.configure_model()
+    rows = [([1, 5, 6], [8, 9, 2], [True, True, True]), ([1, 7], [10, 11, 12, 2], [False, False, True, True])]
+    expected = torch.cat([response_logprob(lm(), p, y)[torch.tensor(mask)] for p, y, mask in rows])
+    loss = module.training_step(pack([Group(p, [y], [mask]) for p, y, mask in rows]), 0)
+    assert loss.item() == pytest.approx(-expected.mean().item(), rel=1e-6)  # the log-softmax is float32
+
+
+@quiet_lightning
+def test_any_split_of_the_step_is_the_same_step(tmp_path: Path) -> None:
+    """Rows of unequal length: a mean of microbatch means would differ in the second digit."""
+    folder = start(tmp_path)
+    rows = [{"prompt": "say red", "response": "gold " * n} for n in (1, 9, 2, 7, 3, 5, 8, 1)]
+    found = []
+    for accumulate in (1, 2, 4, 8):
+        data = DemonstrationData(load_tokenizer(folder), rows, batch_size=8, accumulate=accumulate, cache_dir=tmp_path)
+        module = SFT(lambda: load_causal_lm(folder), sgd(1.0))
+        fit(module, data, 1, accumulate)
+        found.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    before = torch.cat([p.detach().flatten() for p in load_causal_lm(folder).parameters()])
+    assert (found[0] - before).norm() > 0.1
+    for other in found[1:]:
+        assert (other - found[0]).norm() / (found[0] - before).norm() < 1e-5  # float32, another order of summation
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@quiet_lightning
+def test_sixteen_rows_are_memorised(tmp_path: Path, seed: int) -> None:
+    folder = start(tmp_path)
+    tokenizer = load_tokenizer(folder)
+    rows = demonstrations(16)
+    data = DemonstrationData(tokenizer, rows, rows, batch_size=16, seed=seed, cache_dir=tmp_path)
+    module = SFT(lambda: load_causal_lm(folder), adam())
+    trainer = fit(module, data, 120)
+    assert trainer.callback_metrics["val/loss"] < 0.02
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "say teal"}], add_generation_prompt=True)
+    ids = torch.tensor([ids["input_ids"]])
+    answer = module.export_model().generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == rows[9]["response"]
+    assert answer[-1] == tokenizer.eos_token_id  # and it has learned to stop
