@@ -25,7 +25,7 @@ from rlhf_lightning import artifacts, config
 from rlhf_lightning.callbacks.checkpoints import AtomicCheckpointIO
 from rlhf_lightning.callbacks.progress import LineProgress, progress_bar
 from rlhf_lightning.callbacks.stop import Stop
-from rlhf_lightning.callbacks.tensorboard import HParams
+from rlhf_lightning.callbacks.tensorboard import judged_by, write_hparams
 from rlhf_lightning.callbacks.throughput import Throughput
 from rlhf_lightning.data.sources import read_source
 from rlhf_lightning.errors import UserError
@@ -51,7 +51,7 @@ def run_stage(cfg: DictConfig) -> float | None:
     )
     if finished is not None:
         console.print(f"already done: {run}")
-        return finished.get(cfg.monitor)
+        return finished.get(finished.get("monitor"))
     with open_dict(cfg):
         cfg.paths.run = str(run)
     seed_everything(cfg.seed, workers=False, verbose=False)
@@ -165,7 +165,7 @@ def build_trainer(cfg: DictConfig) -> tuple[Throughput | None, Trainer]:
     ]
     callbacks.insert(0, Stop())
     bar = progress_bar()
-    callbacks += [bar, HParams(config.flat(config.identity(cfg)), cfg.monitor)]
+    callbacks.append(bar)
     strategy = cfg.strategy if isinstance(cfg.strategy, str) else config.instantiate(cfg.strategy, "strategy", allow)
     steps = cfg.val_every_n_steps
     trainer = config.instantiate(
@@ -210,8 +210,11 @@ def finish(
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     metrics |= throughput.summary if throughput else {}
     metrics |= {"global_step": trainer.global_step}
+    monitor = judged_by(cfg.monitor, metrics)
+    judged = metrics[monitor] if monitor else None
     if not trainer.is_global_zero:
-        return metrics.get(cfg.monitor)
+        return judged
+    write_hparams(trainer, config.flat(config.identity(cfg)), monitor, judged or 0.0)
     manifest = {
         "stage": cfg.stage,
         "parents": [
@@ -226,7 +229,7 @@ def finish(
     }
     tokenizer = data.tokenizer
     tokenizer.chat_template = data.template.source if data.template.name != "plain" else tokenizer.chat_template
-    artifacts.write_json(run / "metrics.json", {"monitor": cfg.monitor, **metrics})
+    artifacts.write_json(run / "metrics.json", {"monitor": monitor, **metrics})
     artifacts.write_model(run / "model", module.export_model(), tokenizer, manifest)
     table = Table(title=f"{cfg.stage} done", show_header=False)
     for name, value in sorted(metrics.items()):
@@ -234,7 +237,7 @@ def finish(
     console.print(table)
     console.print(f"model       {run / 'model'}", soft_wrap=True)
     console.print(f"tensorboard --logdir {run}", soft_wrap=True)
-    return metrics.get(cfg.monitor)
+    return judged
 
 
 def announce(cfg: DictConfig, run: Path, folder: str, data: Any, checkpoint: Path | None) -> None:

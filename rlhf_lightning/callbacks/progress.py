@@ -39,7 +39,7 @@ class LineProgress(Callback):
     """Prints one line every few seconds: steps done, time left, the main metrics."""
 
     def __init__(self, seconds: float = 15.0) -> None:
-        self.seconds, self.printed, self.began, self.first = seconds, 0.0, 0.0, 0
+        self.seconds, self.printed, self.began, self.first, self.last = seconds, 0.0, 0.0, 0, -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.began = self.printed = time.monotonic()
@@ -50,11 +50,11 @@ class LineProgress(Callback):
     ) -> None:
         now = time.monotonic()
         if trainer.is_global_zero and now - self.printed >= self.seconds:
-            self.printed = now
+            self.printed, self.last = now, trainer.global_step
             print(self.line(trainer, pl_module, now), flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and trainer.global_step != self.last:
             print(self.line(trainer, pl_module, time.monotonic()), flush=True)
 
     def line(self, trainer: Trainer, pl_module: LightningModule, now: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,37 +31,33 @@ def tensorboard(trainer: Trainer) -> Any:
     return found[0].experiment if found else None
 
 
-class HParams(Callback):
-    """Fills the HParams tab with the run's hyperparameters and its final metric.
+def judged_by(monitor: str, metrics: Mapping[str, Any]) -> str | None:
+    """Return the metric a run is judged by: `monitor`, or without held-out rows its training counterpart."""
+    training = {"val/loss": "train/loss", "val/accuracy": "train/accuracy", "val/reward": "reward/proxy"}
+    return next((name for name in (monitor, training.get(monitor)) if name in metrics), None)
+
+
+def write_hparams(trainer: Trainer, hparams: dict[str, Any], metric: str | None, value: float) -> None:
+    """Fill the HParams tab with a run's hyperparameters and its final metric.
 
     TensorBoard lists only metrics that are in the first record, so the record is written once, at the end.
 
     Args:
-        hparams: flat dict of primitives.
-        monitor: the metric the run is judged by.
+        hparams: flat dict; what is not a primitive is written as text.
+        metric: name and value of what the run is judged by; None writes nothing.
     """
-
-    def __init__(self, hparams: dict[str, Any], monitor: str | None) -> None:
-        self.hparams, self.monitor = hparams, monitor
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        writer = tensorboard(trainer)
-        value = trainer.callback_metrics.get(self.monitor or "")
-        if writer is None or value is None:
-            return
-        from torch.utils.tensorboard.summary import hparams
-
-        kept = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in self.hparams.items()}
-        for record in hparams(kept, {f"hparams/{self.monitor}": float(value)}):
-            writer.file_writer.add_summary(record)
-        writer.add_scalar(f"hparams/{self.monitor}", float(value), trainer.global_step)
-        writer.flush()
+    writer = tensorboard(trainer)
+    if writer is None or metric is None:
+        return
+    kept = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in hparams.items()}
+    writer.add_hparams(kept, {f"hparams/{metric}": value}, run_name=".", global_step=trainer.global_step)
 
 
 class Samples(Callback):
-    """Writes prompts and responses to `samples/` and to TensorBoard's text tab.
+    """Writes prompts and responses to `samples/` and to TensorBoard's text tab: at the start, now and then, at the end.
 
-    PPO gives its own rollouts; SFT and DPO answer the first validation prompts; reward models have nothing to say.
+    PPO gives its own rollouts, the first of them made before it learned anything; SFT and DPO answer the first
+    validation prompts; reward models have nothing to say.
 
     Args:
         folder: where step_<n>.jsonl files go.
@@ -74,12 +71,15 @@ class Samples(Callback):
         self.max_new_tokens, self.written_at = max_new_tokens, -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.written_at = trainer.global_step
+        if trainer.global_step == 0 and not hasattr(pl_module, "samples_seen"):
+            self.write(trainer, pl_module)
+        elif trainer.global_step:
+            self.written_at = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.every and trainer.global_step - self.written_at >= self.every:
+        if self.every and (self.written_at < 0 or trainer.global_step - self.written_at >= self.every):
             self.write(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

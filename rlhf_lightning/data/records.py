@@ -257,6 +257,4 @@ def _missing(row: dict[str, Any], keys: list[str]) -> RowError:
 def check_length(prompt_tokens: int, max_length: int) -> None:
     """Raise a `RowError` when a prompt leaves no room for a response."""
     if prompt_tokens >= max_length:
-        raise RowError(
-            f"the prompt has {prompt_tokens} tokens, which leaves no room within data.max_length={max_length}"
-        )
+        raise RowError(f"the prompt leaves no room within data.max_length={max_length}; it has {prompt_tokens} tokens")

@@ -16,6 +16,7 @@ from rlhf_lightning.data.groups import GroupBatch, Layout
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapters import add_lora, merge_lora
 from rlhf_lightning.models.completion import choose_layout
+from rlhf_lightning.ops.statistics import wilson_interval
 
 log = logging.getLogger(__name__)
 
@@ -108,17 +109,28 @@ class StageModule(LightningModule):
             total, count = held.get(name, (torch.zeros_like(value), torch.zeros_like(added)))
             held[name] = (total + value, count + added)
 
-    def flush(self, split: str) -> dict[str, float]:
-        """Log and return the means of `split` over all ranks, and start anew."""
+    def reduced(self, split: str) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the means of `split` over all ranks and the number of items behind each, and start anew."""
         held = self._sums.pop(split, {})
-        if split == "val":
-            self.validated_at = self.trainer.global_step
         if not held:
-            return {}
+            return {}, {}
         table = torch.stack([torch.stack(pair) for pair in held.values()]).to(self.device)
         if self.trainer.world_size > 1:
             table = self.trainer.strategy.reduce(table, reduce_op="sum")
-        means = {f"{split}/{name}": (s / w).item() for name, (s, w) in zip(held, table, strict=True)}
+        totals, counts = table.T.tolist()
+        means = {name: total / max(count, 1) for name, total, count in zip(held, totals, counts, strict=True)}
+        return means, dict(zip(held, counts, strict=True))
+
+    def flush(self, split: str) -> dict[str, float]:
+        """Log and return the means of `split`; a held-out accuracy comes with its 95% interval."""
+        if split == "val":
+            self.validated_at = self.trainer.global_step
+        means, counts = self.reduced(split)
+        if split == "val" and "accuracy" in means:
+            pairs = counts["accuracy"]
+            low, high = wilson_interval(means["accuracy"] * pairs, int(pairs))
+            means |= {"accuracy_low": low, "accuracy_high": high}
+        means = {f"{split}/{name}": value for name, value in means.items()}
         self.log_dict(means)
         return means
 

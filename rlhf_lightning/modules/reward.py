@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torchmetrics.classification import BinaryCalibrationError
 
 from rlhf_lightning.data.groups import GroupBatch
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.completion import ScalarModel, plain
 from rlhf_lightning.modules.base import StageModule
 from rlhf_lightning.ops.ranking import centering, pairwise_ranking, plackett_luce
-from rlhf_lightning.ops.statistics import wilson_interval
 
 
 class RewardModel(StageModule):
@@ -31,7 +31,6 @@ class RewardModel(StageModule):
     """
 
     scorer: ScalarModel
-    moments: Tensor
 
     def __init__(
         self,
@@ -45,7 +44,9 @@ class RewardModel(StageModule):
         if loss not in ("pairwise", "plackett_luce"):
             raise UserError(f"reward.loss={loss!r} is not one of: pairwise, plackett_luce")
         self.loss, self.center, self.normalize = loss, center, normalize
-        self.register_buffer("moments", torch.zeros(2, 3, dtype=torch.float64))  # train, val: count, sum, squares
+        # count, sum and sum of squares of the scores of all training steps, and of the last validation
+        self.moments = {"train": [0.0, 0.0, 0.0], "val": [0.0, 0.0, 0.0]}
+        self.calibration = BinaryCalibrationError(n_bins=10, validate_args=False)
 
     def configure_model(self) -> None:
         if not hasattr(self, "scorer"):
@@ -69,8 +70,11 @@ class RewardModel(StageModule):
         best = batch.ranks == 0
         self.track(split, best.sum(), chosen_score=scores[best].sum())
         self.track(split, (~best).sum(), rejected_score=scores[~best].sum())
-        held = scores.detach().double()
-        self.moments[int(split == "val")] += torch.stack([held.new_tensor(len(held)), held.sum(), (held**2).sum()])
+        self.track(split, len(scores), score_mean=scores.sum(), score_squared=(scores.double() ** 2).sum())
+        if split == "val":
+            chance = torch.sigmoid(gaps)  # of the better response, and of the worse one: both orders are a pair
+            ones = torch.ones_like(gaps, dtype=torch.long)
+            self.calibration.update(torch.cat([chance, 1 - chance]), torch.cat([ones, 1 - ones]))
         if self.center:
             losses = losses + self.center * centering(scores, batch.group_of, batch.groups)
         return losses
@@ -78,27 +82,34 @@ class RewardModel(StageModule):
     def training_step(self, batch: GroupBatch, batch_idx: int) -> Tensor:
         return self.checked(self.losses(batch, "train").sum() * batch.per_group, batch)
 
-    def on_validation_epoch_start(self) -> None:
-        self.moments[1] = 0
-
     def validation_step(self, batch: GroupBatch, batch_idx: int) -> None:
         self.losses(batch, "val")
 
-    def on_validation_epoch_end(self) -> None:
-        pairs = self._sums.get("val", {}).get("accuracy", (None, torch.zeros(())))[1].item()
-        if self.trainer.sanity_checking:
-            self._sums.pop("val", None)
-            return
-        pairs *= self.trainer.world_size
-        means = self.flush("val")
+    def on_validation_epoch_start(self) -> None:
+        self.calibration.reset()
+
+    def reduced(self, split: str) -> tuple[dict[str, float], dict[str, float]]:
+        means, counts = super().reduced(split)
         if means:
-            low, high = wilson_interval(means["val/accuracy"] * pairs, int(pairs))
-            self.log_dict({"val/accuracy_low": low, "val/accuracy_high": high})
+            n, mean, square = counts["score_mean"], means["score_mean"], means.pop("score_squared")
+            means["score_std"] = math.sqrt(max(square - mean**2, 0.0))
+            sums = [n, n * mean, n * square]
+            kept = self.moments["train"] if split == "train" else [0.0, 0.0, 0.0]
+            self.moments[split] = [old + new for old, new in zip(kept, sums, strict=True)]
+        if means and split == "val":
+            means["calibration_error"] = self.calibration.compute().item()
+        return means, counts
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["score_moments"] = self.moments
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.moments = checkpoint["score_moments"]
 
     def export_model(self) -> Any:
         """Return the classifier with the normalization of its scores in `config.reward_mean` and `reward_std`."""
         model = super().export_model()
-        count, total, squares = self.moments[1 if self.moments[1, 0] > 1 else 0].tolist()
+        count, total, squares = self.moments["val" if self.moments["val"][0] > 1 else "train"]
         if self.normalize and count > 1:
             mean = total / count
             model.config.reward_mean = mean

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlhf_lightning import DPO, PPO, SFT, DemonstrationData, PreferenceData, PromptData, RewardModel
-from rlhf_lightning.callbacks.tensorboard import HParams, Samples
+from rlhf_lightning.callbacks.tensorboard import Samples, write_hparams
 from rlhf_lightning.callbacks.throughput import Throughput
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.tiny import build_tiny
@@ -58,10 +58,10 @@ def logged(stage: str, start: str, folder: Path) -> set[str]:
     trainer = Trainer(
         max_epochs=1, accelerator="cpu", logger=logger, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, log_every_n_steps=1, num_sanity_val_steps=0,
-        callbacks=[throughput, Samples(folder / "samples", 1, 2, 4), HParams({"stage": stage}, monitor)],
+        callbacks=[throughput, Samples(folder / "samples", 1, 2, 4)],
     )  # fmt: skip
     trainer.fit(module, data)
-    logger.finalize("success")
+    write_hparams(trainer, {"stage": stage}, monitor, trainer.callback_metrics[monitor].item())
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     tags = {*events.Tags()["scalars"], *(t.removesuffix("/text_summary") for t in events.Tags()["tensors"])}

@@ -15,7 +15,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from rlhf_lightning.callbacks.tensorboard import HParams, Samples, as_markdown, clean
+from rlhf_lightning.callbacks.tensorboard import Samples, as_markdown, clean, judged_by, write_hparams
 from tests.conftest import quiet_lightning
 
 
@@ -38,23 +38,33 @@ class Small(LightningModule):
         return torch.utils.data.DataLoader(torch.zeros(4, 1))
 
 
-def fit(folder: Path, callback: Any, module: LightningModule | None = None, steps: int = 4) -> EventAccumulator:
+def train(folder: Path, callbacks: list[Any], module: LightningModule | None = None, steps: int = 4) -> Trainer:
     logger = TensorBoardLogger(str(folder), name="", version="tensorboard", default_hp_metric=False)
     trainer = Trainer(
         max_steps=steps, accelerator="cpu", logger=logger, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[callback], log_every_n_steps=1,
+        enable_model_summary=False, callbacks=callbacks, log_every_n_steps=1,
     )  # fmt: skip
     trainer.fit(module or Small())
-    logger.finalize("success")
+    return trainer
+
+
+def read(folder: Path) -> EventAccumulator:
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     return events
 
 
+def fit(folder: Path, callback: Any, module: LightningModule | None = None, steps: int = 4) -> EventAccumulator:
+    train(folder, [callback], module, steps)
+    return read(folder)
+
+
 @quiet_lightning
 def test_hparams_tab_has_the_settings_and_the_final_metric(tmp_path: Path) -> None:
     given = {"optimizer.lr": 0.1, "stage": "sft", "lora": None, "packed": True, "betas": [0.9, 0.99], "steps": 3}
-    events = fit(tmp_path, HParams(given, "val/loss"))
+    trainer = train(tmp_path, [])
+    write_hparams(trainer, given, "val/loss", 0.25)
+    events = read(tmp_path)
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     start = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
     shown = {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()}
@@ -69,10 +79,16 @@ def test_hparams_tab_has_the_settings_and_the_final_metric(tmp_path: Path) -> No
 
 
 @quiet_lightning
-@pytest.mark.parametrize("monitor", [None, "reward/gold"])
-def test_hparams_without_the_metric_writes_nothing(monitor: str | None, tmp_path: Path) -> None:
-    events = fit(tmp_path, HParams({"a": 1}, monitor))
-    assert not [tag for tag in events.summary_metadata if tag.startswith("_hparams_")]
+def test_hparams_without_a_metric_writes_nothing(tmp_path: Path) -> None:
+    write_hparams(train(tmp_path, []), {"a": 1}, None, 0.0)
+    assert not [tag for tag in read(tmp_path).summary_metadata if tag.startswith("_hparams_")]
+
+
+def test_a_run_without_held_out_rows_is_judged_by_its_training() -> None:
+    assert judged_by("val/reward", {"val/reward": 1, "reward/proxy": 2}) == "val/reward"
+    assert judged_by("val/reward", {"reward/proxy": 2}) == "reward/proxy"
+    assert judged_by("val/accuracy", {"train/accuracy": 2}) == "train/accuracy"
+    assert judged_by("kl", {"train/loss": 2}) is None
 
 
 ROWS = [{"prompt": f"p{i}", "response": "r```\x1b[31m", "reward": 0.5, "finished": True} for i in range(5)]
@@ -82,11 +98,11 @@ ROWS = [{"prompt": f"p{i}", "response": "r```\x1b[31m", "reward": 0.5, "finished
 def test_rollouts_are_written_to_the_folder_and_as_text(tmp_path: Path) -> None:
     events = fit(tmp_path, Samples(tmp_path / "samples", every_n_steps=2, count=3), Small(ROWS), steps=5)
     files = sorted(path.name for path in (tmp_path / "samples").iterdir())
-    assert files == ["step_000002.jsonl", "step_000004.jsonl", "step_000005.jsonl"]  # the last at the end
+    assert files == ["step_000001.jsonl", "step_000003.jsonl", "step_000005.jsonl"]  # the first and the last, too
     rows = [json.loads(line) for line in (tmp_path / "samples" / files[0]).read_text().splitlines()]
     assert rows == ROWS[:3]
     texts = events.Tensors("samples/text_summary")
-    assert [event.step for event in texts] == [2, 4, 5]
+    assert [event.step for event in texts] == [1, 3, 5]
     text = texts[0].tensor_proto.string_val[0].decode()
     assert text.count("```") == 2 * 3  # the fences are ours
     assert "\x1b" not in text
