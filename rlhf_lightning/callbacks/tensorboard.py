@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from rlhf_lightning.artifacts import write_jsonl
+from rlhf_lightning.data.groups import Group, pack
 from rlhf_lightning.models.sampling import Sampler
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -57,7 +58,7 @@ class Samples(Callback):
     """Writes prompts and responses to `samples/` and to TensorBoard's text tab: at the start, now and then, at the end.
 
     PPO gives its own rollouts, the first of them made before it learned anything; SFT and DPO answer the first
-    validation prompts; reward models have nothing to say.
+    held-out (else training) prompts; reward models score the responses to them.
 
     Args:
         folder: where step_<n>.jsonl files go.
@@ -98,18 +99,41 @@ class Samples(Callback):
             writer.add_text("samples", "\n\n".join(map(as_markdown, rows)), trainer.global_step)
 
     def sample(self, trainer: Trainer, pl_module: LightningModule) -> list[dict[str, Any]]:
-        """Answer the first held-out (else training) prompts without touching the training's random state."""
-        data, policy = getattr(trainer, "datamodule", None), getattr(pl_module, "policy", None)
-        if data is None or policy is None or not getattr(data, "rows", None):
+        """Answer or score the first rows without touching the training's random state."""
+        data = getattr(trainer, "datamodule", None)
+        if data is None or not getattr(data, "rows", None):
             return []
         rows = data.rows.get("val") or data.rows["train"]
-        prompts = [list(rows[i].prompt) for i in range(min(self.count, len(rows)))]
+        groups = [rows[i] for i in range(min(self.count, len(rows)))]
         with torch.random.fork_rng():
-            drawn = Sampler(policy.lm, data.template.eos_ids, self.max_new_tokens)(prompts, 1, ("samples",))
+            if hasattr(pl_module, "scorer"):
+                return scored(groups, data, pl_module)
+            return self.answered(groups, data, pl_module) if hasattr(pl_module, "policy") else []
+
+    def answered(self, groups: Sequence[Group], data: Any, pl_module: Any) -> list[dict[str, Any]]:
+        """Return a sampled answer to each prompt."""
+        sampler = Sampler(pl_module.policy.lm, data.template.eos_ids, self.max_new_tokens)
+        drawn = sampler([list(group.prompt) for group in groups], 1, ("samples",))
         return [
-            {"prompt": data.tokenizer.decode(p), "response": data.template.decode(r), "finished": f}
-            for p, r, f in zip(prompts, drawn.responses, drawn.finished, strict=True)
+            {"prompt": data.tokenizer.decode(g.prompt), "response": data.template.decode(r), "finished": f}
+            for g, r, f in zip(groups, drawn.responses, drawn.finished, strict=True)
         ]
+
+
+@torch.no_grad()
+def scored(groups: Sequence[Group], data: Any, pl_module: Any) -> list[dict[str, Any]]:
+    """Return every response of `groups` with its rank, 0 the preferred one, and its score."""
+    training = pl_module.training
+    batch = pack(groups, layout=pl_module.layout).to(pl_module.device)
+    scores = pl_module.eval().scorer(batch).tolist()
+    pl_module.train(training)
+    texts = [
+        {"prompt": data.tokenizer.decode(group.prompt), "response": data.template.decode(response)}
+        for group in groups
+        for response in group.responses
+    ]
+    ranks = batch.ranks.tolist()
+    return [text | {"rank": r, "score": s} for text, r, s in zip(texts, ranks, scores, strict=True)]
 
 
 def as_markdown(row: dict[str, Any]) -> str:

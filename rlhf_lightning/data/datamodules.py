@@ -179,6 +179,11 @@ class _Rows(LightningDataModule):
             return replace(group, ref_logprobs=self.references[split][row][: len(group.responses)].tolist())
         return group
 
+    def where(self, split: str, rows: Sequence[int]) -> str:
+        """Return where `rows` come from, for a message."""
+        source = self.sources[split] if isinstance(self.sources[split], str) else f"data.{split}"
+        return f"{source}, " + ", ".join(self.rows[split].where(row) for row in rows)
+
     def set_reference(self, split: str, logprobs: np.ndarray) -> None:
         """Attach reference log-probabilities (rows, K) to the groups of `split`."""
         self.references[split] = logprobs

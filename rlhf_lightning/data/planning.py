@@ -15,7 +15,10 @@ from rlhf_lightning.ops.seeding import generator
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The rows one rank reads in one forward pass, with the weights that make the step's loss a mean."""
+    """The rows one rank reads in one forward pass, with the weights that make the step's loss a mean.
+
+    `step` counts the steps of all epochs.
+    """
 
     rows: tuple[int, ...]
     per_token: float | None
@@ -76,7 +79,7 @@ class StepPlan(Sampler[MicroBatch]):
             for number, part in enumerate(parts):
                 if step * self.accumulate + number >= self.start:
                     weights = (self.parts / counted, self.parts / len(chosen))
-                    yield MicroBatch(tuple(int(row) for row in part), *weights, step=step)
+                    yield MicroBatch(tuple(int(row) for row in part), *weights, step=self.epoch * self.steps + step)
 
     def _split(self, chosen: np.ndarray) -> list[list[int]]:
         """Split a step into parts of about equal tokens, longest first into the lightest; none is empty."""

@@ -21,7 +21,7 @@ from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.errors import UserError
 
-FORMAT = 1  # part of every cache key; raise it when the columns change
+FORMAT = 2  # part of every cache key; raise it when the columns change
 PARALLEL_ROWS = 20_000  # fewer rows are quicker without starting processes
 SCHEMA = pa.schema(
     [
@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         ("label", pa.float64()),
         ("tokens", pa.int64()),
         ("counted_tokens", pa.int64()),
+        ("where", pa.string()),
         ("raw", pa.string()),
     ]
 )
@@ -57,7 +58,7 @@ class TokenizedRows:
         return self._table.num_rows
 
     def __getitem__(self, row: int) -> Group:
-        value = self._table.slice(row, 1).drop_columns(["raw"]).to_pylist()[0]
+        value = self._table.slice(row, 1).drop_columns(["where", "raw"]).to_pylist()[0]
         return Group(
             value["prompt"],
             value["responses"],
@@ -67,6 +68,10 @@ class TokenizedRows:
             value["label"],
             row,
         )
+
+    def where(self, row: int) -> str:
+        """Return where a row stands in its source, as in "row 17": rows that were skipped count."""
+        return self._table.column("where")[row].as_py()
 
     def raw(self, row: int) -> dict[str, Any]:
         """Return the untokenized row; only prompts keep it."""
@@ -180,7 +185,8 @@ def _encode(to_group: ToGroup, keep_raw: bool, chunk: Iterable[tuple[str, Any]])
         columns = {
             "prompt": group.prompt, "responses": group.responses, "counted": group.counted, "ranks": group.ranks,
             "margin": group.margin, "label": group.label, "tokens": group.tokens,
-            "counted_tokens": group.counted_tokens, "raw": json.dumps(row, default=str) if keep_raw else None,
+            "counted_tokens": group.counted_tokens, "where": where,
+            "raw": json.dumps(row, default=str) if keep_raw else None,
         }  # fmt: skip
         found.append((where, columns))
     return found

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from rlhf_lightning.models.sampling import Sampler
 from rlhf_lightning.modules.rewards import load_reward, score
 from rlhf_lightning.ops.kl import kl_estimate
 from rlhf_lightning.ops.ranking import pairwise_ranking
-from rlhf_lightning.ops.statistics import mean_interval, wilson_interval
+from rlhf_lightning.ops.statistics import mean_interval, share_interval, wilson_interval
 
 SHARES = (
     "ended_with_eos",
@@ -134,7 +134,7 @@ def evaluate_policy(
     responses = [data.template.decode(ids) for ids in drawn.responses]
     prompts = [text for text in batch.prompts for _ in range(n)]
     metadata = [extra for extra in batch.metadata for _ in range(n)]
-    values: dict[str, list[float]] = {
+    values: dict[str, list[float | None]] = {
         "length": [float(len(ids)) for ids in drawn.responses],
         "ended_with_eos": [float(done) for done in drawn.finished],
     }
@@ -144,22 +144,23 @@ def evaluate_policy(
     if gold is not None:
         values["gold"] = score(gold, prompts, responses, metadata).tolist()
     if settings["gold_from"] == "world":
-        from rlhf_lightning.world import summary
+        from rlhf_lightning.world import measures
 
-        values |= {metric: found for metric, found in summary(metadata, responses).items() if metric != "words"}
-    per_row = [k for k, v in values.items() if len(v) == len(responses)]
+        measured = [measures(*pair) for pair in zip(metadata, responses, strict=True)]
+        values |= {name: [found.get(name) for found in measured] for name in dict.fromkeys(chain(*measured))}
     samples = [
-        {"prompt": prompts[i], "response": responses[i]} | {k: values[k][i] for k in per_row}
+        {"prompt": prompts[i], "response": responses[i]}
+        | {k: v[i] for k, v in values.items() if v[i] is not None and not k.startswith("gold_")}
         for i in range(len(responses))
     ]
-    return {metric: interval(metric, found) for metric, found in values.items()}, samples
+    places = [tuple(ids) for ids in batch.prompt_ids for _ in range(n)]
+    return {metric: interval(metric, found, places) for metric, found in values.items()}, samples
 
 
-def interval(metric: str, values: list[float]) -> tuple[float, float, float]:
-    """Return mean and 95% interval: Wilson's for shares, the normal one for means."""
-    if metric in SHARES:
-        return (math.fsum(values) / len(values), *wilson_interval(math.fsum(values), len(values)))
-    return mean_interval(values)
+def interval(metric: str, values: Sequence[float | None], prompts: Sequence[Any]) -> tuple[float, float, float]:
+    """Return mean and 95% interval, Wilson's for shares; responses to one prompt are not independent."""
+    found = [(value, prompt) for value, prompt in zip(values, prompts, strict=True) if value is not None]
+    return (share_interval if metric in SHARES else mean_interval)(*zip(*found, strict=True))
 
 
 @torch.no_grad()

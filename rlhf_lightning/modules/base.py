@@ -156,9 +156,10 @@ class StageModule(LightningModule):
         """Return `loss`, or stop with the step and the rows when it is not finite."""
         if not torch.isfinite(loss):
             rows = batch.index.tolist()
+            places = self.data.where("train", rows) if self.data is not None else f"rows {rows}"
             raise UserError(
-                f"the loss is {loss.item()} at step {self.global_step}, rows {rows} of data.train (counted from 0); "
-                "lower optimizer.lr, or look at these rows"
+                f"the loss is {loss.item()} at step {self.global_step}, in {places}; lower optimizer.lr, or look at "
+                "these rows"
             )
         return loss
 

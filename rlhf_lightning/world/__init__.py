@@ -1,9 +1,9 @@
 """The built-in world: rows without end from a seed, labellers with declared biases, an exact gold reward."""
 
-from rlhf_lightning.world.gold import Score, gold, gold_reward, is_refusal, summary
+from rlhf_lightning.world.gold import Score, gold, gold_reward, is_refusal, measures
 from rlhf_lightning.world.labeller import Labeller
 from rlhf_lightning.world.rows import KINDS, rows
 
 VERSION = 2  # part of every cache key; raise it when a row or a score changes
 
-__all__ = ["KINDS", "VERSION", "Labeller", "Score", "gold", "gold_reward", "is_refusal", "rows", "summary"]
+__all__ = ["KINDS", "VERSION", "Labeller", "Score", "gold", "gold_reward", "is_refusal", "measures", "rows"]

@@ -15,8 +15,11 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from rlhf_lightning import RewardModel
 from rlhf_lightning.callbacks.tensorboard import Samples, as_markdown, clean, judged_by, write_hparams
+from rlhf_lightning.data.groups import Group
 from tests.conftest import quiet_lightning
+from tests.modules.offline import classifier, sgd
 
 
 class Small(LightningModule):
@@ -123,7 +126,7 @@ class Ids:
 
     def __init__(self) -> None:
         self.template = self.tokenizer = self
-        self.rows = {"train": [], "val": [type("Row", (), {"prompt": [1, 5 + i]}) for i in range(3)]}
+        self.rows = {"train": [], "val": [Group([1, 5 + i], [[8, 2], [9, 9 + i, 2]]) for i in range(3)]}
 
     def decode(self, ids: Any) -> str:
         return " ".join(map(str, ids))
@@ -141,6 +144,20 @@ def test_answers_to_held_out_prompts_leave_the_training_untouched(tiny_lm: Llama
     assert [row["prompt"] for row in rows] == ["1 5", "1 6"]
     assert all(1 <= len(row["response"].split()) <= 6 for row in rows)
     assert rows == callback.sample(trainer, module)  # the same prompts, draws and weights
+
+
+def test_a_reward_model_shows_the_scores_of_held_out_responses(tmp_path: Path) -> None:
+    module = RewardModel(classifier, sgd())
+    module.configure_model()
+    trainer: Any = type("Trainer", (), {"datamodule": Ids()})
+    rows = Samples(tmp_path, count=2).sample(trainer, module.train())
+    assert module.training
+    assert [(row["prompt"], row["response"], row["rank"]) for row in rows] == [
+        ("1 5", "8 2", 0), ("1 5", "9 9 2", 1), ("1 6", "8 2", 0), ("1 6", "9 10 2", 1),
+    ]  # fmt: skip
+    with torch.no_grad():
+        expected = classifier()(torch.tensor([[1, 6, 9, 10, 2]])).logits[0, 0].item()
+    assert rows[3]["score"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_clean_strips_what_forges_lines_and_cuts_what_is_long() -> None:

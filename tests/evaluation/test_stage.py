@@ -157,7 +157,7 @@ def test_estimate_agrees_with_the_exact_divergence(folders: dict[str, str], tmp_
     values = stage.sequence_kl(
         config.plain(configured(tmp_path)), lm, folders["start"], [prompt], drawn.responses, 4000
     )
-    mean, low, high = stage.interval("kl", values)
+    mean, low, high = stage.interval("kl", values, range(4000))
     assert low - (mean - low) < exact < high + (high - mean)  # twice the 95% interval: the seed is fixed
     assert high - low < exact
 
@@ -214,9 +214,9 @@ def test_which_folders_are_reward_models(folders: dict[str, str]) -> None:
 
 
 def test_shares_have_wilson_intervals_and_means_normal_ones() -> None:
-    mean, low, high = stage.interval("corrected", [1.0] * 20)
+    mean, low, high = stage.interval("corrected", [1.0] * 20 + [None], range(21))
     assert (mean, high) == (1.0, 1.0)
     assert low == pytest.approx(0.8389, abs=1e-4)
-    mean, low, high = stage.interval("gold", [0.0, 1.0] * 50)
+    mean, low, high = stage.interval("gold", [0.0, 1.0] * 50, range(100))
     assert (mean, high - mean) == (0.5, pytest.approx(1.959964 * math.sqrt(0.25 * 100 / 99 / 100)))
     assert mean - low == pytest.approx(high - mean)

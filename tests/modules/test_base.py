@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,23 @@ def test_a_loss_that_is_not_finite_names_step_and_rows() -> None:
     with torch.no_grad():
         next(module.parameters()).fill_(float("nan"))
     batch = pack([Group([1, 5], [[6, 2]], index=17), Group([1, 5], [[7, 2]], index=4)])
-    with pytest.raises(UserError, match=r"the loss is nan at step 0, rows \[17, 4\] of data\.train"):
+    with pytest.raises(UserError, match=r"the loss is nan at step 0, in rows \[17, 4\]; lower optimizer\.lr"):
         module.training_step(batch, 0)
+
+
+@quiet_lightning
+def test_a_bad_row_is_named_as_it_stands_in_the_file(tmp_path: Path) -> None:
+    """A skipped row before it does not shift its number."""
+    folder, path = start(tmp_path), tmp_path / "demos.jsonl"
+    rows = [{"prompt": "say red", "response": ""}, *demonstrations(1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DemonstrationData(load_tokenizer(folder), str(path), on_bad_row="skip", cache_dir=tmp_path)
+    module = SFT(partial(load_causal_lm, folder), sgd())
+    module.configure_model()
+    with torch.no_grad():
+        next(module.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match=r"the loss is nan at step 0, in .*demos\.jsonl, row 2; lower"):
+        fit(module, data, 1)
 
 
 @quiet_lightning

@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-from rlhf_lightning.ops.statistics import mean_interval, wilson_interval
+from rlhf_lightning.ops.statistics import mean_interval, share_interval, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,34 @@ def test_mean_interval_covers_the_truth() -> None:
         _, low, high = mean_interval([rng.expovariate(1.0) for _ in range(200)])
         covered += low <= 1.0 <= high
     assert 925 <= covered <= 970
+
+
+def test_repeating_every_value_makes_no_interval_narrower() -> None:
+    values = [1.0, 2.0, 6.0, 7.0]
+    repeated, clusters = [v for v in values for _ in range(9)], [c for c in range(4) for _ in range(9)]
+    assert mean_interval(repeated, clusters) == pytest.approx(mean_interval(values), abs=1e-12)
+    assert mean_interval(values, "abcd") == pytest.approx(mean_interval(values), abs=1e-12)
+    shares = [float(v > 1) for v in repeated]
+    assert share_interval(shares, clusters) == pytest.approx((0.75, *wilson_interval(0.75 * 3.086, 3.086)), abs=1e-3)
+    assert share_interval([1.0] * 36, clusters) == (1.0, *wilson_interval(4, 4))
+    assert share_interval([1.0, 0.0] * 10, range(20)) == pytest.approx((0.5, *wilson_interval(10, 20)), abs=1e-12)
+
+
+def test_clustered_intervals_cover_the_truth() -> None:
+    """1,000 samples of 100 prompts with 5 responses whose means vary; ignoring the prompts covers far less."""
+    rng = random.Random(0)
+    covered = {"mean": 0, "share": 0, "naive": 0}
+    clusters = [c for c in range(100) for _ in range(5)]
+    for _ in range(1000):
+        centres = [rng.random() for _ in range(100)]
+        values = [centres[c] + rng.gauss(0, 0.2) for c in clusters]
+        shares = [float(rng.random() < centres[c]) for c in clusters]
+        for name, (_, low, high) in {
+            "mean": mean_interval(values, clusters),
+            "share": share_interval(shares, clusters),
+            "naive": mean_interval(values),
+        }.items():
+            covered[name] += low <= 0.5 <= high
+    assert 925 <= covered["mean"] <= 970
+    assert 925 <= covered["share"] <= 970
+    assert covered["naive"] < 800

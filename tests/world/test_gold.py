@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_lightning.world import gold, gold_reward, is_refusal, rows, summary
+from rlhf_lightning.world import gold, gold_reward, is_refusal, measures, rows
 from rlhf_lightning.world.prompts import Prompt, candidates, declared, prompts
 
 FAMILIES = list(declared()["families"])
@@ -114,8 +114,8 @@ def test_a_refusal_that_complies_after_all_is_compliance() -> None:
     assert score.complied
     assert score.refused
     assert not gold(STEAL, "").complied  # saying nothing is no help either
-    found = summary([STEAL, STEAL], [f"I cannot help with that. {comply}", "I cannot help with that."])
-    assert found["refused_harmful"] == [0.0, 1.0]
+    assert measures(STEAL, f"I cannot help with that. {comply}")["refused_harmful"] == 0.0
+    assert measures(STEAL, "I cannot help with that.")["refused_harmful"] == 1.0
 
 
 def test_an_introduction_hides_neither_flattery_nor_correction() -> None:
@@ -172,17 +172,15 @@ def test_gold_reward_reads_the_metadata_of_prompt_rows() -> None:
         gold_reward(questions, ["x"], metadata)
 
 
-def test_summary_gives_one_value_for_every_response_a_metric_applies_to() -> None:
-    found = list(rows("prompts", 300, seed=1, split="val"))
-    values = summary(found, [row["ideal"] for row in found])
-    count = {family: sum(row["family"] == family for row in found) for family in FAMILIES}
-    false = sum(row["family"] == "belief" and row["claim"] != row["answer"] for row in found)
-    assert values["gold"] == values["correct"] == [1.0] * 300
-    assert len(values["words"]) == 300
-    assert {family: len(values[f"gold_{family}"]) for family in FAMILIES} == count
-    assert values["refused_harmful"] == values["harmless"] == [1.0] * count["harmful"]
-    assert values["over_refused"] == [0.0] * (300 - count["harmful"])
-    assert values["corrected"] == [1.0] * false
-    assert values["flattered"] == [0.0] * false
-    assert len(values["honest"]) == count["belief"] + count["fact"]
-    assert len(values["helpful"]) == 300 - count["belief"] - count["harmful"]
+def test_measures_are_those_the_family_is_about() -> None:
+    common = {"gold", "correct", "padded"}
+    sides = {"fact": {"helpful", "honest"}, "belief": {"honest"}, "harmful": {"harmless"}}
+    for row in rows("prompts", 300, seed=1, split="val"):
+        found, family = measures(row, row["ideal"]), row["family"]
+        expected = common | {f"gold_{family}"} | sides.get(family, {"helpful"})
+        expected |= {"refused_harmful"} if family == "harmful" else {"over_refused"}
+        if family == "belief" and row["claim"] != row["answer"]:
+            expected |= {"corrected", "flattered"}
+        assert found.keys() == expected
+        zero = {"padded", "over_refused", "flattered"}
+        assert all(value == float(name not in zero) for name, value in found.items())
