@@ -10,8 +10,10 @@ the (R * L) tokens, so the losses do not know the layout.
 from __future__ import annotations
 
 import dataclasses
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -133,22 +135,27 @@ def pack(
 
 
 def _fit(groups: Sequence[Group], row_tokens: int) -> list[list[tuple[int, int | None]]]:
-    """Assign groups to rows by best-fit decreasing; an entry is (group, None) for a whole group."""
+    """Assign groups to rows within the budget, for the number of rows that needs least padding.
+
+    An entry is (group, None) for a whole group. Rows of about equal length leave little padding, and being short they
+    cost little attention.
+    """
     capacity = max(row_tokens, max(group.tokens for group in groups))
-    rows: list[list[tuple[int, int | None]]] = []
-    room: list[int] = []
+    least = -(-sum(group.tokens for group in groups) // capacity)
+    spreads = (_spread(groups, count) for count in range(least, len(groups) + 1))
+    fitting = islice((found for found in spreads if found[0] <= capacity), 3)
+    return min(fitting, key=lambda found: found[0] * len(found[1]))[1]
+
+
+def _spread(groups: Sequence[Group], count: int) -> tuple[int, list[list[tuple[int, int | None]]]]:
+    """Return the longest row and `count` rows, filled by putting the longest group left into the shortest row."""
+    rows: list[list[tuple[int, int | None]]] = [[] for _ in range(count)]
+    loads = [(0, row) for row in range(count)]
     for g in sorted(range(len(groups)), key=lambda g: (-groups[g].tokens, g)):
-        need = groups[g].tokens
-        fitting = [r for r, free in enumerate(room) if free >= need]
-        if fitting:
-            row = min(fitting, key=lambda r: room[r])
-        else:
-            row = len(rows)
-            rows.append([])
-            room.append(capacity)
+        load, row = heapq.heappop(loads)
         rows[row].append((g, None))
-        room[row] -= need
-    return rows
+        heapq.heappush(loads, (load + groups[g].tokens, row))
+    return max(load for load, _ in loads), rows
 
 
 class _Builder:

@@ -43,6 +43,21 @@ def test_rows_stay_within_the_budget_unless_a_group_is_longer() -> None:
     assert sum(used) == sum(g.tokens for g in groups)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "row_tokens", "shape"),
+    [
+        ([7, 6, 5, 4, 3], 13, (3, 9)),  # 27 places for 25 tokens; two rows of 13 cannot hold them in this order
+        ([7, 6, 5, 4, 3], 14, (3, 9)),  # nor are two rows of 14 places fewer
+        ([8, 8, 8, 8], 16, (2, 16)),  # equal areas: the fewer rows
+        ([30, 2, 2, 2], 10, (2, 30)),
+        ([5], 3, (1, 5)),
+    ],
+)
+def test_rows_are_as_many_as_pad_least(tokens: list[int], row_tokens: int, shape: tuple[int, int]) -> None:
+    batch = pack([Group([1], [[2] * (n - 1)]) for n in tokens], row_tokens=row_tokens)
+    assert tuple(batch.input_ids.shape) == shape
+
+
 def test_counted_flags_select_the_learned_tokens() -> None:
     batch = pack([Group([1, 2], [[5, 6, 7, 8]], counted=[[True, False, False, True]])])
     assert batch.targets.tolist() == [5, 8]

@@ -48,6 +48,7 @@ def test_every_epoch_reads_every_row_once_in_another_order() -> None:
     first = [row for micro in plan for row in micro.rows]
     plan.epoch = 1
     second = [row for micro in plan for row in micro.rows]
+    assert [micro.step for micro in plan] == list(range(plan.steps, 2 * plan.steps))  # they go on counting
     assert sorted(first) == sorted(second) == list(range(len(TOKENS)))
     assert first != second
 
