@@ -185,11 +185,16 @@ def build_trainer(cfg: DictConfig) -> tuple[Throughput | None, Trainer]:
 
 def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, checkpoint: Path | None) -> None:
     """Train; then validate once more unless the last step just was."""
-    with artifacts.readable_os_errors(trainer.default_root_dir):
-        trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Stop) and callback.received is not None:
-            raise KeyboardInterrupt(128 + callback.received)
+    stops = [callback for callback in trainer.callbacks if isinstance(callback, Stop)]  # type: ignore[attr-defined]
+    try:
+        with artifacts.readable_os_errors(trainer.default_root_dir):
+            trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None)
+    except SystemExit:  # what Lightning makes of an interrupt
+        if not any(stop.received for stop in stops):
+            raise
+    for stop in stops:
+        if stop.received is not None:
+            raise KeyboardInterrupt(128 + stop.received)
     if "val" in data.rows and module.validated_at != trainer.global_step:  # type: ignore[attr-defined]
         kept = dict(trainer.callback_metrics)
         trainer.validate(module, data, verbose=False)

@@ -9,7 +9,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class Stop(Callback):
-    """Ends training after the current batch on SIGTERM or Ctrl-C; the checkpoint callback then saves."""
+    """Ends training after the current batch on SIGTERM or Ctrl-C; the checkpoint callback then saves.
+
+    A validation under way is broken off, and none is begun: a scheduler that asks a process to end does not wait long.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -17,7 +20,7 @@ class Stop(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         def note(number: int, frame: Any) -> None:
             if self.received is not None:
-                raise KeyboardInterrupt(128 + number)  # asked twice
+                raise KeyboardInterrupt  # asked twice
             self.received = number
 
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -27,5 +30,12 @@ class Stop(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # not inside an accumulation window: its gradients would be lost
-        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        trainer.should_stop = trainer.should_stop or (whole and self.received is not None)
+        if self.received is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt

@@ -7,6 +7,8 @@ import io
 import os
 import pickle
 import random
+import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,39 @@ def test_stopping_inside_an_accumulation_window_loses_nothing(microbatch: int, t
     assert stopped.global_step == (microbatch + 2) // 3  # the window is finished first, then saved
     resumed, _ = train(tmp_path / "parts", start=7, accumulate=3, steps=4, every=50)
     assert torch.equal(whole, resumed)
+
+
+@quiet_lightning
+@pytest.mark.parametrize(("place", "validated"), [("train", 0), ("validation", 1)])
+def test_no_validation_keeps_a_stopped_run_alive(place: str, validated: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Validated(Dropped):
+        batches = 0
+
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.batches += 1
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(TensorDataset(torch.zeros(6, 4)), batch_size=1)
+
+    class Signal(Callback):
+        def on_train_batch_start(self, *rest: Any) -> None:
+            stop.received = 15 if place == "train" else None
+
+        def on_validation_start(self, *rest: Any) -> None:
+            stop.received = 15
+
+    stop, module = Stop(), Validated()
+    stop.on_train_start = lambda *args: None  # type: ignore[method-assign]
+    monkeypatch.setattr(signal, "signal", lambda *args: None)  # Lightning switches Ctrl-C off when it is interrupted
+    trainer = Trainer(
+        max_steps=12, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, val_check_interval=4, callbacks=[stop, Signal()],
+    )  # fmt: skip
+    ended = pytest.raises(SystemExit) if place == "validation" else nullcontext()
+    with ended:
+        trainer.fit(module, Resumable())
+    assert module.batches == validated
+    assert trainer.global_step == (1 if place == "train" else 4)
 
 
 @quiet_lightning
