@@ -46,9 +46,7 @@ def run_stage(cfg: DictConfig) -> float | None:
         "config": config.identity(cfg),
         "parents": [artifacts.parent_entry(*p)["weights"] for p in parents(cfg)],
     }
-    run, checkpoint, finished = artifacts.find_run(
-        run, cfg.stage, cfg.resume and str(cfg.resume), artifacts.fingerprint(identity)
-    )
+    run, checkpoint, finished = decide_run(run, cfg, artifacts.fingerprint(identity))
     if finished is not None:
         console.print(f"already done: {run}")
         return finished.get(finished.get("monitor"))
@@ -69,6 +67,16 @@ def run_stage(cfg: DictConfig) -> float | None:
     announce(cfg, run, folder, data, checkpoint)
     fit(trainer, module, data, checkpoint)
     return finish(cfg, run, folder, identity, trainer, module, data, throughput)
+
+
+def decide_run(run: Path, cfg: DictConfig, digest: str) -> tuple[Path, Path | None, dict[str, Any] | None]:
+    """Return what :func:`artifacts.find_run` finds on the first rank; the ranks it launches inherit the decision."""
+    if rank_zero_only.rank > 0 and "RLHF_RUN" in os.environ:
+        checkpoint = os.environ["RLHF_CHECKPOINT"]
+        return Path(os.environ["RLHF_RUN"]), Path(checkpoint) if checkpoint else None, None
+    found = artifacts.find_run(run, cfg.stage, cfg.resume and str(cfg.resume), digest)
+    os.environ |= {"RLHF_RUN": str(found[0]), "RLHF_CHECKPOINT": str(found[1] or "")}
+    return found
 
 
 def evaluated(cfg: DictConfig, run: Path, start: str | None) -> tuple[dict[str, Any], Path, dict[str, str]]:
