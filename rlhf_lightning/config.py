@@ -71,7 +71,8 @@ def instantiate(node: DictConfig, key: str, allow: list[str] | None = None, **ar
 
     plain = OmegaConf.to_container(node, resolve=True)
     allowed = ALLOWED | set(allow or [])
-    for where, target in targets(plain, key):
+    given = {name: value for name, value in arguments.items() if isinstance(value, dict | list)}
+    for where, target in [*targets(plain, key), *targets(given)]:  # Hydra builds what is nested in arguments, too
         if target not in allowed:
             raise UserError(
                 f"{where}={target} is not an allowed target.{nearest(target, allowed)} To trust it, add "

@@ -28,7 +28,7 @@ from rlhf_lightning.callbacks.stop import Stop
 from rlhf_lightning.callbacks.tensorboard import judged_by, write_hparams
 from rlhf_lightning.callbacks.throughput import Throughput
 from rlhf_lightning.data.sources import read_source
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer, resolve_model
 from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.modules.rewards import load_reward
@@ -141,7 +141,11 @@ def build_module(cfg: DictConfig, folder: str) -> LightningModule:
             raise UserError("reward_from is needed: a reward model folder, module:function, or world")
         options |= {"seed": cfg.seed, "reward": load_reward(settings["reward_from"], load["dtype"])}
         options["gold"] = load_reward(cfg.gold_from) if cfg.gold_from else None
-        if options.pop("critic", "value_head") == "reward":
+        critic = options.pop("critic", "value_head")
+        if critic not in ("value_head", "reward"):
+            kinds = ("value_head", "reward")
+            raise UserError(f"ppo.critic={critic!r} is not one of {', '.join(kinds)}.{nearest(critic, kinds)}")
+        if critic == "reward":
             if not Path(str(cfg.reward_from)).is_dir():
                 raise UserError("ppo.critic=reward needs reward_from=<reward model folder>")
             if load_tokenizer(folder).get_vocab() != load_tokenizer(cfg.reward_from).get_vocab():
@@ -174,6 +178,8 @@ def build_trainer(cfg: DictConfig) -> tuple[Throughput | None, Trainer]:
     callbacks.insert(0, Stop())
     bar = progress_bar()
     callbacks.append(bar)
+    if str(cfg.trainer.precision) in ("16", "16-mixed", "16-true"):
+        raise UserError(f"trainer.precision={cfg.trainer.precision} overflows in RLHF losses; use bf16-mixed")
     strategy = cfg.strategy if isinstance(cfg.strategy, str) else config.instantiate(cfg.strategy, "strategy", allow)
     steps = cfg.val_every_n_steps
     trainer = config.instantiate(
@@ -241,7 +247,7 @@ def finish(
         "metrics": metrics,
     }
     tokenizer = data.tokenizer
-    tokenizer.chat_template = data.template.source if data.template.name != "plain" else tokenizer.chat_template
+    tokenizer.chat_template = data.template.exported
     artifacts.write_json(run / "metrics.json", {"monitor": monitor, **metrics})
     artifacts.write_model(run / "model", module.export_model(), tokenizer, manifest)
     table = Table(title=f"{cfg.stage} done", show_header=False)

@@ -92,6 +92,12 @@ def test_only_listed_targets_are_built(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+def test_targets_inside_arguments_are_checked_as_well() -> None:
+    node = OmegaConf.create({"_target_": "torch.optim.AdamW", "_partial_": True})
+    with pytest.raises(UserError, match=r"lora\.alpha\._target_=torch\.load is not an allowed target"):
+        config.instantiate(node, "module", lora={"alpha": {"_target_": "torch.load", "f": "x"}})
+
+
 def test_every_allowed_target_exists() -> None:
     for name in config.ALLOWED:
         assert callable(get_object(name)), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +14,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from rlhf_lightning.artifacts import write_jsonl
 from rlhf_lightning.data.groups import Group, pack
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.sampling import Sampler
 
+log = logging.getLogger(__name__)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
@@ -108,7 +111,11 @@ class Samples(Callback):
         with torch.random.fork_rng():
             if hasattr(pl_module, "scorer"):
                 return scored(groups, data, pl_module)
-            return self.answered(groups, data, pl_module) if hasattr(pl_module, "policy") else []
+            try:
+                return self.answered(groups, data, pl_module) if hasattr(pl_module, "policy") else []
+            except UserError as error:  # a model that can be trained but not sampled from
+                log.warning("no samples are written: %s", error)
+                return []
 
     def answered(self, groups: Sequence[Group], data: Any, pl_module: Any) -> list[dict[str, Any]]:
         """Return a sampled answer to each prompt."""

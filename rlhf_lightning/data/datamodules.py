@@ -155,6 +155,11 @@ class _Rows(LightningDataModule):
     def train_dataloader(self) -> PlannedLoader:
         """Return the resumable loader of this rank."""
         plan = self._plan()
+        if plan.batch_size < plan.parts:
+            raise UserError(
+                f"data.batch_size={plan.batch_size} rows cannot fill {plan.parts} microbatches a step "
+                f"(trainer.accumulate_grad_batches={self.accumulate} on {plan.parts // self.accumulate} devices)"
+            )
         if not plan.steps:
             raise UserError(
                 f"data.train has {len(self.rows['train'])} rows, fewer than {plan.parts} microbatches a step"
@@ -232,6 +237,8 @@ class PreferenceData(_Rows):
         records.check_length(len(prompt), self.max_length)
         room = self.max_length - len(prompt)
         responses = [self.template.response(text)[:room] for text in record.responses]
+        if len(set(map(tuple, responses))) == 1:
+            raise records.RowError(f"the responses are identical within data.max_length={self.max_length}")
         return Group(prompt, responses, ranks=record.ranks, margin=record.margin, label=record.label)
 
 
@@ -247,6 +254,7 @@ class PromptData(_Rows):
             self.ptx = DemonstrationData(
                 self.tokenizer, ptx, batch_size=ptx_batch_size, max_length=self.max_length, seed=self.seed,
                 row_tokens=self.row_tokens, on_bad_row=self.on_bad_row, cache_dir=self.cache_dir, world=self.world,
+                template=self.template.name,
             )  # fmt: skip
 
     def setup(self, stage: str = "fit") -> None:
@@ -265,6 +273,7 @@ class PromptData(_Rows):
         found = [records.prompt(rows.raw(row)) for row in micro.rows]
         ptx = None
         if self.ptx is not None and split == "train":
+            self.ptx.layout = self.layout
             plan = self.ptx._plan()
             plan.epoch, plan.start = divmod(micro.step, max(plan.steps, 1))
             ptx = self.ptx.collate("train", next(iter(plan)))

@@ -82,9 +82,7 @@ def _file(path: Path) -> Source:
     if not str(path).endswith(FORMATS):
         raise UserError(f"{path}: unknown format; use one of {', '.join(FORMATS)}")
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    _add_file(digest, path)
     return Source(str(path), digest.hexdigest(), lambda: _numbered(_read(path)))
 
 
@@ -127,12 +125,16 @@ def _folder(path: Path, split: str) -> Source:
         found = datasets.load_from_disk(str(path))
         if isinstance(found, datasets.DatasetDict):
             found = _pick(found, split, str(path))
-        return Source(str(path), _digest((path.as_posix() + str(found.num_rows)).encode()), lambda: _numbered(found))
+        return Source(str(path), _content(found, split), lambda: _numbered(found))
     files = sorted(p for p in path.rglob("*") if str(p).endswith(FORMATS))
-    names = {"train": ("train",), "val": ("val", "valid", "eval", "test")}.get(split, (split,))
-    chosen = [p for p in files if p.name.startswith(names)] or files
+    names = {"train": ("train",), "val": ("val", "valid", "eval", "test")}
+    chosen = [p for p in files if p.name.startswith(names[split])]
+    if not chosen and split == "train":  # files without a split in their name are for training
+        chosen = [p for p in files if not p.name.startswith(names["val"])]
     if not chosen:
-        raise UserError(f"data.{split}: the folder {path} holds no {', '.join(FORMATS)} file")
+        kinds = f"{', '.join(FORMATS)} file for {split}"
+        held = f"; it holds {', '.join(p.name for p in files[:5])}" if files else ""
+        raise UserError(f"data.{split}: the folder {path} holds no {kinds}{held}")
     parts = [_file(p) for p in chosen]
 
     def rows() -> Iterator[tuple[str, Row]]:
@@ -150,6 +152,20 @@ def _pick(found: Any, split: str, name: str) -> Any:
     raise UserError(f"data.{split}: {name} has the splits {', '.join(found)}, none of them for {split}")
 
 
+def _content(found: Any, split: str) -> str:
+    """Return the key of a `datasets.Dataset`: split, size, and the content of its Arrow files."""
+    digest = hashlib.sha256(f"{split}:{found.num_rows}".encode())
+    for file in found.cache_files:
+        _add_file(digest, Path(file["filename"]))
+    return digest.hexdigest()
+
+
+def _add_file(digest: Any, path: Path) -> None:
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+
+
 def _hub(name: str, split: str) -> Source:
     import datasets
 
@@ -162,8 +178,7 @@ def _hub(name: str, split: str) -> Source:
         raise UserError(
             f"data.{split}={name} is neither a file nor a folder here, and the hub did not give it: {reason}"
         ) from error
-    ends = json.dumps([found[0], found[-1]], sort_keys=True, default=str) if len(found) else ""
-    return Source(name, _digest(f"{name}:{split}:{len(found)}:{ends}".encode()), lambda: _numbered(found))
+    return Source(name, _content(found, split), lambda: _numbered(found))
 
 
 def _world(kind: str, split: str, limit: int | None, options: Row) -> Source:

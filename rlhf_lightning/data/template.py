@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -79,18 +79,21 @@ class Template:
 
     @property
     def key(self) -> str:
-        """Hash of everything that decides the tokens."""
-        text = self.tokenizer.backend_tokenizer.to_str() + "\x00" + self.source
-        return hashlib.sha256(text.encode()).hexdigest()
+        """Hash of everything that decides the tokens; the rendered turns also hold what a template looks up itself."""
+        turns = self._layout(("user", "assistant"), True)
+        parts = [self.tokenizer.backend_tokenizer.to_str(), self.source, self.name, self._bos, self._start(), self.end]
+        return hashlib.sha256(repr([*parts, turns]).encode()).hexdigest()
+
+    @property
+    def exported(self) -> str:
+        """The chat template to save with a model, which gives "auto" the tokens of this one."""
+        return "{{ bos_token }}" + self.source if self.name != "auto" and self._bos else self.source
 
     def prompt(self, content: Content) -> list[int]:
         """Return the tokens up to where the assistant starts to speak."""
         if isinstance(content, str):
-            return self._text(content)
-        pieces = self._layout(tuple(m["role"] for m in content), True)
-        ids = [token for n, piece in enumerate(pieces) for token in self._encode(piece, content, first=n == 0)]
-        if self.name != "auto" and self._bos and ids[:1] != self._bos:
-            ids = self._bos + ids
+            return [*self._start(), *self._inert(content, first=True)]
+        ids = [token for _, tokens in self._pieces(content, True) for token in tokens]
         return ids or self._start()
 
     def response(self, text: str) -> list[int]:
@@ -105,10 +108,8 @@ class Template:
             turns: "last" learns the last assistant turn, "all" every one, each with its end token.
         """
         if isinstance(content, str):
-            ids = [*self._text(content), self.tokenizer.eos_token_id]
-            start = self._start()
-            ids = ids[1:] if ids[:1] == start else ids
-            return start, ids, [True] * len(ids)
+            ids = [*self._inert(content, first=True), self.tokenizer.eos_token_id]
+            return self._start(), ids, [True] * len(ids)
         if turns not in ("last", "all"):
             raise UserError(f"data.turns={turns!r} is not one of: last, all")
         if turns == "last":
@@ -124,12 +125,13 @@ class Template:
 
     def content(self, text: str, first: bool = False) -> list[int]:
         """Return the tokens of a text in which nothing is a control token; `first` when nothing stands before it."""
-        text = text.strip() if self._trims else text
-        if not self._control_pattern.search(text):
-            return self._ids(text) if first else self._plain_ids(text)
+        return self._inert(text.strip() if self._trims else text, first)
+
+    def _inert(self, text: str, first: bool) -> list[int]:
+        encode = self._ids if first else self._plain_ids
         parts = self._control_pattern.split(text)
         found = self._control_pattern.findall(text)
-        ids = self._plain_ids(parts[0])
+        ids = encode(parts[0])
         for token, rest in zip(found, parts[1:], strict=True):
             # cut inside the token's text, so that the tokenizer cannot see it whole
             ids += [*self._plain_ids(token[:1]), *self._plain_ids(token[1:]), *self._plain_ids(rest)]
@@ -138,11 +140,10 @@ class Template:
     def _all_turns(self, content: list[Message]) -> tuple[list[int], list[int], list[bool]]:
         first = next(i for i, m in enumerate(content) if m["role"] == "assistant")
         prompt = self.prompt(content[:first])
-        ids: list[int] = list(self._bos) if self.name != "auto" else []
-        flags = [False] * len(ids)
+        ids: list[int] = []
+        flags: list[bool] = []
         follows_assistant = False
-        for number, piece in enumerate(self._layout(tuple(m["role"] for m in content), False)):
-            tokens = self._encode(piece, content, first=number == 0)
+        for piece, tokens in self._pieces(content, False):
             if isinstance(piece, int):
                 follows_assistant = content[piece]["role"] == "assistant"
                 flags += [follows_assistant] * len(tokens)
@@ -159,8 +160,20 @@ class Template:
             raise RowError("the chat template renders earlier turns differently from the prompt; use data.turns=last")
         return prompt, ids[len(prompt) :], flags[len(prompt) :]
 
-    def _encode(self, piece: int | tuple[int, ...], content: Sequence[Message], first: bool) -> list[int]:
-        return self.content(content[piece]["content"], first) if isinstance(piece, int) else list(piece)
+    def _pieces(
+        self, content: Sequence[Message], generation: bool
+    ) -> Iterator[tuple[int | tuple[int, ...], list[int]]]:
+        """Yield each piece of the rendered template with its tokens; a BOS the template leaves out comes first."""
+        layout = self._layout(tuple(m["role"] for m in content), generation)
+        if self.name != "auto" and self._bos and layout and layout[0] != tuple(self._bos):
+            yield tuple(self._bos), list(self._bos)
+        first = True
+        for piece in layout:
+            if isinstance(piece, int):
+                yield piece, self.content(content[piece]["content"], first)
+            else:
+                yield piece, list(piece)
+            first = first and piece == tuple(self._bos)
 
     def _render(self, roles: tuple[str, ...], generation: bool) -> list[int | tuple[int, ...]]:
         """Return the template as pieces: a message number, or the token ids of the template's own text."""
@@ -194,9 +207,6 @@ class Template:
             if token in control:
                 return ids[: place + 1]
         return [self.tokenizer.eos_token_id]
-
-    def _text(self, text: str) -> list[int]:
-        return [*self._bos, *self._ids(text)] or self._start()
 
     def _start(self) -> list[int]:
         bos = self.tokenizer.bos_token_id

@@ -140,7 +140,8 @@ def evaluate_policy(
     }
     if reward is not None:
         values["reward"] = score(reward, prompts, responses, metadata).tolist()
-    values["kl"] = sequence_kl(settings, lm, reference, batch.prompt_ids, drawn.responses, n)
+    if options["temperature"] > 0:  # greedy answers are no samples, so they estimate no divergence
+        values["kl"] = sequence_kl(settings, lm, reference, batch.prompt_ids, drawn.responses, n)
     if gold is not None:
         values["gold"] = score(gold, prompts, responses, metadata).tolist()
     if settings["gold_from"] == "world":
@@ -180,7 +181,7 @@ def sequence_kl(
     for chosen in token_budget([g.tokens for g in groups], 8192):
         batch = pack([groups[i] for i in chosen], layout=layout).to(device(settings))
         # at the sampling temperature, the distribution the responses were drawn from
-        temperature = settings["evaluate"]["temperature"] or 1.0
+        temperature = settings["evaluate"]["temperature"]
         x = kl_estimate(policy(batch, temperature).logprobs, ref(batch, temperature).logprobs, "k1")
         sums = torch.zeros(batch.sequences, device=x.device).index_add(0, batch.sequence_ids, x).tolist()
         for place, value in zip([i * n + k for i in chosen for k in range(n)], sums, strict=True):
@@ -218,7 +219,7 @@ def prepare(data: Any) -> None:
 
 def monitored(found: dict[str, Any], wanted: str) -> str:
     """Return the metric a sweep reads: the wanted one, or the best that was measured."""
-    return next(metric for metric in (wanted, "gold", "reward", "accuracy", "kl") if metric in found)
+    return next(metric for metric in (wanted, "gold", "reward", "accuracy", "length") if metric in found)
 
 
 def device(settings: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_lightning.data.groups import Group, GroupBatch, Layout, pack
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.ops.logprobs import token_logprobs
 from rlhf_lightning.ops.masking import group_attention_mask
 
@@ -106,6 +107,26 @@ class ScalarModel(nn.Module):
         return (scores - mean) / std
 
 
+@torch.no_grad()
+def check_head(model: nn.Module, tokens: list[int]) -> None:
+    """Raise a UserError when a model's logits are not what :meth:`CompletionModel.head` makes of its hidden states."""
+    inner = plain(model)
+    if inner.get_output_embeddings() is None:
+        return
+    training = model.training
+    model.eval()
+    batch = pack([Group(tokens[:1], [tokens[1:]])], layout="padded").to(inner.device)
+    expected = inner(input_ids=batch.input_ids, use_cache=False).logits[0].float().log_softmax(-1)
+    found = CompletionModel(model).head(hidden_states(model, batch)).float().log_softmax(-1)
+    model.train(training)
+    apart = (found - expected).abs().max().item()
+    if apart > (1e-3 if inner.dtype in (torch.float32, torch.float64) else 0.2):
+        raise UserError(
+            f"{type(inner).__name__} computes its logits in a way that is not supported: log-probabilities would be "
+            f"wrong by {apart:.2g}"
+        )
+
+
 def choose_layout(model: nn.Module) -> tuple[Layout, str | None]:
     """Return the layout `model` computes correctly, and why not "packed" when it is "padded".
 
@@ -114,14 +135,14 @@ def choose_layout(model: nn.Module) -> tuple[Layout, str | None]:
     """
     inner = plain(model)
     config = inner.config.get_text_config()
+    tokens = [(7 * i + 3) % config.vocab_size for i in range(24)]
+    check_head(model, tokens[:8])
     window = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None) or []
     if window and any("sliding" in str(kind) for kind in layers):
         return "padded", f"it has sliding-window attention ({window} tokens)"
     if window and getattr(config, "use_sliding_window", True) and not layers:
         return "padded", f"it has sliding-window attention ({window} tokens)"
-    vocab = config.vocab_size
-    tokens = [(7 * i + 3) % vocab for i in range(24)]
     probes = [
         Group(tokens[:5], [tokens[5:9], tokens[9:12]]),
         Group(tokens[12:15], [tokens[15:20], tokens[20:22], tokens[22:24]]),

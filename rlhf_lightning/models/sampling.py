@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.completion import plain
 from rlhf_lightning.ops.seeding import generator
+
+_CHECKED: WeakSet[nn.Module] = WeakSet()  # models whose decoding has been compared with a full forward pass
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ class Sampler:
         training = self.lm.training
         self.lm.eval()
         try:
+            self._check_cache()
             for batch in self._batches(prompts, n):
                 uniforms = torch.stack(
                     [
@@ -97,6 +103,30 @@ class Sampler:
         finally:
             self.lm.train(training)
         return Samples(responses, finished)
+
+    def _check_cache(self) -> None:
+        """Raise a UserError when decoding with a cache is not what a full forward pass says, as for state spaces."""
+        if self.lm in _CHECKED:
+            return
+        inner = plain(self.lm)
+        vocab = inner.config.get_text_config().vocab_size
+        prompts = [[(5 * i + 3) % vocab for i in range(4)], [(3 * i + 1) % vocab for i in range(2)]]
+        following = [7 % vocab, 11 % vocab]
+        try:
+            _, cache, live = self._prefill(prompts, 1, torch.arange(2), inner.device)
+            live.token = torch.tensor(following, device=inner.device)
+            found = self._step(cache, live).float().log_softmax(-1)
+            apart = 0.0
+            for row, (prompt, token) in enumerate(zip(prompts, following, strict=True)):
+                ids = torch.tensor([[*prompt, token]], device=inner.device)
+                expected = inner(input_ids=ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
+                apart = max(apart, (found[row] - expected).abs().max().item())
+            reason = f"log-probabilities are off by {apart:.2g}"
+        except (IndexError, AttributeError, TypeError, ValueError, NotImplementedError) as error:
+            apart, reason = math.inf, f"{type(error).__name__}: {str(error)[:120]}"
+        if apart > (1e-2 if inner.dtype in (torch.float32, torch.float64) else 0.5):
+            raise UserError(f"{type(inner).__name__} cannot be sampled from with a cache ({reason})")
+        _CHECKED.add(self.lm)
 
     def _batches(self, prompts: Sequence[Sequence[int]], n: int) -> list[list[int]]:
         """Group prompts of similar length so that a decoding batch stays within its token budget."""
@@ -160,7 +190,7 @@ class Sampler:
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.arange(width, device=device)[None, :] >= (width - lengths)[:, None]
-        cache = DynamicCache()
+        cache = DynamicCache(config=plain(self.lm).config.get_text_config())
         output = self.lm(
             input_ids=ids,
             attention_mask=mask.long(),

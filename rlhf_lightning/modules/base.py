@@ -92,6 +92,11 @@ class StageModule(LightningModule):
         return decay_groups(self)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
+        if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters()):
+            log.warning(
+                "weights of half precision lose most updates of a small learning rate; use model.load.dtype=float32 "
+                "with trainer.precision=bf16-mixed"
+            )
         optimizer = self.make_optimizer(self.parameter_groups())
         if self.make_schedule is None:
             return optimizer

@@ -17,7 +17,7 @@ from rlhf_lightning.models.completion import CompletionModel, ScalarModel, choos
 from rlhf_lightning.models.reference import Frozen
 from rlhf_lightning.models.sampling import Sampler
 from rlhf_lightning.modules.base import StageModule, decay_groups
-from rlhf_lightning.modules.rewards import FolderReward, Reward, score
+from rlhf_lightning.modules.rewards import FolderReward, MeanReward, Reward, score
 from rlhf_lightning.modules.rollout import Rollout
 from rlhf_lightning.ops.kl import KLController
 
@@ -103,7 +103,7 @@ class Experience(StageModule):
 
     def on_fit_start(self) -> None:
         for part in (self.reference, self.reward):
-            if isinstance(part, Frozen | FolderReward):
+            if isinstance(part, Frozen | FolderReward | MeanReward):
                 part.to(self.device)
 
     def trained_model(self) -> Any:
@@ -191,11 +191,11 @@ class Experience(StageModule):
         sums["ended_with_eos"] = rollout.finished.float().sum()
         self.track("val", len(rollout.scores), **sums)
 
-    def summed(self, values: Tensor) -> Tensor:
-        """Return the sum of a small tensor over ranks."""
+    def summed(self, values: Tensor, reduce_op: str = "sum") -> Tensor:
+        """Return the sum (or "min", "max") of a small tensor over ranks."""
         if self.trainer.world_size == 1:
             return values
-        return self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum").to(values.device)
+        return self.trainer.strategy.reduce(values.to(self.device), reduce_op=reduce_op).to(values.device)
 
     def mean(self, values: Tensor) -> float:
         """Return the mean of a vector over ranks."""

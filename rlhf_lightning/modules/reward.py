@@ -63,6 +63,8 @@ class RewardModel(StageModule):
         pairwise, gaps = pairwise_ranking(scores, batch.ranks, batch.group_of, batch.margins, batch.labels)
         losses = pairwise
         if self.loss == "plackett_luce":
+            if batch.margins.any() or (batch.labels != 1).any():
+                raise UserError("reward.loss=plackett_luce uses neither margin nor label; use reward.loss=pairwise")
             losses = plackett_luce(scores, batch.ranks, batch.group_of, batch.groups)
         correct = (gaps > 0).double().sum() + 0.5 * (gaps == 0).double().sum()
         self.track(split, batch.groups, loss=losses.sum())

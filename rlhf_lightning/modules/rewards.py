@@ -63,10 +63,40 @@ class FolderReward:
 
 
 def exact_answer(prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:
-    """Return 1 where the last number of a response equals the row's `answer`, else 0."""
-    found = [NUMBER.findall(response) for response in responses]
-    expected = [str(extra.get("answer", "")).replace(",", "") for extra in metadata]
-    return [float(bool(f) and f[-1].replace(",", "") == e) for f, e in zip(found, expected, strict=True)]
+    """Return 1 where the last number of a response equals the last number of the row's `answer`, else 0.
+
+    Raises:
+        UserError: a row without a number in its column `answer`.
+    """
+    scores = []
+    for prompt, response, extra in zip(prompts, responses, metadata, strict=True):
+        expected = _last_number(str(extra.get("answer", "")))
+        if expected is None:
+            raise UserError(f"exact_answer needs a number in the column answer of every row; {prompt[:80]!r} has none")
+        scores.append(float(_last_number(response) == expected))
+    return scores
+
+
+def _last_number(text: str) -> float | None:
+    found = NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+class MeanReward:
+    """The mean of several rewards, an ensemble."""
+
+    def __init__(self, members: Sequence[Reward]) -> None:
+        self.members = members
+
+    def to(self, device: torch.device | str) -> MeanReward:
+        """Move the members that are models and return self."""
+        for member in self.members:
+            if isinstance(member, FolderReward):
+                member.to(device)
+        return self
+
+    def __call__(self, *args: Any) -> Tensor:
+        return torch.stack([torch.as_tensor(member(*args)).float() for member in self.members]).mean(0)
 
 
 def load_reward(spec: Any, dtype: str = "float32") -> Reward:
@@ -82,8 +112,7 @@ def load_reward(spec: Any, dtype: str = "float32") -> Reward:
     if callable(spec):
         return spec
     if isinstance(spec, list | tuple):
-        members = [load_reward(member, dtype) for member in spec]
-        return lambda *args: torch.stack([torch.as_tensor(m(*args)).float() for m in members]).mean(0)
+        return MeanReward([load_reward(member, dtype) for member in spec])
     spec = str(spec)
     if spec == "world":
         from rlhf_lightning.world import gold_reward

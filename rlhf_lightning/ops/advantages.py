@@ -68,8 +68,16 @@ def grpo(scores: Tensor, scale: bool = True) -> Tensor:
     return centred / (scores.std(1, keepdim=True) + 1e-4) if scale else centred
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """Return 1 - Var(R - V) / Var(R) over the masked entries, a scalar; 0 when the returns do not vary."""
-    residual, target = (returns - values)[mask], returns[mask]
-    variance = target.var(correction=0)
-    return torch.where(variance > 1e-12, 1 - residual.var(correction=0) / variance.clamp_min(1e-12), 0.0)
+def explained_variance(
+    values: Tensor, returns: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Return 1 - Var(R - V) / Var(R) over the masked entries, a scalar; 0 when the returns do not vary.
+
+    `reduce` sums a small tensor over ranks.
+    """
+    reduce = reduce or (lambda partial: partial)
+    pair = torch.stack([(returns - values)[mask], returns[mask]])
+    count = reduce(pair.new_tensor([float(pair.shape[1])]))
+    means = reduce(pair.sum(1)) / count
+    residual, variance = reduce(((pair - means[:, None]) ** 2).sum(1)) / count
+    return torch.where(variance > 1e-12, 1 - residual / variance.clamp_min(1e-12), 0.0)

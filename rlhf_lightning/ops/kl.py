@@ -42,8 +42,9 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Tens
 class KLController:
     """The weight beta of the KL penalty: fixed, or steered towards a target.
 
-    With a `target`, beta is multiplied after every iteration by 1 + clip(kl / target - 1, -0.2, 0.2) n /
-    horizon, where n is the number of responses (arXiv 1909.08593 eq. 4).
+    With a `target`, beta is multiplied after every iteration by 1 + clip(kl / target - 1, -0.2, 0.2) min(n /
+    horizon, 1), where n is the number of responses (arXiv 1909.08593 eq. 4; the minimum is ours and keeps beta
+    positive).
 
     Args:
         beta: start value.
@@ -59,7 +60,7 @@ class KLController:
         """Move beta after an iteration with mean response KL `kl` over `responses` responses."""
         if self.target is not None and math.isfinite(kl):
             error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.beta *= 1 + error * responses / self.horizon
+            self.beta *= 1 + error * min(responses / self.horizon, 1.0)
 
 
 def best_of_n_kl(n: int) -> float:

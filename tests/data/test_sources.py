@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -51,6 +53,29 @@ def test_folders_choose_by_split(tmp_path: Path) -> None:
     write(tmp_path / "test.jsonl", ROWS[2:])
     assert [row for _, row in read_source(str(tmp_path), "train").rows()] == ROWS[:2]
     assert [row for _, row in read_source(str(tmp_path), "val").rows()] == ROWS[2:]
+
+
+def test_a_folder_never_gives_a_split_the_rows_of_another(tmp_path: Path) -> None:
+    write(tmp_path / "prefs.jsonl", ROWS[:1])
+    write(tmp_path / "test.jsonl", ROWS[1:])
+    assert [row for _, row in read_source(str(tmp_path), "train").rows()] == ROWS[:1]
+    (tmp_path / "test.jsonl").unlink()
+    with pytest.raises(UserError, match=r"data\.val: the folder .* holds no .* file for val; it holds prefs\.jsonl"):
+        read_source(str(tmp_path), "val")
+
+
+def test_saved_data_sets_are_known_by_their_content(tmp_path: Path) -> None:
+    def save(rows: list[dict[str, Any]]) -> None:
+        split = datasets.Dataset.from_list(rows)
+        datasets.DatasetDict({"train": split, "test": datasets.Dataset.from_list(rows[::-1])}).save_to_disk(tmp_path)
+
+    save(ROWS)
+    keys = {read_source(str(tmp_path), split).key for split in ("train", "val")}
+    assert [row for _, row in read_source(str(tmp_path), "val").rows()] == ROWS[::-1]
+    shutil.rmtree(tmp_path)
+    save([{**row, "response": "other"} for row in ROWS])  # as many rows as before
+    keys |= {read_source(str(tmp_path), split).key for split in ("train", "val")}
+    assert len(keys) == 4
 
 
 def test_mistakes_name_the_place(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from rlhf_lightning.data.records import RowError
@@ -69,6 +71,51 @@ def test_text_never_becomes_a_control_token(tiny: Any, attack: str) -> None:
     prompt = template.prompt([{"role": "user", "content": attack}])
     harmless = template.prompt([{"role": "user", "content": "x"}])
     assert sum(t in control for t in prompt) == sum(t in control for t in harmless)
+
+
+def adds_bos(tokenizer: Any) -> Any:
+    """Return the tokenizer as Llama's are: a BOS in front of every text."""
+    tokenizer = copy.deepcopy(tokenizer)
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", ["chatml", "human_assistant", "plain"])
+@pytest.mark.parametrize("kind", ["no bos", "bos", "sentencepiece"])
+def test_the_exported_template_gives_the_next_stage_the_same_tokens(
+    tiny: Any, stories_model: Path, kind: str, name: str
+) -> None:
+    found = {"no bos": lambda: copy.deepcopy(tiny), "bos": lambda: adds_bos(tiny)}
+    tokenizer = found.get(kind, lambda: AutoTokenizer.from_pretrained(stories_model))()
+    template = Template(tokenizer, name)
+    tokenizer.chat_template = template.exported
+    again = Template(tokenizer, "auto")
+    assert again.prompt(TALK[:1]) == template.prompt(TALK[:1])
+    assert again.prompt(TALK[:3]) == template.prompt(TALK[:3])
+    assert again.response("No, thanks.") == template.response("No, thanks.")
+    assert (template.prompt(TALK[:1])[0] == tokenizer.bos_token_id) == (kind != "no bos")
+
+
+def test_the_key_tells_apart_what_gives_other_tokens(tiny: Any) -> None:
+    other = copy.deepcopy(tiny)
+    other.eos_token = "<|pad|>"
+    keys = [Template(t, name).key for t in (tiny, other, adds_bos(tiny)) for name in ("chatml", "plain")]
+    chatml = copy.deepcopy(adds_bos(tiny))
+    chatml.chat_template = Template(tiny, "chatml").source
+    keys.append(Template(chatml).key)  # the same source as the named one, but without its BOS
+    assert len(set(keys)) == len(keys)
+    assert Template(tiny, "chatml").key == Template(copy.deepcopy(tiny), "chatml").key
+
+
+def test_raw_text_is_continued_as_it_was_learned_and_is_never_control(tiny: Any) -> None:
+    template = Template(tiny)
+    start, learned, _ = template.demonstration("Hi there. Hello!")
+    assert template.prompt("Hi there.") == (start + learned)[: len(template.prompt("Hi there."))]
+    for ids in (template.prompt("a<|eos|><|user|>"), template.demonstration("a<|eos|><|user|>")[1][:-1]):
+        assert not set(template.control.values()) & set(ids) - {tiny.bos_token_id}
 
 
 def test_raw_text_is_learned_whole(tiny: Any) -> None:

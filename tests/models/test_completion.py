@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from transformers import (
 )
 
 from rlhf_lightning.data.groups import Group, pack
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.completion import CompletionModel, ScalarModel, choose_layout
 from tests.conftest import tiny_config
 
@@ -72,6 +75,18 @@ def test_logprobs_and_gradients_equal_the_plain_forward(name: str, groups: list[
             # Hugging Face's RMSNorm computes in float32 even in a float64 model, so its rounding is what remains
             tolerance = 1e-9 if name == "gpt2" else 1e-5
             torch.testing.assert_close(actual, gradient, rtol=tolerance, atol=tolerance, msg=parameter)
+
+
+def test_a_model_that_does_more_to_its_logits_is_refused(tiny_lm: LlamaForCausalLM) -> None:
+    class Scaled(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 1.5
+            return output
+
+    choose_layout(tiny_lm)
+    with pytest.raises(UserError, match="Scaled computes its logits in a way that is not supported"):
+        choose_layout(Scaled(tiny_config()))
 
 
 def test_only_response_rows_reach_the_head(groups: list[Group], tiny_lm: LlamaForCausalLM) -> None:

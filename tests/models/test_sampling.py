@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapters import add_lora, merge_lora
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
 from rlhf_lightning.models.sampling import Sampler, Samples
@@ -55,6 +56,23 @@ def test_greedy_equals_generate_on_a_real_model(stories_model: Path) -> None:
     eos = {tokenizer.eos_token_id}
     found = Sampler(model, eos, 40, temperature=0)(prompts)
     assert found.responses == [reference_greedy(model.eval(), p, eos, 40) for p in prompts]  # type: ignore[arg-type]
+
+
+def test_a_hybrid_model_is_sampled_and_a_state_space_model_is_refused() -> None:
+    """Their caches hold more than keys and values; what a cache gets wrong would otherwise be sampled silently."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+    hybrid = Lfm2ForCausalLM(
+        Lfm2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+                   layer_types=["conv", "full_attention"])
+    )  # fmt: skip
+    (response,) = Sampler(hybrid, {2}, 5, temperature=0)([[1, 5, 6]]).responses
+    ids = [1, 5, 6]
+    for token in response:
+        assert token == hybrid.eval()(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item()
+        ids.append(token)
+    with pytest.raises(UserError, match="MambaForCausalLM cannot be sampled from with a cache"):
+        Sampler(MambaForCausalLM(MambaConfig(**sizes, state_size=8)), {2}, 5)([[1, 5, 6]])
 
 
 def test_samples_do_not_depend_on_batching() -> None:

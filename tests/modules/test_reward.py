@@ -82,6 +82,14 @@ def test_separable_pairs_are_ordered_and_the_export_says_the_same(tmp_path: Path
     assert all(good > bad for good, bad in zip(held[::2], held[1::2], strict=True))
 
 
+@pytest.mark.parametrize("extra", [{"label": 0.5}, {"margin": 1.0}])
+def test_plackett_luce_does_not_drop_what_a_row_says(extra: dict[str, float]) -> None:
+    module = RewardModel(classifier, sgd(), loss="plackett_luce")
+    module.configure_model()
+    with pytest.raises(UserError, match="uses neither margin nor label"):
+        module.training_step(pack([Group([1, 5], [[8, 2], [9, 2]], **extra)]), 0)  # type: ignore[arg-type]
+
+
 def test_unknown_loss_is_refused() -> None:
     with pytest.raises(UserError, match=r"reward\.loss='listwise' is not one of"):
         RewardModel(classifier, sgd(), loss="listwise")  # type: ignore[arg-type]

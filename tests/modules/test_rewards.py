@@ -136,6 +136,21 @@ def test_exact_answer(response: str, answer: object, expected: float) -> None:
     assert exact_answer(["q"], [response], [{"answer": answer}]) == [expected]
 
 
+def test_exact_answer_reads_the_last_number_of_a_rationale() -> None:
+    rationale = {"answer": "48 / 2 = <<48/2=24>>24 clips in May.\n#### 1,072"}
+    assert exact_answer(["q"] * 2, ["It is 1072.0", "It is 24"], [rationale] * 2) == [1.0, 0.0]
+    with pytest.raises(UserError, match=r"needs a number in the column answer of every row; 'How many\?' has none"):
+        exact_answer(["How many?"], ["3"], [{}])
+
+
+def test_an_ensemble_is_the_mean_of_its_members() -> None:
+    def one(prompts: list[str], responses: list[str], metadata: list[dict[str, object]]) -> list[float]:
+        return [1.0 for _ in responses]
+
+    found = load_reward([one, exact_answer]).to("cpu")(["q", "q"], ["3", "4"], [{"answer": "3"}] * 2)
+    assert found.tolist() == [1.0, 0.5]
+
+
 # ---- reward model folders ------------------------------------------------------------------------------------------
 
 

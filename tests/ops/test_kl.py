@@ -113,6 +113,12 @@ def test_adaptive_weight_moves_by_the_clipped_relative_error(kl: float, factor: 
     assert controller.beta == pytest.approx(0.15 * factor, rel=1e-12)
 
 
+def test_adaptive_weight_stays_positive_when_an_iteration_is_longer_than_the_horizon() -> None:
+    controller = KLController(1.0, target=6.0, horizon=10)
+    controller.update(0.0, 512)
+    assert controller.beta == pytest.approx(0.8)
+
+
 def test_adaptive_weight_ignores_a_kl_that_is_not_a_number() -> None:
     controller = KLController(0.15, target=6.0)
     controller.update(math.nan, 512)
