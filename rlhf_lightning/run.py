@@ -49,7 +49,7 @@ def run_stage(cfg: DictConfig) -> float | None:
     run, checkpoint, finished = decide_run(run, cfg, artifacts.fingerprint(identity))
     if finished is not None:
         console.print(f"already done: {run}")
-        return finished.get(finished.get("monitor"))
+        return finished.get(str(finished.get("monitor")))
     with open_dict(cfg):
         cfg.paths.run = str(run)
     seed_everything(cfg.seed, workers=False, verbose=False)

@@ -134,7 +134,7 @@ def evaluate_policy(
     responses = [data.template.decode(ids) for ids in drawn.responses]
     prompts = [text for text in batch.prompts for _ in range(n)]
     metadata = [extra for extra in batch.metadata for _ in range(n)]
-    values: dict[str, list[float | None]] = {
+    values: dict[str, Sequence[float | None]] = {
         "length": [float(len(ids)) for ids in drawn.responses],
         "ended_with_eos": [float(done) for done in drawn.finished],
     }
@@ -160,8 +160,9 @@ def evaluate_policy(
 
 def interval(metric: str, values: Sequence[float | None], prompts: Sequence[Any]) -> tuple[float, float, float]:
     """Return mean and 95% interval, Wilson's for shares; responses to one prompt are not independent."""
-    found = [(value, prompt) for value, prompt in zip(values, prompts, strict=True) if value is not None]
-    return (share_interval if metric in SHARES else mean_interval)(*zip(*found, strict=True))
+    places = [place for place, value in enumerate(values) if value is not None]
+    found = [float(values[place]) for place in places]  # type: ignore[arg-type]
+    return (share_interval if metric in SHARES else mean_interval)(found, [prompts[place] for place in places])
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ def test_a_model_that_does_more_to_its_logits_is_refused(tiny_lm: LlamaForCausal
     class Scaled(LlamaForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = super().forward(*args, **kwargs)
-            output.logits = output.logits * 1.5
+            output["logits"] = 1.5 * output["logits"]
             return output
 
     choose_layout(tiny_lm)
