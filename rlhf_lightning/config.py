@@ -96,7 +96,9 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
     """Return what decides a run's result: the configuration without where it writes and what it is called."""
-    return {key: value for key, value in plain(cfg).items() if key not in RUN_ONLY}
+    found = {key: value for key, value in plain(cfg).items() if key not in RUN_ONLY}
+    found["data"] = {key: value for key, value in found["data"].items() if key not in ("cache_dir", "workers")}
+    return found
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:

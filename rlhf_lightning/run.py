@@ -233,7 +233,8 @@ def finish(
     judged = metrics[monitor] if monitor else None
     if not trainer.is_global_zero:
         return judged
-    write_hparams(trainer, config.flat(config.identity(cfg)), monitor, judged or 0.0)
+    hparams = {key: value for key, value in config.flat(identity["config"]).items() if not key.endswith("_")}
+    write_hparams(trainer, hparams, monitor, judged or 0.0)
     manifest = {
         "stage": cfg.stage,
         "parents": [

@@ -20,7 +20,7 @@ from rlhf_lightning.data.datamodules import PreferenceData
 from rlhf_lightning.data.groups import Group, pack
 from rlhf_lightning.data.planning import MicroBatch, token_budget
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.table import show
+from rlhf_lightning.evaluation.table import as_markdown_table, show
 from rlhf_lightning.models.completion import CompletionModel, ScalarModel, choose_layout
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.sampling import Sampler
@@ -83,6 +83,7 @@ def run_evaluate(
         for metric, (mean, low, high) in found.items():
             metrics |= {f"{name}/{metric}": mean, f"{name}/{metric}_low": low, f"{name}/{metric}_high": high}
             writer.add_scalar(f"{name}/{metric}", mean, 0)
+    writer.add_text("evaluation", as_markdown_table(table), 0)
     writer.close()
     last = next(reversed(table))
     metrics["monitor"] = f"{last}/{monitored(table[last], settings['monitor'])}"

@@ -24,16 +24,28 @@ WITH_INTERVAL = ("gold", "accuracy")
 def show(table: dict[str, dict[str, Interval]], console: Console | None = None) -> None:
     """Print `table`, model -> metric -> (mean, low, high), with the columns that any model has."""
     console = console or Console()
-    columns = [name for name in COLUMNS if any(name in row for row in table.values())]
+    header, *rows = cells(table)
     printed = Table(title="held-out prompts", show_lines=False)
-    printed.add_column("model")
-    for name in columns:
-        printed.add_column(COLUMNS[name], justify="right")
-    for model, row in table.items():
-        printed.add_row(model, *(cell(name, row.get(name)) for name in columns))
+    for number, name in enumerate(header):
+        printed.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        printed.add_row(*row)
     if console.width < 170 and not console.is_terminal:
         console = Console(file=console.file, width=170)  # a log has no width to fold to
     console.print(printed)
+
+
+def as_markdown_table(table: dict[str, dict[str, Interval]]) -> str:
+    """Return the same table as Markdown, for TensorBoard's text tab."""
+    header, *rows = cells(table)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def cells(table: dict[str, dict[str, Interval]]) -> list[list[str]]:
+    """Return the header and a row a model."""
+    columns = [name for name in COLUMNS if any(name in row for row in table.values())]
+    rows = [[model, *(cell(name, row.get(name)) for name in columns)] for model, row in table.items()]
+    return [["model", *(COLUMNS[name] for name in columns)], *rows]
 
 
 def cell(name: str, value: Interval | None) -> str:

@@ -113,7 +113,8 @@ def test_world_metrics_and_bookkeeping(compared: tuple[Path, float]) -> None:
     assert metrics["perf/peak_memory_gb"] > 0
     scalars = {tag for tag in metrics if not tag.startswith("perf/") and not tag.endswith(("_low", "_high"))}
     assert set(events.Tags()["scalars"]) == scalars - {"monitor"}
-    assert {"samples/start/text_summary", "samples/moved/text_summary"} <= set(events.Tags()["tensors"])
+    texts = {"samples/start", "samples/moved", "evaluation"}
+    assert {f"{name}/text_summary" for name in texts} <= set(events.Tags()["tensors"])
 
 
 def test_a_model_has_no_divergence_from_itself(compared: tuple[Path, float]) -> None:
