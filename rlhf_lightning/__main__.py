@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_lightning import config
+from rlhf_lightning.artifacts import write_failure
 from rlhf_lightning.errors import UserError
 
 SELECTORS = ("stage", "pipeline", "experiment", "sweep")
@@ -91,6 +92,12 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         code = stop.args[0] if stop.args else 130
         fail("interrupted; add resume=auto to the same command to go on", code)
+    except Exception as error:
+        reason = write_failure(error)
+        if reason is None:
+            raise
+        place = getattr(error, "filename", None)
+        fail(f"cannot write{f' {place}' if place else ''}: {reason}; what was saved before is intact", 2)
 
 
 def fail(message: str, code: int) -> NoReturn:

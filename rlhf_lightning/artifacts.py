@@ -49,15 +49,21 @@ def readable_os_errors(path: str | Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        number = _os_error(error)
-        denied = isinstance(error, OSError) and number in (errno.EACCES, errno.EROFS)
-        if number is None or not (denied or number in (errno.ENOSPC, errno.EDQUOT)):
+        reason = write_failure(error)
+        if reason is None:
             raise
         parent = next(p for p in [Path(path), *Path(path).parents] if p.exists())
         free = shutil.disk_usage(parent).free
         raise UserError(
-            f"cannot write {path}: {os.strerror(number)} ({free / 2**20:.0f} MiB free); what was saved before is intact"
+            f"cannot write {path}: {reason} ({free / 2**20:.0f} MiB free); what was saved before is intact"
         ) from error
+
+
+def write_failure(error: BaseException) -> str | None:
+    """Return why the operating system refused to write, when a full disk or a missing permission is behind `error`."""
+    number = _os_error(error)
+    denied = isinstance(error, OSError) and number in (errno.EACCES, errno.EROFS)
+    return os.strerror(number) if number is not None and (denied or number in (errno.ENOSPC, errno.EDQUOT)) else None
 
 
 def _os_error(error: BaseException | None) -> int | None:
@@ -164,9 +170,10 @@ def write_model(folder: str | Path, model: Any, tokenizer: Any, manifest: dict[s
 
 def parent_entry(role: str, folder: str) -> dict[str, Any]:
     """Return a manifest's record of a model this stage started from."""
-    manifest = read_manifest(folder) if Path(folder).is_dir() else None
+    local = Path(folder).is_dir()
+    manifest = read_manifest(folder) if local else None
     weights = manifest.get("weights") if manifest else hash_weights(folder)
-    return {"role": role, "folder": str(folder), "weights": weights}
+    return {"role": role, "folder": str(Path(folder).resolve()) if local else str(folder), "weights": weights}
 
 
 def find_run(run: Path, stage: str, resume: str | None, digest: str) -> tuple[Path, Path | None, dict[str, Any] | None]:
@@ -174,35 +181,62 @@ def find_run(run: Path, stage: str, resume: str | None, digest: str) -> tuple[Pa
 
     With resume=auto it is this folder, or the newest sibling of the same configuration.
     """
+    mine = {"fingerprint": digest, "stage": stage}
     started = read_json(run / "run.json")
     if resume is None:
-        if started:
-            raise UserError(f"{run} already holds a run; add resume=auto to continue it, or choose another folder")
-        write_json(run / "run.json", {"fingerprint": digest, "stage": stage})
+        claim(run, mine)
         return run, None, None
     if resume != "auto":
         path = Path(resume)
         path = path if path.suffix == ".ckpt" else path / "checkpoints" / "last.ckpt"
         if not path.is_file():
             raise UserError(f"resume={resume}: there is no checkpoint {path}; use resume=auto or a run folder")
-        write_json(run / "run.json", {"fingerprint": digest, "stage": stage})
+        other = (read_json(path.parents[1] / "run.json") or {}).get("stage", stage)
+        if other != stage:
+            raise UserError(f"resume={resume} is a run of stage={other}, not of stage={stage}")
+        claim(run, mine)
         return run, path, None
-    if started and started["fingerprint"] != digest:
+    if started and started.get("fingerprint") != digest:
         raise UserError(
             f"{run} was started with another configuration or other models; choose another folder to start anew"
         )
     for folder in [run, *sorted((p for p in run.parent.iterdir() if p != run), reverse=True)]:
         found = read_json(folder / "run.json") if folder.is_dir() else None
-        if not found or found["fingerprint"] != digest:
+        if not isinstance(found, dict) or found.get("fingerprint") != digest:
             continue
         if folder != run and not started:
-            shutil.rmtree(run, ignore_errors=True)  # the folder made for this start, still empty
+            _remove_start(run)
         checkpoint = folder / "checkpoints" / "last.ckpt"
         done = (folder / "model" / MANIFEST).is_file() or stage == "evaluate"
         metrics = read_json(folder / "metrics.json") if done else None
         return folder, checkpoint if checkpoint.is_file() else None, metrics
-    write_json(run / "run.json", {"fingerprint": digest, "stage": stage})
+    claim(run, mine)
     return run, None, None
+
+
+def claim(run: Path, value: dict[str, Any]) -> None:
+    """Write `run.json`, or refuse when another start was there first."""
+    with readable_os_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=run, suffix=".tmp")
+        with os.fdopen(handle, "w", encoding="utf-8") as opened:
+            json.dump(value, opened)
+        try:
+            os.link(name, run / "run.json")  # fails when it exists, whoever is quicker
+        except FileExistsError:
+            raise UserError(
+                f"{run} already holds a run; add resume=auto to continue it, or choose another folder"
+            ) from None
+        finally:
+            os.unlink(name)
+
+
+def _remove_start(run: Path) -> None:
+    """Remove what Hydra wrote for a start that continues another run, and the folder when nothing else is in it."""
+    shutil.rmtree(run / ".hydra", ignore_errors=True)
+    (run / "run.log").unlink(missing_ok=True)
+    if run.is_dir() and not any(run.iterdir()):
+        run.rmdir()
 
 
 def _sync_folder(folder: Path) -> None:

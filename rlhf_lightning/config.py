@@ -101,6 +101,27 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     return found
 
 
+def parents(cfg: DictConfig, start: str | None) -> list[tuple[str, str]]:
+    """Return (role, folder) of the models this stage starts from; a tiny model, made on the spot, is none."""
+    settings = plain(cfg)
+    rewards = settings["reward_from"]
+    found = [("init", start), *(("reward", r) for r in (rewards if isinstance(rewards, list) else [rewards]))]
+    if cfg.stage == "evaluate":
+        found += settings["evaluate"]["models"].items()
+    return [(role, str(place)) for role, place in found if place and (role == "init" or Path(str(place)).is_dir())]
+
+
+def data_keys(cfg: DictConfig) -> dict[str, str]:
+    """Return the content key of every data set the stage reads."""
+    from rlhf_lightning.data.sources import read_source
+
+    settings = plain(cfg)
+    sources = {name: settings["data"].get(name) for name in ("train", "val", "ptx")}
+    sources["preferences"] = settings["evaluate"]["preferences"] if cfg.stage == "evaluate" else None
+    splits = {"train": "train", "val": "val", "ptx": "train", "preferences": "val"}
+    return {name: read_source(s, splits[name], name=name).key for name, s in sources.items() if s is not None}
+
+
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     """Return nested dicts as {"a.b": value}."""
     if not isinstance(node, dict) or not node:
@@ -129,6 +150,8 @@ def check_types(cfg: DictConfig, overrides: list[str]) -> None:
         if key in known or key.startswith(("+", "~", "hydra.")):
             continue
         default, value = (OmegaConf.select(node, key, throw_on_missing=False) for node in (defaults, cfg))
+        if key == "trainer.devices":
+            continue  # Lightning takes "auto" and lists, too
         if isinstance(value, str) and isinstance(default, int | float):
             kind = "true or false" if isinstance(default, bool) else "a number"
             raise UserError(f"{key}={value!r} is not {kind}; its default is {default}")
@@ -177,9 +200,27 @@ def _unknown_key(key: str, overrides: list[str]) -> str:
     GlobalHydra.instance().clear()
     with initialize_config_module("rlhf_lightning.conf", version_base="1.3"):
         node: Any = compose("rlhf", overrides=chosen)
+    every = list(flat(OmegaConf.to_container(node)))
     parent, _, name = key.rpartition(".")
     for part in filter(None, parent.split(".")):
-        node = OmegaConf.select(node, part) if isinstance(node, DictConfig) else None
-    options = [str(k) for k in node] if isinstance(node, DictConfig) else list(known)
+        node = OmegaConf.select(node, part, throw_on_missing=False) if isinstance(node, DictConfig) else None
+    if isinstance(node, DictConfig) and not node:
+        return f"{parent} has no key {name} yet; add it with +{key}=<value>"
+    if not isinstance(node, DictConfig):
+        return f"there is no key {key}: nothing here has {parent}.*{_where(key, parent)}"
+    options = [str(k) for k in node]
+    same = [full for full in every if full.endswith(f".{name}")]
+    hint = nearest(name, options) or (f" Did you mean '{same[0]}'?" if same else "")
     place = f"{parent} has the keys" if parent else "there are"
-    return f"there is no key {key}.{nearest(name, options)} {place}: {', '.join(sorted(options))}"
+    return f"there is no key {key}.{hint} {place}: {', '.join(sorted(options))}"
+
+
+def _where(key: str, parent: str) -> str:
+    """Say what brings the missing parent of a key into the configuration."""
+    root = parent.partition(".")[0]
+    if root in STAGES:
+        return f". It belongs to stage={root}; in a pipeline give +pipeline.stages.{root}.set.{key}=<value>"
+    if root == "pipeline":
+        return f"; a key the file does not set yet needs a plus: +{key}=<value>"
+    options = [option for option in groups().get(root, []) if option != "none"]
+    return f"; choose {root}= one of {', '.join(options)}" if options else ""

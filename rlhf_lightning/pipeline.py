@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from rlhf_lightning import artifacts, config
+from rlhf_lightning.data.sources import read_source
 from rlhf_lightning.errors import UserError
 
 console = Console()
@@ -26,6 +27,7 @@ def run_pipeline(cfg: DictConfig) -> None:
     Raises:
         UserError: naming the stage that failed and how to go on.
     """
+    config.require(cfg)
     run = Path(HydraConfig.get().runtime.output_dir)
     settings = config.plain(cfg)["pipeline"]
     given = passthrough(list(HydraConfig.get().overrides.task))
@@ -38,7 +40,7 @@ def run_pipeline(cfg: DictConfig) -> None:
         overrides = stage_overrides(stage, folders, cfg.data_root) + given
         parents = {k: v for k, v in folders.items() if f"{{{k}}}" in json.dumps(stage)}
         weights = {k: artifacts.parent_entry(k, v)["weights"] for k, v in parents.items()}
-        digest = artifacts.fingerprint([overrides, weights])
+        digest = artifacts.fingerprint([overrides, weights, data_keys(overrides)])
         if is_done(folder, digest):
             console.print(f"[dim]stage {number + 1} of {len(stages)}: {name} is done[/dim]")
         else:
@@ -50,6 +52,13 @@ def run_pipeline(cfg: DictConfig) -> None:
     console.print(f"\npipeline {settings['name']} done in {minutes}:{seconds:02d}")
     console.print(f"run         {run}", soft_wrap=True)
     console.print(f"tensorboard --logdir {run}", soft_wrap=True)
+
+
+def data_keys(overrides: list[str]) -> list[str]:
+    """Return the content keys of the data files among a stage's overrides."""
+    pairs = [override.partition("=") for override in overrides]
+    found = [(key, value.strip("'")) for key, _, value in pairs if key in ("data.train", "data.val", "data.ptx")]
+    return [read_source(value, key.removeprefix("data.")).key for key, value in found if Path(value).exists()]
 
 
 def stage_overrides(stage: dict[str, Any], folders: dict[str, str], root: str | None) -> list[str]:

@@ -28,8 +28,15 @@ from rlhf_lightning.callbacks.stop import Stop
 from rlhf_lightning.callbacks.tensorboard import judged_by, write_hparams
 from rlhf_lightning.callbacks.throughput import Throughput
 from rlhf_lightning.data.sources import read_source
+from rlhf_lightning.data.tokenize import report_skipped
 from rlhf_lightning.errors import UserError, nearest
-from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer, resolve_model
+from rlhf_lightning.models.loading import (
+    context_length,
+    load_causal_lm,
+    load_scalar_model,
+    load_tokenizer,
+    resolve_model,
+)
 from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.modules.rewards import load_reward
 
@@ -42,9 +49,12 @@ def run_stage(cfg: DictConfig) -> float | None:
     quiet()
     run = Path(HydraConfig.get().runtime.output_dir)
     start = starting_point(cfg)
+    if cfg.max_steps == 0 or cfg.seed < 0:
+        raise UserError(f"max_steps={cfg.max_steps} must not be 0, seed={cfg.seed} not negative")
     identity = {
         "config": config.identity(cfg),
-        "parents": [artifacts.parent_entry(*p)["weights"] for p in parents(cfg)],
+        "parents": [artifacts.parent_entry(*p)["weights"] for p in config.parents(cfg, start)],
+        "data": config.data_keys(cfg),
     }
     run, checkpoint, finished = decide_run(run, cfg, artifacts.fingerprint(identity))
     if finished is not None:
@@ -61,6 +71,7 @@ def run_stage(cfg: DictConfig) -> float | None:
     folder = start or build_start(cfg, run)
     tokenizer = load_tokenizer(folder)
     data = config.instantiate(cfg.data, "data", allow, tokenizer=tokenizer)
+    data.limit_length(context_length(folder))
     data.setup("fit")
     module = build_module(cfg, folder)
     throughput, trainer = build_trainer(cfg)
@@ -86,15 +97,7 @@ def evaluated(cfg: DictConfig, run: Path, start: str | None) -> tuple[dict[str, 
     if options["reference"]:
         options["reference"] = resolve_model(str(options["reference"]), cfg.paths.cache)
     models = {name: resolve_model(str(model), cfg.paths.cache) for name, model in options["models"].items()}
-    return settings, run, models or ({"model": start} if start else {})
-
-
-def parents(cfg: DictConfig) -> list[tuple[str, str]]:
-    """Return (role, folder) of the models this stage starts from."""
-    found = [("init", cfg.init_from), ("reward", cfg.reward_from)]
-    if cfg.stage == "evaluate":
-        found += list(cfg.evaluate.models.items())
-    return [(role, str(folder)) for role, folder in found if folder and Path(str(folder)).is_dir()]
+    return settings, run, ({"model": start} if start else {}) | models
 
 
 def starting_point(cfg: DictConfig) -> str | None:
@@ -140,6 +143,8 @@ def build_module(cfg: DictConfig, folder: str) -> LightningModule:
         if not cfg.reward_from:
             raise UserError("reward_from is needed: a reward model folder, module:function, or world")
         options |= {"seed": cfg.seed, "reward": load_reward(settings["reward_from"], load["dtype"])}
+        if options["ptx_coef"] and not settings["data"].get("ptx"):
+            raise UserError(f"{cfg.stage}.ptx_coef needs demonstrations: data.ptx=<file>")
         options["gold"] = load_reward(cfg.gold_from) if cfg.gold_from else None
         critic = options.pop("critic", "value_head")
         if critic not in ("value_head", "reward"):
@@ -233,13 +238,16 @@ def finish(
     judged = metrics[monitor] if monitor else None
     if not trainer.is_global_zero:
         return judged
+    if monitor is None:
+        hint = nearest(cfg.monitor, metrics)
+        console.print(f"monitor={cfg.monitor} was not logged.{hint}", style="yellow", soft_wrap=True)
     hparams = {key: value for key, value in config.flat(identity["config"]).items() if not key.endswith("_")}
     write_hparams(trainer, hparams, monitor, judged or 0.0)
     manifest = {
         "stage": cfg.stage,
         "parents": [
             artifacts.parent_entry("init", folder),
-            *(artifacts.parent_entry(*p) for p in parents(cfg)[1:]),
+            *(artifacts.parent_entry(*p) for p in config.parents(cfg, None)),
         ],
         "fingerprint": artifacts.fingerprint(identity),
         "config": artifacts.fingerprint(identity["config"]),
@@ -264,9 +272,7 @@ def announce(cfg: DictConfig, run: Path, folder: str, data: Any, checkpoint: Pat
     """Say what starts, in a few lines."""
     if rank_zero_only.rank != 0:
         return
-    for split, rows in data.rows.items():
-        for reason, count in rows.skipped.items():
-            console.print(f"skipped {count} rows of data.{split}: {reason}", style="yellow", soft_wrap=True)
+    report_skipped(data)
     sizes = ", ".join(f"{len(rows)} {split} rows" for split, rows in data.rows.items())
     console.print(f"[bold]{cfg.stage}[/bold] from {folder}", soft_wrap=True)
     console.print(f"  {sizes}, {data.steps_per_epoch} steps an epoch; writing {run}", soft_wrap=True)

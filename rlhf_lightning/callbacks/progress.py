@@ -61,6 +61,7 @@ class LineProgress(Callback):
         """Return the line for this moment."""
         done = trainer.global_step
         total = pl_module.total_steps() if hasattr(pl_module, "total_steps") else trainer.max_steps  # type: ignore[operator]
+        total = max(total, done)  # PPO finishes the iteration that reaches the last update
         elapsed = now - self.began
         left = elapsed / max(done - self.first, 1) * max(total - done, 0)
         metrics = trainer.callback_metrics

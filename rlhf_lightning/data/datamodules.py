@@ -93,6 +93,9 @@ class _Rows(LightningDataModule):
         accumulate: int = 1,
     ) -> None:
         super().__init__()
+        for name, value in (("batch_size", batch_size), ("max_length", max_length), ("row_tokens", row_tokens)):
+            if not isinstance(value, int):
+                raise UserError(f"data.{name}={value} is not a whole number")
         if batch_size < 1 or max_length < 2 or row_tokens < 1 or accumulate < 1:
             raise UserError(
                 f"data.batch_size={batch_size}, data.max_length={max_length}, data.row_tokens={row_tokens} and "
@@ -111,6 +114,10 @@ class _Rows(LightningDataModule):
         self.layout: Layout = "packed"  # the module sets "padded" for a decoder that cannot take packed groups
         self.rows: dict[str, TokenizedRows] = {}
         self.references: dict[str, np.ndarray] = {}
+
+    def limit_length(self, context: int | None) -> None:
+        """Cut prompt plus response at the tokens the model can read at all."""
+        self.max_length = min(self.max_length, context or self.max_length)
 
     def raw_rows(self, split: str) -> Source:
         """Return the untokenized rows of "train" or "val"."""
@@ -256,6 +263,11 @@ class PromptData(_Rows):
                 row_tokens=self.row_tokens, on_bad_row=self.on_bad_row, cache_dir=self.cache_dir, world=self.world,
                 template=self.template.name,
             )  # fmt: skip
+
+    def limit_length(self, context: int | None) -> None:
+        super().limit_length(context)
+        if self.ptx is not None:
+            self.ptx.limit_length(context)
 
     def setup(self, stage: str = "fit") -> None:
         super().setup(stage)

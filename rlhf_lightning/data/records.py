@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +57,7 @@ def demonstration(row: dict[str, Any]) -> Demonstration:
         _need_user(messages)
         _need_text(messages[-1]["content"], "the last assistant message")
         return Demonstration(messages)
-    if "chosen" in row:
+    if row.get("chosen") is not None or row.get("responses") is not None:
         pair = preference(row)
         best = pair.responses[pair.ranks.index(min(pair.ranks))]
         prompt = pair.prompt if isinstance(pair.prompt, list) else [_turn("user", pair.prompt)]
@@ -94,7 +96,7 @@ def preference(row: dict[str, Any]) -> Preference:
     prompt, (chosen, rejected) = _pair(row)
     _need_text(chosen, "chosen")
     _need_text(rejected, "rejected")
-    if chosen == rejected:
+    if chosen.strip() == rejected.strip():
         raise RowError("chosen and rejected are identical")
     return Preference(prompt, [chosen, rejected], [0, 1], **extra)
 
@@ -150,11 +152,14 @@ def _ranking(row: dict[str, Any], extra: dict[str, Any]) -> Preference:
     responses = [_final(r, f"responses[{i}]") for i, r in enumerate(_list(row["responses"], "responses"))]
     if row.get("ranking") is None:
         raise _missing(row, ["ranking"])
-    ranks = [int(r) for r in _list(row["ranking"], "ranking")]
+    ranks = [_rank(r, f"ranking[{i}]") for i, r in enumerate(_list(row["ranking"], "ranking"))]
     if len(ranks) != len(responses) or len(responses) < 2:
         raise RowError(f"{len(responses)} responses but {len(ranks)} ranks; give one rank each, at least two responses")
     if len(set(ranks)) == 1:
         raise RowError("all responses have the same rank")
+    for i, j in itertools.combinations(range(len(ranks)), 2):
+        if ranks[i] != ranks[j] and responses[i].strip() == responses[j].strip():
+            raise RowError(f"responses[{i}] and responses[{j}] are identical but ranked differently")
     order = sorted(range(len(ranks)), key=lambda i: ranks[i])
     levels = sorted(set(ranks))
     for i, text in enumerate(responses):
@@ -230,6 +235,16 @@ def _need_text(text: str, key: str) -> str:
 def _string(value: Any, key: str) -> str:
     if not isinstance(value, str):
         raise RowError(f"{key} is {type(value).__name__}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RowError(f"{key} holds half a character (a lone surrogate), which is no text") from None
+    return value
+
+
+def _rank(value: Any, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RowError(f"{key} is {value!r}, not a number")
     return value
 
 
@@ -244,12 +259,17 @@ def _number(row: dict[str, Any], key: str, default: float) -> float:
     if value is None or value == "":
         return default
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
         raise RowError(f"{key} is {value!r}, not a number") from None
+    if not math.isfinite(number):
+        raise RowError(f"{key} is {value!r}, not a finite number")
+    return number
 
 
 def _missing(row: dict[str, Any], keys: list[str]) -> RowError:
+    if empty := [key for key in keys if key in row]:
+        return RowError(f"{empty[0]} is empty (null)")
     hint = nearest(keys[0], row.keys())
     return RowError(f"there is no {' or '.join(keys)}; the row has {', '.join(map(str, row)) or 'nothing'}.{hint}")
 

@@ -32,7 +32,12 @@ class Source:
 
 
 def read_source(
-    source: Any, split: str, limit: int | None = None, kind: str = "prompts", world: Row | None = None
+    source: Any,
+    split: str,
+    limit: int | None = None,
+    kind: str = "prompts",
+    world: Row | None = None,
+    name: str | None = None,
 ) -> Source:
     """Return the rows of `source`.
 
@@ -42,6 +47,7 @@ def read_source(
         limit: read only the first rows.
         kind: what the built-in world should make: demonstrations, preferences or prompts.
         world: options of the built-in world.
+        name: the key of the configuration it comes from, for messages; `split` when None.
 
     Raises:
         UserError: when the source does not exist or is empty.
@@ -59,7 +65,7 @@ def read_source(
     if str(source).endswith(FORMATS) or str(source).startswith((".", "/", "~")):
         where = path.parent if path.parent.is_dir() else Path(".")
         hint = nearest(path.name, (p.name for p in where.iterdir()))
-        raise UserError(f"data.{split}: there is no file {path}.{hint}")
+        raise UserError(f"data.{name or split}: there is no file {path}.{hint}")
     return _limited(_hub(str(source), split), limit)
 
 
@@ -89,21 +95,29 @@ def _file(path: Path) -> Source:
 def _read(path: Path) -> Iterator[Row]:
     name = str(path)
     if name.endswith(".parquet"):
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
+        try:
+            for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+        except pa.ArrowException as error:
+            raise UserError(f"{path}: cannot be read ({error})") from error
         return
     opener: Any = gzip.open if name.endswith(".gz") else open
-    with opener(path, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8") as text:
+    with opener(path, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as text:
         try:
             if ".csv" in path.name:
+                csv.field_size_limit(2**31 - 1)
                 yield from csv.DictReader(text)
             elif ".jsonl" in path.name:
                 yield from _json_lines(path, text)
             else:
                 content = json.load(text)
-                yield from content.get("data", [content]) if isinstance(content, dict) else content
+                rows = content.get("data", [content]) if isinstance(content, dict) else content
+                if not isinstance(rows, list):
+                    raise UserError(f"{path} holds {type(rows).__name__}, not a list of rows")
+                yield from rows
         except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, json.JSONDecodeError, csv.Error) as error:
             raise UserError(f"{path}: cannot be read ({error})") from error
 

@@ -46,12 +46,16 @@ class Template:
     def __init__(self, tokenizer: Any, template: str = "auto") -> None:
         if tokenizer.eos_token_id is None:
             raise UserError(
-                "the tokenizer has no EOS token, so a model could never learn to stop; set tokenizer.eos_token"
+                f"the tokenizer {tokenizer.name_or_path} has no EOS token, so a model could never learn to stop; set "
+                "eos_token in its tokenizer_config.json"
             )
         if template == "auto":
             if not tokenizer.chat_template:
                 names = "|".join(TEMPLATES)
-                raise UserError(f"the tokenizer has no chat template; choose one with data.template={names}")
+                raise UserError(
+                    f"the tokenizer {tokenizer.name_or_path} has no chat template; choose one with "
+                    f"data.template={names}"
+                )
             self.source = str(tokenizer.chat_template)
         elif template in TEMPLATES:
             self.source = TEMPLATES[template]

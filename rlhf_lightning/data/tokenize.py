@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from rich.console import Console
 
 from rlhf_lightning.data.groups import Group
 from rlhf_lightning.data.records import RowError
@@ -76,6 +77,16 @@ class TokenizedRows:
     def raw(self, row: int) -> dict[str, Any]:
         """Return the untokenized row; only prompts keep it."""
         return json.loads(self._table.column("raw")[row].as_py() or "{}")
+
+
+def report_skipped(data: Any) -> None:
+    """Say how many rows were left out, and why."""
+    parts = {f"data.{split}": rows for split, rows in data.rows.items()}
+    if getattr(data, "ptx", None) is not None:
+        parts["data.ptx"] = data.ptx.rows["train"]
+    for name, rows in parts.items():
+        for reason, count in rows.skipped.items():
+            Console().print(f"skipped {count} rows of {name}: {reason}", style="yellow", soft_wrap=True)
 
 
 def tokenize(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoConfig
@@ -19,10 +20,11 @@ from rlhf_lightning.callbacks.throughput import peak_memory_gb
 from rlhf_lightning.data.datamodules import PreferenceData
 from rlhf_lightning.data.groups import Group, pack
 from rlhf_lightning.data.planning import MicroBatch, token_budget
+from rlhf_lightning.data.tokenize import report_skipped
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.table import as_markdown_table, show
 from rlhf_lightning.models.completion import CompletionModel, ScalarModel, choose_layout
-from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
+from rlhf_lightning.models.loading import context_length, load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.sampling import Sampler
 from rlhf_lightning.modules.rewards import load_reward, score
 from rlhf_lightning.ops.kl import kl_estimate
@@ -54,6 +56,8 @@ def run_evaluate(
     """
     options = settings["evaluate"]
     began = time.perf_counter()
+    if options["rows"] < 1 or options["samples"] < 1 or options["max_new_tokens"] < 1:
+        raise UserError("evaluate.rows, evaluate.samples and evaluate.max_new_tokens must be at least 1")
     if not models:
         raise UserError("nothing to evaluate: give init_from=<folder> or evaluate.models.<name>=<folder>")
     rewards = {name: folder for name, folder in models.items() if is_reward_model(folder)}
@@ -74,6 +78,7 @@ def run_evaluate(
         gold = load_reward(settings["gold_from"]) if settings["gold_from"] else None
         for name, folder in policies.items():
             data = make_data(tokenizer=load_tokenizer(folder))
+            data.limit_length(context_length(folder))
             table[name], rows = evaluate_policy(settings, name, folder, data, reference, reward, gold)
             judged += len(rows)
             artifacts.write_jsonl(run / "samples" / f"{name}.jsonl", rows)
@@ -92,6 +97,7 @@ def run_evaluate(
     metrics["perf/rows_per_s"] = judged / (time.perf_counter() - began)
     artifacts.write_json(run / "metrics.json", metrics)
     show(table)
+    Console().print(f"run         {run}", soft_wrap=True)
     return metrics.get(metrics["monitor"])
 
 
@@ -217,6 +223,7 @@ def prepare(data: Any) -> None:
     if data.sources["val"] is not None:
         data.sources["train"] = None
     data.setup()
+    report_skipped(data)
 
 
 def monitored(found: dict[str, Any], wanted: str) -> str:

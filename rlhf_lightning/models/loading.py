@@ -67,6 +67,11 @@ def _near(path: Path) -> str:
     return nearest(path.name, (p.name for p in parent.iterdir() if p.is_dir()))
 
 
+def context_length(name: str) -> int | None:
+    """Return how many tokens a model can read, where its config says so."""
+    return getattr(_config(name, 0.0).get_text_config(), "max_position_embeddings", None)
+
+
 def load_tokenizer(name: str) -> Any:
     """Return the fast tokenizer of a folder or hub model.
 
@@ -191,7 +196,7 @@ def _load(loader: Any, name: str, **kwargs: Any) -> Any:
             raise UserError(f"{place} does not hold a usable model: {reason}") from error
         raise UserError(
             f"the model {name!r} is neither a folder here nor to be had from the hub; "
-            f"give a folder or a GGUF file.{_near(Path(name))} ({reason})"
+            f"give a folder or a GGUF file.{nearest(name, ['smollm2', 'tiny']) or _near(Path(name))} ({reason})"
         ) from error
 
 

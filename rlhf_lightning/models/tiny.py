@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.ops.seeding import derive_seed
 
 SPECIALS = ["<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -37,6 +38,8 @@ def build_tiny(
 
     The defaults give about a million parameters. An existing folder is returned as it is.
     """
+    if hidden_size % (2 * heads):
+        raise UserError(f"model.build.hidden_size={hidden_size} is not a multiple of 2 x model.build.heads={heads}")
     folder = Path(folder)
     if (folder / "config.json").is_file():
         return str(folder)

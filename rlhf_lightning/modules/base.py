@@ -97,7 +97,10 @@ class StageModule(LightningModule):
                 "weights of half precision lose most updates of a small learning rate; use model.load.dtype=float32 "
                 "with trainer.precision=bf16-mixed"
             )
-        optimizer = self.make_optimizer(self.parameter_groups())
+        try:
+            optimizer = self.make_optimizer(self.parameter_groups())
+        except ValueError as error:
+            raise UserError(f"optimizer: {error}") from error
         if self.make_schedule is None:
             return optimizer
         schedule = self.make_schedule(optimizer, self.total_steps())

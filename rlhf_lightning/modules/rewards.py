@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rlhf_lightning.data.planning import token_budget
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.models.completion import ScalarModel, choose_layout
-from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer
+from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer, resolve_model
 from rlhf_lightning.models.reference import Frozen
 
 Reward = Callable[[Sequence[str], Sequence[str], Sequence[dict[str, Any]]], Any]
@@ -119,7 +120,7 @@ def load_reward(spec: Any, dtype: str = "float32") -> Reward:
 
         return gold_reward
     if Path(spec).is_dir():
-        return FolderReward(spec, dtype)
+        return FolderReward(resolve_model(spec, "."), dtype)
     module, _, name = spec.partition(":")
     if not (module and name) or "/" in module:
         raise UserError(f"reward_from={spec!r} is neither a reward model folder, 'module:function', nor 'world'")
@@ -141,7 +142,15 @@ def score(
     reward: Reward, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]
 ) -> Tensor:
     """Return the rewards (S,) as float32, or stop with the response that got none."""
-    returned = reward(prompts, responses, metadata)
+    try:
+        returned = reward(prompts, responses, metadata)
+    except UserError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"the reward failed at {place.filename}:{place.lineno}: {type(error).__name__}: {error}"
+        ) from error
     try:
         values = torch.as_tensor(returned).detach().float().cpu()
     except (RuntimeError, TypeError, ValueError) as error:
