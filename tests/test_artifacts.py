@@ -160,6 +160,25 @@ def test_a_file_in_the_way_of_a_folder_is_not_a_full_disk(tmp_path: Path) -> Non
         artifacts.write_json(tmp_path / "outputs" / "metrics.json", {})
 
 
+def test_of_two_starts_in_one_folder_one_is_refused(tmp_path: Path) -> None:
+    artifacts.claim(tmp_path / "run", {"fingerprint": "a"})
+    with pytest.raises(UserError, match="already holds a run"):
+        artifacts.claim(tmp_path / "run", {"fingerprint": "b"})
+    assert artifacts.read_json(tmp_path / "run" / "run.json") == {"fingerprint": "a"}
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
+def test_a_run_of_another_stage_is_not_resumed(tmp_path: Path) -> None:
+    (tmp_path / "old" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "old" / "checkpoints" / "last.ckpt").touch()
+    artifacts.claim(tmp_path / "old", {"fingerprint": "a", "stage": "dpo"})
+    with pytest.raises(UserError, match=r"is a run of stage=dpo, not of stage=sft"):
+        artifacts.find_run(tmp_path / "new", "sft", str(tmp_path / "old"), "b")
+    (tmp_path / "foreign").mkdir()
+    artifacts.write_json(tmp_path / "foreign" / "run.json", {"a": 1})  # somebody else's file of that name
+    assert artifacts.find_run(tmp_path / "new", "sft", "auto", "b") == (tmp_path / "new", None, None)
+
+
 def test_write_model_opens_with_plain_transformers(tiny_lm: LlamaForCausalLM, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "model"
     artifacts.write_model(folder, tiny_lm, Words(), {"stage": "sft", "parents": [], "seed": 3})

@@ -119,6 +119,36 @@ def test_resume_auto_continues_and_recognizes_what_is_done(pairs: Path, sft: str
     assert "add resume=auto" in held.stderr
 
 
+def test_resume_auto_sees_other_data_and_removes_nothing_of_the_users(pairs: Path, sft: str, tmp_path: Path) -> None:
+    rows = (pairs / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (pairs / "grows.jsonl").write_text("".join(rows[:8]))
+    command = ["stage=dpo", f"init_from={sft}", "data.train=grows.jsonl", "max_steps=1", "resume=auto"]
+    old, new = tmp_path / "runs" / "old", tmp_path / "runs" / "new"
+    rlhf(pairs, *command, f"hydra.run.dir={old}")
+    new.mkdir()
+    (new / "notes.txt").write_text("mine")
+    assert f"already done: {old}" in rlhf(pairs, *command, f"hydra.run.dir={new}").stdout.replace("\n", "")
+    assert [path.name for path in new.iterdir()] == ["notes.txt"]
+    (pairs / "grows.jsonl").write_text("".join(rows))
+    assert "already done" not in rlhf(pairs, *command, f"hydra.run.dir={new}").stdout
+    other = rlhf(pairs, "stage=sft", f"init_from={sft}", "data.train=grows.jsonl", f"resume={old}", code=2)
+    assert "there is no checkpoint" in other.stderr
+
+
+def test_a_manifest_names_every_parent(pairs: Path, sft: str) -> None:
+    (pairs / "length_reward.py").write_text("def length(p, responses, m):\n    return [len(r) for r in responses]\n")
+    rlhf(pairs, "stage=reward", f"init_from={sft}", "data.train=pairs.jsonl", "max_steps=1", "name=parent")
+    reward = str(next((pairs / "outputs" / "reward" / "parent").iterdir()) / "model")
+    rlhf(
+        pairs, "stage=ppo", f"model={sft}", f"reward_from=[{reward},length_reward:length]", "data.train=pairs.jsonl",
+        "ppo.max_new_tokens=2", "max_steps=1", "name=child",
+    )  # fmt: skip
+    manifest = next((pairs / "outputs" / "ppo" / "child").iterdir()) / "model" / "manifest.json"
+    parents = json.loads(manifest.read_text())["parents"]
+    assert [(parent["role"], parent["folder"]) for parent in parents] == [("init", sft), ("reward", reward)]
+    assert all(len(parent["weights"]) == 64 for parent in parents)
+
+
 MISTAKES = {
     "nothing": ([], "usage: rlhf stage="),
     "stage": (["stage=dop"], "Did you mean 'dpo'"),
@@ -139,6 +169,24 @@ MISTAKES = {
     "adapter": (["stage=dpo", "data.train=pairs.jsonl", "dpo.reference=adapter_off"], "needs a LoRA adapter"),
     "context": (["stage=sft", "data.train=pairs.jsonl", "data.max_length=3"], "leaves no room within data.max_length=3"),
     "nan": (["stage=sft", "data.train=pairs.jsonl", "optimizer.lr=1e30", "max_steps=9", "max_epochs=9"], "optimizer.lr"),
+    "surrogate": (["stage=sft", "data.train=odd.jsonl"], "odd.jsonl, row 1: response holds half a character"),
+    "parquet": (["stage=sft", "data.train=broken.parquet"], "broken.parquet: cannot be read"),
+    "json": (["stage=sft", "data.train=five.json"], "five.json holds int, not a list of rows"),
+    "longer than the model reads": (["stage=sft", "data.train=long.jsonl", "init_from={sft}"], "long.jsonl, row 1: the prompt leaves no room within data.max_length=512"),
+    "no steps": (["stage=sft", "data.train=pairs.jsonl", "max_steps=0"], "max_steps=0 must not be 0"),
+    "rate": (["stage=sft", "data.train=pairs.jsonl", "optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
+    "heads": (["stage=sft", "data.train=pairs.jsonl", "model.build.heads=3"], "is not a multiple of 2 x model.build.heads=3"),
+    "mix": (["stage=ppo", "data.train=pairs.jsonl", "init_from={sft}", "reward_from=json:dumps", "ppo.ptx_coef=1"], "ppo.ptx_coef needs demonstrations: data.ptx=<file>"),
+    "mix file": (["stage=ppo", "data.train=pairs.jsonl", "init_from={sft}", "reward_from=json:dumps", "data.ptx=none.jsonl"], "data.ptx: there is no file none.jsonl"),
+    "reward code": (["stage=ppo", "data.train=pairs.jsonl", "init_from={sft}", "reward_from=json:dumps"], "the reward failed at"),
+    "reward run folder": (["stage=ppo", "data.train=pairs.jsonl", "init_from={sft}", "reward_from={run}"], "Did you mean"),
+    "other stage": (["stage=sft", "dpo.beta=1"], "there is no key dpo.beta: nothing here has dpo.*. It belongs to stage=dpo"),
+    "other group": (["stage=sft", "adapter.r=4"], "choose adapter= one of lora"),
+    "new key": (["stage=evaluate", "evaluate.models.a=x"], "add it with +evaluate.models.a=<value>"),
+    "place": (["stage=sft", "on_bad_row=skip"], "Did you mean 'data.on_bad_row'?"),
+    "root": (["pipeline=hh", "model=smollm2"], "data_root: a value is needed"),
+    "half": (["stage=sft", "data.train=pairs.jsonl", "trainer.precision=16-mixed"], "use bf16-mixed"),
+    "critic": (["stage=ppo", "data.train=pairs.jsonl", "init_from={sft}", "reward_from=json:dumps", "ppo.critic=rewards"], "Did you mean 'reward'?"),
     "clip": (["stage=ppo", "data.train=pairs.jsonl", "init_from={sft}", "reward_from=json:dumps", "trainer.gradient_clip_val=1"],
              "max_grad_norm"),
 }  # fmt: skip
@@ -149,9 +197,17 @@ def test_mistakes_are_one_readable_line(name: str, pairs: Path, sft: str) -> Non
     arguments, expected = MISTAKES[name]
     (pairs / "empty.jsonl").write_text("")
     (pairs / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": " "}\n')
-    small = SMALL if name not in ("nothing", "stage", "hub", "experiment") else []
-    done = rlhf(pairs, *(a.replace("{sft}", sft) for a in arguments), *(small if arguments else []), code=2)
+    (pairs / "odd.jsonl").write_text('{"prompt": "a", "response": "\\ud800"}\n')
+    (pairs / "broken.parquet").write_bytes(b"PAR1 not really")
+    (pairs / "five.json").write_text("5")
+    (pairs / "long.jsonl").write_text(json.dumps({"prompt": "many words " * 600, "response": "b"}) + "\n")
+    small = SMALL if name not in ("nothing", "stage", "hub", "experiment", "heads", "root") else []
+    places = {"{sft}": sft, "{run}": str(Path(sft).parent)}
+    for name, place in places.items():
+        arguments = [argument.replace(name, place) for argument in arguments]
+    done = rlhf(pairs, *arguments, *(small if arguments else []), code=2)
     assert expected in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) <= 6, done.stderr
 
 
 def test_model_names_are_short_for_the_hub_option() -> None:

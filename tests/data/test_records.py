@@ -59,6 +59,12 @@ def test_rankings_are_sorted_and_ties_share_a_rank() -> None:
     assert found.margin == 2.0
 
 
+def test_ranks_may_be_fractions_and_the_best_of_a_ranking_is_a_demonstration() -> None:
+    row = {"prompt": "Hi", "responses": ["a", "b", "c"], "ranking": [2.5, 1.2, 1.7]}
+    assert (preference(row).responses, preference(row).ranks) == (["b", "c", "a"], [0, 1, 2])
+    assert demonstration(row).content[-1] == {"role": "assistant", "content": "b"}
+
+
 def test_prompts_keep_the_other_columns() -> None:
     found = prompt({"messages": [USER, BOT, USER | {"content": "More"}, OTHER], "answer": "3"})
     assert found.text == "More"
@@ -98,6 +104,12 @@ def test_prompts_keep_the_other_columns() -> None:
             "margin is 'big', not a number",
         ),
         (preference, {"prompt": "Hi", "chosen": "x", "rejected": "y", "label": 2}, "outside 0..1"),
+        (preference, {"prompt": "Hi", "chosen": "x", "rejected": None}, "rejected is empty (null)"),
+        (preference, {"prompt": "Hi", "chosen": "x", "rejected": "x \n"}, "identical"),
+        (preference, {"prompt": "Hi", "chosen": "x", "rejected": "y", "margin": "nan"}, "not a finite number"),
+        (preference, {"prompt": "Hi", "responses": ["a", "b"], "ranking": ["first", 2]}, "ranking[0] is 'first'"),
+        (preference, {"prompt": "Hi", "responses": ["a", "b", "a"], "ranking": [1, 2, 3]}, "identical but ranked"),
+        (demonstration, {"prompt": "Hi", "response": "\ud800"}, "half a character"),
         (prompt, {"answer": 3}, "no prompt or messages or text"),
     ],
 )

@@ -47,6 +47,13 @@ def test_formats(tmp_path: Path, name: str) -> None:
     assert read_source(str(path), "train", limit=2).key != source.key
 
 
+def test_files_from_windows(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_bytes(b"\xef\xbb\xbfprompt,response\r\na,x\r\n")
+    (tmp_path / "d.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a", "response": "x"}\r\n')
+    for name in ("d.csv", "d.jsonl"):
+        assert [row for _, row in read_source(str(tmp_path / name), "train").rows()] == ROWS[:1]
+
+
 def test_folders_choose_by_split(tmp_path: Path) -> None:
     write(tmp_path / "train-0.jsonl", ROWS[:1])
     write(tmp_path / "train-1.jsonl", ROWS[1:2])
