@@ -27,7 +27,6 @@ def run_pipeline(cfg: DictConfig) -> None:
     Raises:
         UserError: naming the stage that failed and how to go on.
     """
-    config.require(cfg)
     run = Path(HydraConfig.get().runtime.output_dir)
     settings = config.plain(cfg)["pipeline"]
     given = passthrough(list(HydraConfig.get().overrides.task))
@@ -69,6 +68,8 @@ def stage_overrides(stage: dict[str, Any], folders: dict[str, str], root: str | 
     for key, value in values:
         if key:
             if isinstance(value, str):
+                if "{root}" in value and root is None:
+                    raise UserError("data_root: a value is needed, the folder with train.jsonl.gz and test.jsonl.gz")
                 for name, folder in known.items():
                     value = value.replace(f"{{{name}}}", folder)
                 value = value if key in config.groups() else quoted(value)

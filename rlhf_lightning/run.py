@@ -123,9 +123,9 @@ def build_start(cfg: DictConfig, run: Path) -> str:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Yield every text inside a row."""
+    """Yield every text inside a row, without what is no character; a row that holds such is refused later, by name."""
     if isinstance(value, str):
-        yield value
+        yield value.encode(errors="ignore").decode()
     elif isinstance(value, dict | list | tuple):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from strings(inner)

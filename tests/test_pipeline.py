@@ -1,0 +1,50 @@
+"""A pipeline runs its stages in order, skips what is done, and stops at the first that fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.test_cli import SMALL, rlhf
+
+pytestmark = pytest.mark.slow
+QUICK = ["pipeline=demo", "debug=fast", "pipeline.stages.evaluate.set.evaluate.rows=4", *SMALL]
+STAGES = ["base", "sft", "reward", "ppo", "dpo", "evaluate"]
+
+
+def test_the_demo_runs_is_skipped_when_done_and_goes_on_where_something_changed(tmp_path: Path) -> None:
+    first = rlhf(tmp_path, *QUICK)
+    assert "pipeline demo done" in first.stdout
+    (run,) = (tmp_path / "outputs" / "pipelines" / "demo").iterdir()
+    folders = sorted(path.name for path in run.iterdir() if path.is_dir() and path.name[0].isdigit())
+    assert folders == [f"{number}_{name}" for number, name in enumerate(STAGES)]
+    parents = {
+        name: [
+            parent["folder"] for parent in json.loads((run / name / "model" / "manifest.json").read_text())["parents"]
+        ]
+        for name in folders[1:5]
+    }
+    assert parents == {
+        "1_sft": [str(run / "0_base" / "model")],
+        "2_reward": [str(run / "1_sft" / "model")],
+        "3_ppo": [str(run / "1_sft" / "model"), str(run / "2_reward" / "model")],
+        "4_dpo": [str(run / "1_sft" / "model")],
+    }
+    metrics = json.loads((run / "5_evaluate" / "metrics.json").read_text())
+    assert {"base/gold", "sft/gold", "ppo/gold_low", "dpo/kl", "reward/accuracy"} <= metrics.keys()
+    again = rlhf(tmp_path, *QUICK, "resume=auto").stdout
+    assert again.count("is done") == len(STAGES)
+    (run / "5_evaluate" / "metrics.json").unlink()  # as if it had been killed there
+    resumed = rlhf(tmp_path, *QUICK, "resume=auto").stdout
+    assert resumed.count("is done") == len(STAGES) - 1
+    assert (run / "5_evaluate" / "metrics.json").is_file()
+
+
+def test_the_first_failure_ends_it_and_names_the_stage(tmp_path: Path) -> None:
+    done = rlhf(tmp_path, *QUICK, "+pipeline.stages.base.set.optimizer.lr=-1", code=2)
+    assert "optimizer: Invalid learning rate: -1" in done.stderr
+    assert "stage base failed (exit code 2)" in done.stderr
+    (run,) = (tmp_path / "outputs" / "pipelines" / "demo").iterdir()
+    assert not (run / "1_sft").exists()
