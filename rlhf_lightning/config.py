@@ -36,7 +36,7 @@ ALLOWED = frozenset(
         "torch.optim.SGD",
     }
 )
-STAGES = ("sft", "reward", "dpo", "ppo", "rloo", "grpo", "evaluate")
+STAGES = ("sft", "reward", "dpo", "ppo", "rloo", "grpo", "evaluate", "audit")
 RUN_ONLY = ("paths", "resume", "run_id", "run_folder", "name", "callbacks", "logger", "allow_targets")
 
 
@@ -120,6 +120,18 @@ def data_keys(cfg: DictConfig) -> dict[str, str]:
     sources["preferences"] = settings["evaluate"]["preferences"] if cfg.stage == "evaluate" else None
     splits = {"train": "train", "val": "val", "ptx": "train", "preferences": "val"}
     return {name: read_source(s, splits[name], name=name).key for name, s in sources.items() if s is not None}
+
+
+def audited_data(cfg: DictConfig, choice: str) -> DictConfig:
+    """Return the data module of an audit, which the choice of `data` decides: data=prompts/jsonl holds prompts."""
+    kind = choice.partition("/")[0]
+    if kind == "world":
+        kind = cfg.data.world.records or "preferences"
+    targets = {"demonstrations": "DemonstrationData", "preferences": "PreferenceData", "prompts": "PromptData"}
+    if kind not in targets:
+        raise UserError(f"stage=audit reads {', '.join(targets)}; data.world.records={kind} is none of them")
+    node = {**plain(cfg)["data"], "_target_": f"rlhf_lightning.data.datamodules.{targets[kind]}"}
+    return OmegaConf.create(node)
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -69,6 +69,11 @@ def run_stage(cfg: DictConfig) -> float | None:
 
         return run_evaluate(*evaluated(cfg, run, start), partial(config.instantiate, cfg.data, "data", allow))
     folder = start or build_start(cfg, run)
+    if cfg.stage == "audit":
+        from rlhf_lightning.audit.stage import run_audit
+
+        node = config.audited_data(cfg, HydraConfig.get().runtime.choices["data"])
+        return run_audit(config.plain(cfg), run, folder, partial(config.instantiate, node, "data", allow))
     tokenizer = load_tokenizer(folder)
     data = config.instantiate(cfg.data, "data", allow, tokenizer=tokenizer)
     data.limit_length(context_length(folder))
@@ -111,7 +116,7 @@ def starting_point(cfg: DictConfig) -> str | None:
 
 def build_start(cfg: DictConfig, run: Path) -> str:
     """Make the tiny model and its tokenizer from the training texts."""
-    if cfg.stage not in ("sft", "reward", "dpo"):
+    if cfg.stage not in ("sft", "reward", "dpo", "audit"):
         raise UserError(f"stage={cfg.stage} needs a model to start from: init_from=<folder or hub name>")
     settings = config.plain(cfg)
     source = settings["data"]["train"]

@@ -83,6 +83,13 @@ def test_every_stage_runs_and_leaves_its_folder(pairs: Path, sft: str) -> None:
         assert metrics["monitor"] in metrics
         assert metrics["global_step"] == (2 if stage not in ("ppo",) else 4)
         assert list((run / "tensorboard").glob("events*"))
+    done = rlhf(pairs, "stage=audit", f"init_from={sft}", f"reward_from={reward}", "data.train=pairs.jsonl")
+    assert "FAIL" not in done.stdout
+    assert "ok    every row can be read: 16 train rows" in done.stdout
+    done = rlhf(pairs, "stage=audit", f"init_from={sft}", *data, "data=prompts/jsonl", "model.load.dropout=0.5", code=2)
+    assert "FAIL  pi / pi_old starts at 1: " in done.stdout
+    assert "FAIL  held-out rows are not training rows: 16 of 16" in done.stdout
+    assert done.stderr == "rlhf: 2 of 10 checks failed: see the lines marked FAIL\n"
     metrics = json.loads((newest(pairs, "evaluate") / "metrics.json").read_text())
     assert {"reward", "kl", "length", "reward_low", "perf/rows_per_s"} <= metrics.keys()
     assert metrics["kl"] == 0.0  # the model against itself

@@ -45,9 +45,10 @@ def test_every_file_composes_and_binds(file: str) -> None:
 @pytest.mark.parametrize("stage", config.STAGES)
 def test_stage_hyperparameters_are_the_modules(stage: str) -> None:
     cfg = composed(f"stage={stage}")
-    if stage == "evaluate":
-        used = (ROOT / "rlhf_lightning" / "evaluation" / "stage.py").read_text()
-        assert all(f"options.{key}" in used or f'"{key}"' in used or f"evaluate.{key}" in used for key in cfg.evaluate)
+    if stage in ("evaluate", "audit"):
+        folder = {"evaluate": "evaluation"}.get(stage, stage)
+        used = "".join(file.read_text() for file in (ROOT / "rlhf_lightning" / folder).glob("*.py"))
+        assert all(f'"{key}"' in used for key in cfg[stage])
         return
     accepted = parameters(get_object(cfg.module._target_))
     given = set(cfg[stage]) - {"critic"}  # run.py turns it into load_critic

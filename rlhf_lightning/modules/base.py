@@ -12,10 +12,11 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rlhf_lightning.data.checks import check_rows
 from rlhf_lightning.data.groups import GroupBatch, Layout
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapters import add_lora, merge_lora
-from rlhf_lightning.models.completion import choose_layout
+from rlhf_lightning.models.completion import choose_layout, plain
 from rlhf_lightning.ops.statistics import wilson_interval
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,12 @@ class StageModule(LightningModule):
             self.data.layout = layout
         self.layout = layout
         return model
+
+    def on_fit_start(self) -> None:
+        """Look at the rows before the first step: a mask or a tokenizer that is wrong would only show in the result."""
+        if self.data is not None:
+            embedding: Any = plain(self.trained_model()).get_input_embeddings()
+            check_rows(self.data, embedding.num_embeddings)
 
     @property
     def data(self) -> Any:

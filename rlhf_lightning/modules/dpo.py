@@ -13,6 +13,7 @@ from rlhf_lightning.models.adapters import adapter_off
 from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.models.reference import Frozen
 from rlhf_lightning.modules.base import StageModule
+from rlhf_lightning.modules.invariants import apart, is_exact
 from rlhf_lightning.modules.references import attach_references
 from rlhf_lightning.ops.logprobs import sequence_sum
 from rlhf_lightning.ops.losses import PREFERENCE_LOSSES, PreferenceLoss, preference_loss
@@ -78,6 +79,7 @@ class DPO(StageModule):
                 self.reference = Frozen(CompletionModel(self.load()))
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         if self.reference is not None:
             self.reference.to(self.device)
         if self.reference_kind == "cached":
@@ -105,10 +107,21 @@ class DPO(StageModule):
             self.policy.train(training)
         return sequence_sum(logprobs, batch.sequence_ids, batch.sequences)
 
+    def check_reference(self, found: Tensor, expected: Tensor) -> None:
+        """Stop when the policy does not start as its reference: dropout, or a stale or another reference."""
+        worst, broken = apart(found, expected, is_exact(self.policy.lm, self.trainer.precision))
+        if broken and self.reference_kind != "none":
+            raise UserError(
+                f"log pi and log pi_ref differ by {worst:.2g} a token before the first update, so the reference is not "
+                "the model that training starts from; switch off dropout (model.load.dropout)"
+            )
+
     def losses(self, batch: GroupBatch, split: str) -> Tensor:
         """Return the loss of each group (G,) and track rewards, accuracy and log-probabilities."""
         summed = sequence_sum(self.policy(batch).logprobs, batch.sequence_ids, batch.sequences)
         reference = self.reference_logprobs(batch).to(summed.dtype)
+        if split == "train" and self._trainer is not None and self.trainer.global_step == 0:
+            self.check_reference(summed / batch.lengths, reference / batch.lengths)
         scale = batch.lengths.to(summed.dtype) if self.averaged else 1.0
         ratios = (summed - reference) / scale
         better, worse = ranked_pairs(batch.ranks, batch.group_of)

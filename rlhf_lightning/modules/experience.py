@@ -17,6 +17,7 @@ from rlhf_lightning.models.completion import CompletionModel, ScalarModel, choos
 from rlhf_lightning.models.reference import Frozen
 from rlhf_lightning.models.sampling import Sampler
 from rlhf_lightning.modules.base import StageModule, decay_groups
+from rlhf_lightning.modules.invariants import apart, is_exact
 from rlhf_lightning.modules.rewards import FolderReward, MeanReward, Reward, score
 from rlhf_lightning.modules.rollout import Rollout
 from rlhf_lightning.ops.kl import KLController
@@ -102,6 +103,7 @@ class Experience(StageModule):
             self.reference = Frozen(CompletionModel(self.load()))
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         for part in (self.reference, self.reward):
             if isinstance(part, Frozen | FolderReward | MeanReward):
                 part.to(self.device)
@@ -167,6 +169,18 @@ class Experience(StageModule):
 
         rollout.fill(current)
         self.train(training)
+        if self.iteration == 0:
+            self.check_reference(rollout)
+
+    def check_reference(self, rollout: Rollout) -> None:
+        """Stop when the policy does not start as its reference: then every KL would be measured to something else."""
+        found, expected = (rollout.tokens[name][rollout.mask] for name in ("old_logprobs", "ref_logprobs"))
+        worst, broken = apart(found, expected, is_exact(self.policy.lm, self.trainer.precision))
+        if broken:
+            raise UserError(
+                f"log pi and log pi_ref differ by {worst:.2g} before the first update: the reference is not the model "
+                "that training starts from"
+            )
 
     def shaped_scores(self, rollout: Rollout) -> Tensor:
         """Return the scores (S,) after scaling, clipping and the penalty for a missing EOS."""

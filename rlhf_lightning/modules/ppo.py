@@ -12,8 +12,8 @@ from torch import Tensor
 from rlhf_lightning.data.datamodules import PromptBatch
 from rlhf_lightning.data.groups import GroupBatch
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.completion import plain
 from rlhf_lightning.modules.experience import Estimator, Experience
+from rlhf_lightning.modules.invariants import apart, is_exact
 from rlhf_lightning.modules.rollout import Rollout
 from rlhf_lightning.ops.advantages import explained_variance, gae, grpo, rloo, whiten
 from rlhf_lightning.ops.kl import KLEstimator, kl_estimate, token_rewards
@@ -177,9 +177,7 @@ class PPO(Experience):
         microbatches = list(rollout.microbatches(chosen))
         mix = ptx is not None and self.ptx_coef > 0
         for number, (rows, batch) in enumerate(microbatches, start=1):
-            terms, ratio = self.token_losses(rollout, rows, batch)
-            if first:
-                self.check_first_ratio(ratio)
+            terms, ratio = self.token_losses(rollout, rows, batch, first)
             extremes[0], extremes[1] = (
                 min(extremes[0], ratio.min().item()),
                 max(extremes[1], ratio.max().item()),
@@ -213,12 +211,16 @@ class PPO(Experience):
             with strategy.block_backward_sync():
                 self.manual_backward(loss)
 
-    def token_losses(self, rollout: Rollout, rows: Tensor, batch: GroupBatch) -> tuple[dict[str, Tensor], Tensor]:
+    def token_losses(
+        self, rollout: Rollout, rows: Tensor, batch: GroupBatch, first: bool = False
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Return the loss and the metrics of each counted token (N,), and the ratio pi / pi_old."""
         has_head = self.policy.value_head is not None
         output = self.policy(batch, self.temperature, entropy=True, values=has_head)
         old = rollout.flat("old_logprobs", rows)
         assert output.entropy is not None
+        if first:
+            self.check_first_ratio(output.logprobs, old)
         loss, clipped = ppo_policy_loss(
             output.logprobs, old, rollout.flat("advantages", rows), self.clip_low, self.clip_high
         )
@@ -245,15 +247,10 @@ class PPO(Experience):
             loss = loss + self.vf_coef * value_loss
         return terms | {"loss": loss}, (output.logprobs - old).detach().exp()
 
-    def check_first_ratio(self, ratio: Tensor) -> None:
+    def check_first_ratio(self, logprobs: Tensor, old: Tensor) -> None:
         """Stop when the policy that learns is not the policy that sampled: dropout, another mask or temperature."""
-        dtypes, precisions = (torch.float32, torch.float64), ("32-true", "64-true")
-        exact = plain(self.policy.lm).dtype in dtypes and self.trainer.precision in precisions
-        # float32 rounds a log-probability to about 1e-5; bfloat16 rounds a single one to as much as 0.2, their mean to
-        # about 0.005
-        apart = (ratio - 1).abs()
-        worst = (apart.max() if exact else apart.mean()).item()
-        if worst > (1e-3 if exact else 0.05):
+        worst, broken = apart(logprobs, old, is_exact(self.policy.lm, self.trainer.precision))
+        if broken:
             raise UserError(
                 f"pi / pi_old differs from 1 by {worst:.2g} before the first update of iteration {self.iteration}; "
                 "switch off dropout (also LoRA's)"

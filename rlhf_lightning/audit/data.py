@@ -1,0 +1,134 @@
+"""Checks of rows, template and splits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from rlhf_lightning.data import checks, records
+from rlhf_lightning.data.checks import Check, Note
+from rlhf_lightning.data.records import Message
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.ops.statistics import wilson_interval
+
+IDS_FIT = "token ids fit the model"
+
+
+class DataChecks:
+    """The rows of a data module: those in memory, and the first `limit` as they stand in the file."""
+
+    def __init__(self, data: Any, limit: int) -> None:
+        if limit < 1:
+            raise UserError("audit.rows must be at least 1")
+        self.data, self.limit = data, limit
+
+    def looked_at(self) -> int:
+        """Return how many training rows the costly checks read."""
+        return min(self.limit, len(self.data.rows["train"]))
+
+    def read(self) -> str:
+        """Tokenize all rows."""
+        self.data.setup()
+        text = ", ".join(f"{len(rows)} {split}" for split, rows in self.data.rows.items()) + " rows"
+        skipped = sum(sum(rows.skipped.values()) for rows in self.data.rows.values())
+        return Note(f"{text}; {skipped} bad ones are left out (data.on_bad_row=skip)") if skipped else text
+
+    def checks(self, vocabulary: int) -> Iterator[Check]:
+        """Yield the checks of a model that knows `vocabulary` ids."""
+        data = self.data
+        for split, rows in data.rows.items():
+            if data.kind != "prompts":
+                yield f"{split}: every row has a counted token", partial(checks.counted_tokens, data, split)
+                yield f"{split}: answers end with EOS", partial(checks.ends_are_learned, data, split, len(rows))
+            yield f"{split}: {IDS_FIT}", partial(checks.ids_fit, data, split, vocabulary, len(rows))
+        yield "tokens are those of the chat template", self.template
+        if "val" in data.rows:
+            yield "held-out rows are not training rows", self.leak
+        if data.kind == "preferences":
+            yield "chosen and rejected share the prompt", self.shared_prompt
+            yield "length does not tell which is chosen", self.length
+
+    def conversations(self) -> Iterator[tuple[str, list[Message], list[str], dict[str, Any]]]:
+        """Yield (where, prompt, responses, other columns) of the first rows that are conversations."""
+        for where, row in islice(self.data.raw_rows("train").rows(), self.limit):
+            try:
+                record = records.prompt(row)
+                prompt, responses = record.content, []
+                if self.data.kind == "preferences":
+                    pair = records.preference(row)
+                    prompt, responses = pair.prompt, pair.responses
+                elif self.data.kind == "demonstrations":
+                    content = records.demonstration(row).content
+                    prompt, responses = content[:-1], [content[-1]["content"] if isinstance(content, list) else ""]
+            except records.RowError:  # left out by data.on_bad_row=skip
+                continue
+            if isinstance(prompt, list):
+                yield where, prompt, responses, record.metadata
+
+    def render(self, messages: list[Message], **options: Any) -> Any:
+        """Return what the tokenizer's own chat template makes of `messages`."""
+        return self.data.tokenizer.apply_chat_template(messages, return_dict=False, **options)
+
+    def template(self) -> str:
+        """Our tokens are those of the whole conversation in the tokenizer's own template."""
+        template = self.data.template
+        if template.name != "auto":
+            return Note(f"not compared: data.template={template.name} is not the tokenizer's own")
+        seen, other = 0, []
+        for where, prompt, responses, _ in self.conversations():
+            ours = [template.prompt(prompt), *(template.prompt(prompt) + template.response(y) for y in responses)]
+            theirs = [
+                self.render(prompt, add_generation_prompt=True),
+                *(self.render(answered(prompt, y)) for y in responses),
+            ]
+            seen += 1
+            if any(list(b[: len(a)]) != a for a, b in zip(ours, theirs, strict=True)):
+                other.append(where)
+        if other:
+            return Note(
+                f"{len(other)} of {seen} rows differ, the first is {other[0]}: text that spells a control token, or "
+                "that the tokenizer joins with the template's; training and sampling both use the tokens of this system"
+            )
+        return f"{seen} conversations"
+
+    def leak(self) -> str:
+        """No held-out row is a training row."""
+        train, val = (
+            [(tuple(g.prompt), tuple(map(tuple, g.responses))) for g in (rows[i] for i in range(len(rows)))]
+            for rows in (self.data.rows["train"], self.data.rows["val"])
+        )
+        known, prompts = set(train), {prompt for prompt, _ in train}
+        same = [i for i, row in enumerate(val) if row in known]
+        if same:
+            place = self.data.where("val", same[:1])
+            raise UserError(f"{len(same)} of {len(val)} held-out rows are training rows, the first is {place}")
+        half = sum(prompt in prompts for prompt, _ in val)
+        text = f"{half} of {len(val)} held-out prompts are training prompts"
+        return Note(text) if half else text
+
+    def shared_prompt(self) -> str:
+        """The template writes the same prompt before either response."""
+        for where, prompt, responses, _ in self.conversations() if self.data.template.name == "auto" else ():
+            head = self.render(prompt, tokenize=False, add_generation_prompt=True)
+            if not all(self.render(answered(prompt, y), tokenize=False).startswith(head) for y in responses):
+                return Note(
+                    f"{where}: the chat template writes another prompt once an answer follows; this system trains on "
+                    "the prompt it samples from, other programs may not"
+                )
+        return f"{len(self.data.rows['train'])} rows, one prompt each"
+
+    def length(self) -> str:
+        """The label cannot be read off the length."""
+        rows = self.data.rows["train"]
+        sizes = [[len(y) for y in rows[i].responses] for i in range(len(rows))]
+        longer = sum((s[0] > s[-1]) + 0.5 * (s[0] == s[-1]) for s in sizes)
+        low, high = wilson_interval(longer, len(sizes))
+        text = f"the best response is longer than the worst in {longer / len(sizes):.0%} [{low:.0%}, {high:.0%}]"
+        return Note(f"{text}: a reward model may learn length") if low > 0.6 or high < 0.4 else text
+
+
+def answered(prompt: list[Message], response: str) -> list[Message]:
+    """Return the conversation with the response as its last turn."""
+    return [*prompt, {"role": "assistant", "content": response}]

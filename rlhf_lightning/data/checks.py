@@ -1,0 +1,82 @@
+"""What the tokenized rows of a run must have.
+
+A check returns what it saw, as a :class:`Note` where a person should look, and raises a UserError with the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from rlhf_lightning.errors import UserError
+
+
+class Note(str):
+    """What is worth knowing without being wrong."""
+
+
+Check = tuple[str, Callable[[], str]]
+"""What is checked, in words, and the check."""
+
+LOOKED_AT = 256
+"""Rows whose tokens are read at every start; `stage=audit` reads all."""
+
+
+def counted_tokens(data: Any, split: str) -> str:
+    """Every row has a token that enters the loss."""
+    counted = data.rows[split].counted
+    empty = np.flatnonzero(counted == 0)
+    if len(empty):
+        more = f" (and {len(empty) - 1} more rows)" if len(empty) > 1 else ""
+        raise UserError(
+            f"{data.where(split, [int(empty[0])])}: no token of the response is learned{more}; look at the row, and at "
+            "data.max_length and data.turns"
+        )
+    return f"{len(counted)} rows, {counted.min()} to {counted.max()} counted tokens each"
+
+
+def ends_are_learned(data: Any, split: str, rows: int = LOOKED_AT) -> str:
+    """Some answer to a conversation ends with EOS, and that token counts; else the model never learns to stop."""
+    ended = cut = 0
+    for row in range(min(rows, len(data.rows[split]))):
+        group = data.rows[split][row]
+        if len(group.prompt) > 1:  # a raw text has no prompt but its start token, and may well go on
+            counted = group.counted or [[True] * len(response) for response in group.responses]
+            learned = [y[-1] in data.template.eos_ids and c[-1] for y, c in zip(group.responses, counted, strict=True)]
+            ended, cut = ended + sum(learned), cut + len(learned) - sum(learned)
+    if cut and not ended:
+        raise UserError(
+            f"data.{split}: none of {cut} responses ends with EOS, all are cut at data.max_length={data.max_length}; "
+            "raise it, or the model never learns to stop"
+        )
+    text = f"{ended} of {ended + cut} responses end with EOS" + (", the others are cut at data.max_length" * (cut > 0))
+    return Note(text) if cut > ended else text
+
+
+def ids_fit(data: Any, split: str, vocabulary: int, rows: int = LOOKED_AT) -> str:
+    """Every token id is a row of the model's embedding."""
+    highest = max(data.template.eos_ids)
+    for row in range(min(rows, len(data.rows[split]))):
+        group = data.rows[split][row]
+        worst = max(map(max, filter(None, [group.prompt, *group.responses])))
+        if worst >= vocabulary:
+            raise UserError(
+                f"{data.where(split, [row])} holds the token id {worst}, but the model knows {vocabulary} ids; the "
+                "tokenizer is not this model's"
+            )
+        highest = max(highest, worst)
+    if highest >= vocabulary:
+        raise UserError(f"the EOS id {highest} is not among the {vocabulary} ids the model knows")
+    return f"ids up to {highest} of {vocabulary}"
+
+
+def check_rows(data: Any, vocabulary: int) -> None:
+    """Run the checks that every training run makes before its first step."""
+    for part in (data, getattr(data, "ptx", None)):
+        for split in part.rows if part is not None else ():
+            if part.kind != "prompts":
+                counted_tokens(part, split)
+                ends_are_learned(part, split)
+            ids_fit(part, split, vocabulary)
