@@ -47,7 +47,8 @@ def test_stage_hyperparameters_are_the_modules(stage: str) -> None:
     cfg = composed(f"stage={stage}")
     if stage in ("evaluate", "audit"):
         folder = {"evaluate": "evaluation"}.get(stage, stage)
-        used = "".join(file.read_text() for file in (ROOT / "rlhf_lightning" / folder).glob("*.py"))
+        files = [ROOT / "rlhf_lightning" / "run.py", *(ROOT / "rlhf_lightning" / folder).glob("*.py")]
+        used = "".join(file.read_text() for file in files)
         assert all(f'"{key}"' in used for key in cfg[stage])
         return
     accepted = parameters(get_object(cfg.module._target_))
