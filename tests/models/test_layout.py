@@ -1,0 +1,178 @@
+"""Packed completion groups are the plain computation: the loss and every gradient, for K = 1, 2, 4, 9.
+
+The plain computation is one unpadded Hugging Face forward pass a response. In float64 both agree to 1e-9; Hugging
+Face's RMSNorm computes in float32 whatever the model is, so it is replaced here by the same formula in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
+
+from rlhf_lightning.data.groups import Group, pack
+from rlhf_lightning.models.adapters import add_lora
+from rlhf_lightning.models.completion import CompletionModel, ScalarModel, choose_layout
+from rlhf_lightning.ops.ranking import pairwise_ranking
+
+SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "num_labels": 1}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "pad_token_id": 0, "num_labels": 1}
+PACKED: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SMALL),
+    "qwen3": Qwen3Config(**SMALL),
+    "gemma3": Gemma3TextConfig(**SMALL, layer_types=["full_attention", "full_attention"]),
+    "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, **NO_DROPOUT),
+    "mistral": MistralConfig(**SMALL, sliding_window=None),
+}
+PADDED: dict[str, PretrainedConfig] = {  # their windows cannot be told apart from other groups in a row
+    "gemma3 window": Gemma3TextConfig(**SMALL, sliding_window=4),
+    "mistral window": MistralConfig(**SMALL, sliding_window=4),
+}
+EVERY = PACKED | PADDED
+
+
+def exact(model: nn.Module) -> nn.Module:
+    """Let every RMSNorm compute in the dtype of its input, after showing that it is the same function."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            gemma = "Gemma" in type(module).__name__
+            scale = 1 + module.weight if gemma else module.weight
+            eps = module.eps if gemma else module.variance_epsilon
+            example = torch.randn(3, len(module.weight))
+            expected = module(example.to(module.weight.dtype))
+
+            def forward(self: Any, x: Tensor, gemma: bool = gemma, eps: float = eps) -> Tensor:
+                weight = 1 + self.weight if gemma else self.weight
+                return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+            module.forward = MethodType(forward, module)
+            torch.testing.assert_close(module(example.to(scale.dtype)), expected, rtol=1e-5, atol=1e-5)
+    return model
+
+
+def groups_of(k: int) -> list[Group]:
+    """Three groups with k responses each, all lengths unequal, and one token that does not count."""
+    made, token = [], 3
+    for g in range(3):
+        sizes = [2 + g, *(1 + (5 * i + 3 * g) % 7 for i in range(k))]
+        runs = []
+        for size in sizes:
+            runs.append([3 + (token + 7 * i) % 61 for i in range(size)])
+            token += 11
+        counted = [[i > 0 or len(y) == 1 for i in range(len(y))] for y in runs[1:]] if g == 1 else None
+        made.append(Group(runs[0], runs[1:], counted, label=0.8 if g == 0 else 1.0, margin=0.3 * g))
+    return made
+
+
+def plain_logprobs(lm: nn.Module, groups: list[Group]) -> Tensor:
+    """Log-probabilities of the counted tokens, response by response."""
+    found = []
+    for group in groups:
+        for k, response in enumerate(group.responses):
+            logits = lm(input_ids=torch.tensor([[*group.prompt, *response]])).logits[0, len(group.prompt) - 1 : -1]
+            chosen = logits.log_softmax(-1)[range(len(response)), torch.tensor(response)]
+            found.append(chosen[torch.tensor(group.counted[k])] if group.counted else chosen)
+    return torch.cat(found)
+
+
+def plain_scores(model: nn.Module, groups: list[Group]) -> Tensor:
+    """The score at the last token of each response."""
+    inputs = [torch.tensor([[*group.prompt, *response]]) for group in groups for response in group.responses]
+    return torch.cat([model(input_ids=ids).logits[:, 0] for ids in inputs])
+
+
+def ranking_loss(scores: Tensor, groups: list[Group]) -> Tensor:
+    """The Bradley-Terry loss of all pairs of each group, written out."""
+    total, start = scores.new_zeros(()), 0
+    for group in groups:
+        mine = scores[start : start + len(group.responses)]
+        start += len(group.responses)
+        gaps = [mine[i] - mine[j] for i in range(len(mine)) for j in range(i + 1, len(mine))]
+        p, m = group.label, group.margin
+        losses = [-p * logsigmoid(gap - m) - (1 - p) * logsigmoid(-gap - m) for gap in gaps]
+        total = total + sum(losses, scores.new_zeros(())) / max(len(losses), 1)
+    return total / len(groups)
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Compare every entry of every gradient, relative to the largest one of its weight where that is above 1."""
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = max(gradient.abs().max().item(), 1.0)
+        assert (found[name] - gradient).abs().max().item() < tolerance * scale, name
+
+
+def adapted(model: Any, lora: bool) -> Any:
+    """Add LoRA layers with weights that are not zero, so that every factor has a gradient."""
+    if lora:
+        model = add_lora(model, r=2, alpha=4)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(p, std=0.3)
+    return model.double().eval()
+
+
+def build(kind: Callable[..., Any], config: PretrainedConfig, lora: bool) -> Any:
+    torch.manual_seed(1)
+    return adapted(exact(kind.from_config(config).double()), lora)  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("k", [1, 2, 4, 9])
+@pytest.mark.parametrize("name", EVERY)
+def test_log_likelihood_and_its_gradients(name: str, k: int, lora: bool) -> None:
+    lm, groups = build(AutoModelForCausalLM, EVERY[name], lora), groups_of(k)
+    assert choose_layout(lm)[0] == ("packed" if name in PACKED else "padded")
+    plain = plain_logprobs(lm, groups)
+    weights = torch.linspace(-1, 1, len(plain), dtype=torch.float64)
+    expected = gradients(lm, (plain * weights).sum())
+    for layout in ("packed", "padded") if name in PACKED else ("padded",):
+        batch = pack(groups, row_tokens=max(g.tokens for g in groups) + 12, layout=layout)  # type: ignore[arg-type]
+        if layout == "packed" and k == 1:
+            assert batch.input_ids.shape[0] < len(groups)  # several groups share a row
+        found = CompletionModel(lm)(batch).logprobs
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, plain, rtol=0, atol=1e-9)
+        same(gradients(lm, (found * weights).sum()), expected, 1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("k", [2, 4, 9])
+@pytest.mark.parametrize("name", EVERY)
+def test_ranking_loss_and_its_gradients(name: str, k: int, lora: bool) -> None:
+    model, groups = build(AutoModelForSequenceClassification, EVERY[name], lora), groups_of(k)
+    plain = plain_scores(model, groups)
+    wanted = ranking_loss(plain, groups)
+    expected = gradients(model, wanted)
+    for layout in ("packed", "padded") if name in PACKED else ("padded",):
+        batch = pack(groups, row_tokens=200, layout=layout)  # type: ignore[arg-type]
+        scores = ScalarModel(model)(batch)
+        # a score is float32 by contract, so that is what remains of it
+        torch.testing.assert_close(scores.double(), plain, rtol=0, atol=1e-6)
+        losses, _ = pairwise_ranking(scores, batch.ranks, batch.group_of, batch.margins, batch.labels)
+        torch.testing.assert_close(losses.mean().double(), wanted, rtol=0, atol=1e-6)
+        same(gradients(model, losses.mean()), expected, 1e-6)
