@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_lightning.data.groups import Group
 from rlhf_lightning.models.loading import resolve_model
+from tests.must_run import pytest_addoption, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
 
 SHARED = Path(os.environ.get("RLHF_SHARED", Path(__file__).parents[2] / "shared"))
 
