@@ -7,11 +7,15 @@ Face's RMSNorm computes in float32 whatever the model is, so it is replaced here
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from random import Random
 from types import MethodType
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import (
@@ -25,9 +29,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from rlhf_lightning.data.groups import Group, pack
+from rlhf_lightning.data.groups import Group, GroupBatch, pack
 from rlhf_lightning.models.adapters import add_lora
 from rlhf_lightning.models.completion import CompletionModel, ScalarModel, choose_layout
+from rlhf_lightning.ops.logprobs import sequence_sum
 from rlhf_lightning.ops.ranking import pairwise_ranking
 
 SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -177,3 +182,31 @@ def test_ranking_loss_and_its_gradients(name: str, k: int, lora: bool) -> None:
         losses, _ = pairwise_ranking(scores, batch.ranks, batch.group_of, batch.margins, batch.labels)
         torch.testing.assert_close(losses.mean().double(), wanted, rtol=0, atol=1e-6)
         same(gradients(model, losses.mean()), expected, 1e-6)
+
+
+tokens = st.lists(st.integers(3, 63), min_size=1, max_size=6)
+some_groups = st.lists(st.builds(Group, tokens, st.lists(tokens, min_size=1, max_size=4)), min_size=1, max_size=5)
+
+
+@given(some_groups, st.integers(1, 60), st.integers(0, 63), st.sampled_from(["packed", "padded"]), st.randoms())
+@settings(max_examples=60, deadline=None)
+def test_order_padding_and_rows_change_nothing(
+    groups: list[Group], row_tokens: int, pad_id: int, layout: str, random: Random
+) -> None:
+    """Whatever the order of groups, the token budget of a row, the padding id and its amount, each response keeps its sum."""
+    lm = small_llama()
+    order = random.sample(range(len(groups)), len(groups))
+    expected = [[part.item() for part in sums(lm, pack([group], layout="padded"))] for group in groups]
+    batch = pack([groups[i] for i in order], row_tokens, pad_id, layout)  # type: ignore[arg-type]
+    found = sums(lm, batch).tolist()
+    assert found == pytest.approx([value for i in order for value in expected[i]], abs=1e-9)
+
+
+@cache
+def small_llama() -> CompletionModel:
+    return CompletionModel(build(AutoModelForCausalLM, EVERY["llama"], lora=False))
+
+
+@torch.no_grad()
+def sums(model: CompletionModel, batch: GroupBatch) -> Tensor:
+    return sequence_sum(model(batch).logprobs, batch.sequence_ids, batch.sequences)
