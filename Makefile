@@ -1,10 +1,10 @@
-# The five verbs of this project. `make` alone lists them.
+# The verbs of this project. `make` alone lists them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup setup-test demo check test test-fast clean
+.PHONY: help setup setup-test demo check test test-fast mutants clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ test: $(VENV)/.test ## every tier this machine can run
 
 test-fast: $(VENV)/.test ## the unit tier only
 	$(BIN)/pytest -q -m "not slow and not dist and not oracle"
+
+mutants: $(VENV)/.test ## plant known RLHF mistakes one by one and show which test catches each
+	$(BIN)/python tests/mutants/check.py
 
 clean: ## remove the environment and caches, keep outputs/
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -53,7 +53,7 @@ def build(stage: str, start: str, cache: Path, accumulate: int) -> tuple[Lightni
         "optimizer": partial(torch.optim.AdamW, lr=1e-2),
         "schedule": partial(schedule, warmup=2),
     }
-    lm = partial(load_causal_lm, start, dropout=0.0 if stage == "ppo" else 0.1)
+    lm = partial(load_causal_lm, start, dropout=0.1 if stage == "sft" else 0.0)
     build_module: dict[str, Callable[[], LightningModule]] = {
         "sft": lambda: SFT(lm, **common),
         "reward": lambda: RewardModel(partial(load_scalar_model, start, dropout=0.1), **common),

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import Progress, track
 from torch import Tensor
 
 from rlhf_lightning.data.checks import Check, Note
@@ -18,6 +20,8 @@ from rlhf_lightning.models.completion import CompletionModel, choose_layout
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.sampling import Sampler, Samples
 from rlhf_lightning.modules.invariants import apart, is_exact
+
+BAR: dict[str, Any] = {"transient": True, "disable": not Console().is_terminal}
 
 
 class ModelChecks:
@@ -35,6 +39,7 @@ class ModelChecks:
         self.layout, self.why_padded = choose_layout(self.lm)
         self.groups = [data.rows["train"][row] for row in range(count)]
         self.drawn: Samples | None = None
+        self.known: dict[float, list[Tensor]] = {}
 
     def load(self) -> Any:
         """Return the model as a stage would load it."""
@@ -57,7 +62,7 @@ class ModelChecks:
     def logprobs(self, policy: Any = None, temperature: float = 1.0) -> list[Tensor]:
         """Return the log-probabilities of the counted tokens of each group, read in batches."""
         found: dict[int, Tensor] = {}
-        for chosen in token_budget([g.tokens for g in self.groups], 4096):
+        for chosen in track(token_budget([g.tokens for g in self.groups], 4096), "  reading rows", **BAR):
             batch = pack([self.groups[i] for i in chosen], layout=self.layout).to(self.device)
             with torch.no_grad():
                 flat = (policy or self.policy)(batch, temperature).logprobs.float().cpu()
@@ -78,13 +83,16 @@ class ModelChecks:
         template, longest = self.data.template, self.options["max_new_tokens"]
         prompts = [list(group.prompt) for group in self.groups[:16]]
         sampler = Sampler(self.lm, template.eos_ids, longest, self.options["temperature"])
-        self.drawn = drawn = sampler(prompts, 1, (self.settings["seed"], "audit"))
+        with Progress(*Progress.get_default_columns(), **BAR) as bar:
+            task = bar.add_task("  sampling", total=len(prompts))
+            self.drawn = drawn = sampler(
+                prompts, 1, (self.settings["seed"], "audit"), progress=lambda done: bar.advance(task, done)
+            )
         if self.data.kind == "prompts":
             self.groups = [
                 Group(p, [y], index=i) for i, (p, y) in enumerate(zip(prompts, drawn.responses, strict=True))
             ]
-        self.lm.eval()
-        for group, found in zip(self.groups, self.logprobs(), strict=True):
+        for group, found in zip(self.groups, self.sampling(), strict=True):
             if not torch.isfinite(found).all():
                 raise UserError(f"a token has no probability in {self.data.where('train', [group.index])}")
         text = f"{sum(drawn.finished)} of {len(prompts)} sampled answers end within {longest} tokens"
@@ -94,35 +102,38 @@ class ModelChecks:
         """Rows read in batches, packed where the model can, give what each response gives alone and unpadded."""
         self.lm.eval()
         expected = []
-        for group in self.groups:
+        for group in track(self.groups, "  reading rows one by one", **BAR):
             flags = group.counted or [None] * len(group.responses)
             alone = [Group(group.prompt, [y], [c] if c else None) for y, c in zip(group.responses, flags, strict=True)]
             with torch.no_grad():
                 parts = [self.policy(pack([one], layout="padded").to(self.device)).logprobs for one in alone]
             expected.append(torch.cat(parts).float().cpu())
-        seen = self.agree(self.logprobs(), expected, "this model cannot be trained in batches")
+        seen = self.agree(self.sampling(), expected, "this model cannot be trained in batches")
         return f"{seen}; rows are padded: {self.why_padded}" if self.why_padded else f"{seen}, packed or alone"
 
     def ratio(self) -> str:
         """The model in training is the one that samples."""
         temperature = self.options["temperature"]
-        old = self.eval_logprobs(temperature)
+        old = self.sampling(temperature)
         self.lm.train()
         found = self.logprobs(temperature=temperature)
         return self.agree(found, old, "switch off dropout (model.load.dropout, adapter.dropout)")
 
     def reference(self) -> str:
         """The policy is its reference: the same folder once more, or the model with its adapter off."""
-        found = self.eval_logprobs()
+        found = self.sampling()
+        self.lm.eval()
         with adapter_off(self.lm):
             again = None if self.settings["adapter"] is not None else CompletionModel(self.load()).eval()
             expected = self.logprobs(again)
         return self.agree(found, expected, "the policy is not the model it starts from")
 
-    def eval_logprobs(self, temperature: float = 1.0) -> list[Tensor]:
-        """Return the log-probabilities of the model as it samples."""
-        self.lm.eval()
-        return self.logprobs(temperature=temperature)
+    def sampling(self, temperature: float = 1.0) -> list[Tensor]:
+        """Return the log-probabilities of the model as it samples, computed once."""
+        if temperature not in self.known:
+            self.lm.eval()
+            self.known[temperature] = self.logprobs(temperature=temperature)
+        return self.known[temperature]
 
     def gradient(self) -> str:
         """One batch of rows and the rows one by one give the same gradient, for every weight that is trained."""

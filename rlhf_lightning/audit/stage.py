@@ -36,8 +36,7 @@ def run_audit(settings: dict[str, Any], run: Path, folder: str, make_data: Calla
     console.print(f"[bold]audit[/bold] of {folder}, {data.kind}{named}", soft_wrap=True)
     verdicts: list[dict[str, str]] = []
     for title, check in checks(settings, folder, data):
-        with console.status(title):
-            state, detail = judge(check)
+        state, detail = judge(check)
         verdicts.append({"check": title, "verdict": state, "detail": detail})
         console.print(f"[{STYLES[state]}]{state:4}[/]  {title}: ", end="")
         console.print(detail, markup=False, highlight=False, soft_wrap=True)

@@ -74,8 +74,8 @@ def ids_fit(data: Any, split: str, vocabulary: int, rows: int = LOOKED_AT) -> st
 
 def check_rows(data: Any, vocabulary: int) -> None:
     """Run the checks that every training run makes before its first step."""
-    for part in (data, getattr(data, "ptx", None)):
-        for split in part.rows if part is not None else ():
+    for part in filter(None, (data, getattr(data, "ptx", None))):
+        for split in part.rows:
             if part.kind != "prompts":
                 counted_tokens(part, split)
                 ends_are_learned(part, split)

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from rlhf_lightning import DemonstrationData, PreferenceData, PromptData
+from rlhf_lightning.data.planning import MicroBatch
+from rlhf_lightning.data.template import Template
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.loading import load_tokenizer
 from tests.modules.offline import demonstrations, start
@@ -51,3 +53,41 @@ def test_a_step_smaller_than_its_microbatches_is_refused(tokenizer: Any, tmp_pat
     data.setup()
     with pytest.raises(UserError, match=r"data\.batch_size=2 rows cannot fill 3 microbatches a step"):
         data.train_dataloader()
+
+
+def collated(data: Any) -> Any:
+    """Return all training rows of a data module as one batch."""
+    data.setup()
+    return data.collate("train", MicroBatch(tuple(range(len(data.rows["train"]))), None, None, step=0))
+
+
+@pytest.mark.parametrize("room", [2, 5, 99])
+def test_the_response_is_learned_without_its_prompt_and_a_cut_one_does_not_end(
+    tokenizer: Any, tmp_path: Path, room: int
+) -> None:
+    row = {"prompt": "say red", "response": "green blue white black amber"}
+    template = Template(tokenizer)
+    prompt, response = template.prompt([{"role": "user", "content": "say red"}]), template.response(row["response"])
+    batch = collated(DemonstrationData(tokenizer, [row], max_length=len(prompt) + room, cache_dir=tmp_path))
+    assert batch.targets.tolist() == response[:room]
+    assert (batch.targets[-1] == tokenizer.eos_token_id) == (room > len(response))
+    assert batch.input_ids[0].tolist() == prompt + response[:room]
+
+
+def test_a_pair_keeps_its_beginnings_margin_and_label(tokenizer: Any, tmp_path: Path) -> None:
+    row = {"prompt": "say red", "chosen": "green blue white black", "rejected": "amber", "margin": 0.5, "label": 0.75}
+    template = Template(tokenizer)
+    room = 3
+    length = len(template.prompt([{"role": "user", "content": "say red"}])) + room
+    batch = collated(PreferenceData(tokenizer, [row], max_length=length, cache_dir=tmp_path))
+    chosen, rejected = template.response(row["chosen"])[:room], template.response("amber")[:room]
+    assert batch.targets.tolist() == chosen + rejected
+    assert (batch.margins.tolist(), batch.labels.tolist(), batch.ranks.tolist()) == ([0.5], [0.75], [0, 1])
+
+
+def test_a_ranking_keeps_its_ties(tokenizer: Any, tmp_path: Path) -> None:
+    row = {"prompt": "say red", "responses": ["red", "green", "blue"], "ranking": [2, 1, 2]}
+    batch = collated(PreferenceData(tokenizer, [row], cache_dir=tmp_path))
+    assert batch.ranks.tolist() == [0, 1, 1]
+    first = batch.targets[batch.sequence_ids == 0].tolist()
+    assert first == Template(tokenizer).response("green")

@@ -43,6 +43,15 @@ def test_weights_sum_to_a_mean_over_the_step() -> None:
     assert groups / 4 == pytest.approx(1.0)
 
 
+def test_every_token_of_a_step_has_the_same_weight() -> None:
+    """Microbatches of unequal counts: weights of their own would make the loss a mean of means."""
+    counted = np.array([1, 2, 3, 4, 5, 60])
+    micros = list(StepPlan(TOKENS[:6], counted, 6, accumulate=3))
+    assert len({sum(counted[list(micro.rows)]) for micro in micros}) > 1
+    assert {micro.per_token for micro in micros} == {3 / 75}  # Lightning divides by the 3 microbatches
+    assert {micro.per_group for micro in micros} == {3 / 6}
+
+
 def test_every_epoch_reads_every_row_once_in_another_order() -> None:
     plan = StepPlan(TOKENS, TOKENS, 5)
     first = [row for micro in plan for row in micro.rows]

@@ -151,3 +151,13 @@ def test_mistakes_are_told(tiny: Any, stories_model: Path) -> None:
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no EOS token"):
         Template(tokenizer, "plain")
+
+
+def test_a_turn_may_end_with_another_token_than_eos(tiny: Any) -> None:
+    tokenizer = copy.deepcopy(tiny)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    template = Template(tokenizer, "chatml")
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert template.response("Hello")[-1] == stop
+    assert template.eos_ids == {stop, tokenizer.eos_token_id}  # sampling stops at either
+    assert template.decode(template.response("Hello")) == "Hello"

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_lightning import SFT, DemonstrationData
+from rlhf_lightning import DPO, SFT, DemonstrationData, PreferenceData, RewardModel
 from rlhf_lightning.data.groups import Group, pack
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
+from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.modules.base import decay_groups
 from tests.conftest import quiet_lightning
 from tests.modules.offline import demonstrations, fit, lm, sgd, start
@@ -105,3 +105,22 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> 
     with pytest.raises(UserError, match="the gradient is not finite at step 0; lower optimizer.lr"):
         fit(module, data, 2)
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+@pytest.mark.parametrize("stage", [SFT, DPO, RewardModel])
+@quiet_lightning
+def test_parts_of_a_step_of_unequal_size_do_not_change_it(tmp_path: Path, stage: Any) -> None:
+    """Five rows make parts of unequal numbers of rows and tokens: a mean of the parts' means would be another step."""
+    folder = start(tmp_path)
+    load = partial(load_scalar_model if stage is RewardModel else load_causal_lm, folder)
+    read = DemonstrationData if stage is SFT else PreferenceData
+    rows = [{"prompt": "say red", "chosen": "gold " * n, "rejected": "ruby"} for n in (1, 9, 2, 7, 3)]
+    before = torch.cat([p.detach().flatten() for p in load().parameters()])
+    found = []
+    for accumulate in (1, 2, 4):
+        data = read(load_tokenizer(folder), rows, batch_size=5, accumulate=accumulate, cache_dir=tmp_path)
+        module = stage(load, sgd(1.0))
+        fit(module, data, 1, accumulate)
+        found.append(torch.cat([p.detach().flatten() for p in module.parameters()]) - before)
+    for other in found[1:]:
+        assert (other - found[0]).norm() / found[0].norm() < 1e-4  # float32, another order of summation

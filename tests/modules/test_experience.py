@@ -11,6 +11,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.modules.ppo import PPO
+from rlhf_lightning.modules.rollout import Rollout
 from tests.conftest import quiet_lightning
 from tests.modules.bandit import (
     Prompts,
@@ -88,9 +90,11 @@ def test_the_seed_decides_everything() -> None:
 @quiet_lightning
 def test_samples_and_gold_are_kept() -> None:
     seen: list[dict[str, Any]] = []
+    asked: list[str] = []
 
     def gold(prompts: Any, responses: Any, metadata: Any) -> list[float]:
         seen.extend(metadata)
+        asked.extend(prompts)
         return [float(len(text.split())) for text in responses]
 
     module = build(gold=gold, samples=2)
@@ -99,6 +103,7 @@ def test_samples_and_gold_are_kept() -> None:
     assert set(module.samples_seen[0]) == {"prompt", "response", "reward", "finished", "gold"}
     assert row["reward/gold"] == pytest.approx(sum(s["gold"] for s in module.samples_seen) / 6)
     assert [m["row"] for m in seen] == [0, 0, 1, 1, 2, 2]
+    assert asked == [str(prompt) for prompt in ([1, 3, 5], [1, 4, 6], [1, 5, 7]) for _ in range(2)]
     assert {m["finished"] for m in seen} <= {True, False}
 
 
@@ -116,3 +121,37 @@ def test_validation_reports_means_over_the_held_out_prompts() -> None:
 def test_bad_reward_stops_with_the_response() -> None:
     with pytest.raises(UserError, match="the reward is nan for the response"):
         fit(build(reward=lambda prompts, responses, metadata: [math.nan] * len(prompts)), Prompts(1))
+
+
+def sampled(**options: Any) -> tuple[PPO, Rollout]:
+    """Return a module and its first rollout, with log-probabilities, outside of a training loop."""
+    module, data = attached(**options), Prompts(1)
+    module.trainer.datamodule = data
+    module.configure_model()
+    rollout = module.rollout(data.batches[0])
+    module.score_tokens(rollout)
+    return module, rollout
+
+
+@quiet_lightning
+def test_tokens_are_priced_at_the_temperature_they_were_sampled_at() -> None:
+    """Near temperature 0 every sampled token is certain; another temperature in one of the two would say otherwise."""
+    _, rollout = sampled(temperature=1e-4)
+    assert rollout.tokens["old_logprobs"][rollout.mask].exp().mean().item() > 0.99
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4, "alpha": 8}])
+@quiet_lightning
+def test_the_reference_has_the_temperature_of_the_policy(lora: Any) -> None:
+    _, rollout = sampled(temperature=0.3, lora=lora)
+    torch.testing.assert_close(rollout.tokens["ref_logprobs"], rollout.tokens["old_logprobs"], rtol=0, atol=1e-4)
+
+
+@quiet_lightning
+def test_every_iteration_draws_anew() -> None:
+    drawn: list[list[str]] = []
+    module = build(
+        lr=0.0, reward=lambda prompts, responses, metadata: drawn.append(responses) or [0.0] * len(responses)
+    )
+    fit(module, Prompts(2))
+    assert drawn[0] != drawn[1]  # the same prompts and weights

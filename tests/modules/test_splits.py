@@ -19,7 +19,7 @@ from tests.modules.offline import fit, sgd, start
 
 # unequal lengths: a mean of the microbatches' means would differ in the second digit
 ROWS = [
-    {"prompt": "say red", "chosen": "gold " * n, "rejected": "ruby " * (10 - n), "margin": 0.1 * n, "label": 1 - 0.05 * n}
+    {"prompt": "say red", "chosen": "gold " * n, "rejected": "ruby", "margin": 0.1 * n, "label": 1 - 0.05 * n}
     for n in (1, 9, 2, 7, 3, 6, 8, 4)
 ]  # fmt: skip
 STAGES: dict[str, tuple[Callable[..., Any], Callable[..., Any], type[Any], dict[str, Any]]] = {

@@ -1,0 +1,191 @@
+"""Plants known RLHF mistakes, one at a time, into a copy of the package and asks which test notices.
+
+A mutant is caught by a test that runs and fails; an import error, a collection error or a timeout is no verdict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+LISTS = sorted(Path(__file__).parent.glob("*.yaml"))
+HEAVY = [
+    "lightning.pytorch",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+    "torchmetrics.classification",
+    "pytest",
+]
+HEAVY += ["hypothesis", "hydra", "torch._dynamo"]
+TIMEOUT = 120
+
+
+class PatchError(Exception):
+    """A planted text that is not found exactly once."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One mistake: the text `old` of `file` becomes `new`, and some test of `tests` must fail."""
+
+    name: str
+    source: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    fast: bool = False
+
+    def apply(self, package: Path) -> None:
+        """Plant the mistake into the package folder `package`."""
+        path = package / self.file
+        text = path.read_text()
+        if (found := text.count(self.old)) != 1:
+            raise PatchError(f"{self.name}: the text to replace is {found} times in {self.file}")
+        path.write_text(text.replace(self.old, self.new))
+
+
+@dataclass
+class Verdict:
+    """What pytest said: the first test that failed by itself, and whatever else went wrong."""
+
+    caught_by: str | None = None
+    trouble: list[str] = field(default_factory=list)
+    passed: int = 0
+    seconds: float = 0.0
+
+
+def load(paths: Iterable[Path] = LISTS) -> list[Mutant]:
+    """Return the mutants of all lists, which hold them by the file they change."""
+    found = []
+    for path in paths:
+        for file, entries in yaml.safe_load(path.read_text()).items():
+            for entry in entries:
+                tests = tuple(f"tests/{test}" for test in entry.pop("tests"))
+                found.append(Mutant(file=file, old=entry.pop("from"), new=entry.pop("to"), tests=tests, **entry))
+    return found
+
+
+def run(tests: Sequence[str], mutant: Mutant | None) -> Verdict:
+    """Run `tests` in a copy of the project, with the mistake planted into it; called in a process of its own."""
+    import hypothesis
+    import pytest
+
+    gc.freeze()  # what was imported before the fork is not garbage
+    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)  # a failure is enough, it need not be the smallest
+    hypothesis.settings.register_profile("mutants", phases=phases, derandomize=True, deadline=None, database=None)
+    verdict, start = Verdict(), time.monotonic()
+
+    class Listener:
+        def pytest_collectreport(self, report: Any) -> None:
+            if report.failed:
+                verdict.trouble.append(f"{report.nodeid} cannot be collected")
+
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            verdict.passed += report.when == "call" and report.passed
+            if report.failed and report.when == "call" and "Failed: Timeout" not in str(report.longrepr):
+                verdict.caught_by = verdict.caught_by or report.nodeid
+            elif report.failed:
+                verdict.trouble.append(f"{report.nodeid} failed in {report.when}")
+
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        copy = Path(folder).resolve()
+        for name in ("rlhf_lightning", "tests"):
+            shutil.copytree(ROOT / name, copy / name)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        if mutant is not None:
+            mutant.apply(copy / "rlhf_lightning")
+        os.chdir(copy)  # pyproject.toml puts the folder it is in first on the path
+        options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={copy}/tmp", "--hypothesis-profile=mutants"]
+        options += ["--assert=plain", f"--timeout={TIMEOUT}"]  # nor need it be explained
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 1)
+            os.dup2(null.fileno(), 2)
+        code = int(pytest.main([*options, *tests], plugins=[Listener()]))
+        if code not in (0, 1):
+            verdict.trouble.append(f"pytest ended with {code}")
+        for name, module in list(sys.modules.items()):
+            place = getattr(module, "__file__", None)
+            if name.startswith("rlhf_lightning") and place and not Path(place).is_relative_to(copy):
+                raise RuntimeError(f"{name} was imported from {place}, not from the copy {copy}")
+        os.chdir(ROOT)
+    verdict.seconds = time.monotonic() - start
+    return verdict
+
+
+def control(pool: ProcessPoolExecutor, mutants: Iterable[Mutant]) -> list[str]:
+    """Return what is wrong with the selected tests before anything is planted."""
+    by_file: dict[str, list[str]] = {}
+    for test in dict.fromkeys(test for mutant in mutants for test in mutant.tests):
+        by_file.setdefault(test.partition("::")[0], []).append(test)
+    jobs = [pool.submit(run, tests, None) for tests in by_file.values()]
+    found = [(file, job.result()) for file, job in zip(by_file, jobs, strict=True)]
+    return [
+        f"{file}: {verdict.caught_by or 'no test ran'} {verdict.trouble}"
+        for file, verdict in found
+        if verdict.caught_by or verdict.trouble or not verdict.passed
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table of mutants; return 1 when one was not caught."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import track
+    from rich.table import Column, Table
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="mutants to plant; all when none is given")
+    parser.add_argument("--fast", action="store_true", help="only the fast subset")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
+    parser.add_argument("--lists", nargs="+", type=Path, default=LISTS, help="files of mutants, instead of all here")
+    options = parser.parse_args(arguments)
+    known = load(options.lists)
+    if unknown := set(options.names) - {mutant.name for mutant in known}:
+        parser.error(f"there is no mutant {', '.join(sorted(unknown))}")
+    chosen = [m for m in known if (m.name in options.names or not options.names) and (m.fast or not options.fast)]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("RLHF_SHARED", str(ROOT.parent / "shared"))
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        del os.environ[name]  # of the pytest this may itself run under
+    console, start = Console(width=None if sys.stdout.isatty() else 180), time.monotonic()
+    context = get_context("forkserver")
+    context.set_forkserver_preload(HEAVY)  # imported once; every mutant is a fork of that process
+    with ProcessPoolExecutor(options.jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        if broken := control(pool, chosen):
+            console.print("the tests fail without any mutant:", *broken, sep="\n", markup=False)
+            return 1
+        console.print(f"control: the tests pass without any mutant ({time.monotonic() - start:.0f} s)")
+        jobs = [pool.submit(run, mutant.tests, mutant) for mutant in chosen]
+        table = Table("mutant", "file", Column("caught by", overflow="fold"), "seconds")
+        survived = 0
+        for mutant, job in track(list(zip(chosen, jobs, strict=True)), "mutants", console=console):
+            try:
+                verdict = job.result()
+            except PatchError as error:
+                verdict = Verdict(trouble=[str(error)])
+            survived += verdict.caught_by is None
+            told = escape((verdict.caught_by or "; ".join(verdict.trouble)).removeprefix("tests/"))
+            told = told if verdict.caught_by else f"[red]SURVIVED[/] {told}"
+            table.add_row(mutant.name, mutant.file, told, f"{verdict.seconds:.1f}")
+    console.print(table)
+    console.print(f"{len(chosen) - survived} of {len(chosen)} caught in {time.monotonic() - start:.0f} s")
+    return int(survived > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
