@@ -74,9 +74,3 @@ def merge_lora(model: nn.Module) -> Any:
     for parameter in merged.parameters():
         parameter.requires_grad_(True)
     return merged
-
-
-def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return the number of trainable parameters and of all parameters."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)

@@ -59,18 +59,3 @@ def token_logprobs(
 def sequence_sum(values: Tensor, sequence_ids: Tensor, count: int) -> Tensor:
     """Return the sum (count,) of `values` (N,) over each sequence."""
     return values.new_zeros(count).index_add(0, sequence_ids, values)
-
-
-def sequence_mean(values: Tensor, sequence_ids: Tensor, count: int) -> Tensor:
-    """Return the mean (count,) of `values` (N,) over each sequence; 0 for a sequence without values."""
-    sizes = torch.bincount(sequence_ids, minlength=count).clamp_min(1)
-    return sequence_sum(values, sequence_ids, count) / sizes
-
-
-def to_padded(flat: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (S, T) values, right-padded with 0, and their mask, from the sequences in `flat` (N,)."""
-    width = int(lengths.max()) if len(lengths) else 0
-    mask = torch.arange(width, device=flat.device)[None, :] < lengths[:, None]
-    padded = flat.new_zeros(mask.shape)
-    padded[mask] = flat
-    return padded, mask

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from rlhf_lightning.ops.advantages import gae, rloo, whiten
 from rlhf_lightning.ops.kl import KLEstimator, kl_estimate, token_rewards
-from rlhf_lightning.ops.logprobs import sequence_mean, token_logprobs
+from rlhf_lightning.ops.logprobs import token_logprobs
 from rlhf_lightning.ops.losses import ppo_policy_loss, ppo_value_loss, preference_loss
 
 
@@ -81,17 +81,7 @@ def test_leave_one_out_baselines(scores: list[list[float]], baselines: list[list
     assert_close(given - rloo(given), torch.tensor(baselines, dtype=torch.float64))
 
 
-# ---- means and whitening -------------------------------------------------------------------------------------------
-
-
-def test_masked_means() -> None:
-    """torchtune test_rewards.py, TestMaskedMean: 2.0, and 2.0 and 5.0."""
-    values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    assert sequence_mean(values[:3], torch.tensor([0, 0, 0]), 1).tolist() == [2.0]
-    counted = torch.cat([values[:3], values[3:]])
-    assert sequence_mean(counted, torch.tensor([0, 0, 0, 1, 1, 1]), 2).tolist() == [2.0, 5.0]
-    # NeMo-RL test_loss_functions.py, test_masked_mean_all_zeros
-    assert sequence_mean(values[:0], torch.tensor([], dtype=torch.long), 2).tolist() == [0.0, 0.0]
+# ---- whitening -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])
