@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from rlhf_lightning.errors import UserError, nearest
+from rlhf_lightning.models.attention import GROUP_SDPA
 from rlhf_lightning.ops.seeding import generator
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -176,6 +177,8 @@ def _load_weights(kind: Any, name: str, new: set[str], config: Any, dtype: str, 
         use_safetensors=True,
         output_loading_info=True,
     )
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(GROUP_SDPA)
     if missing := sorted(set(info["missing_keys"]) - new):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(f"{name} is incomplete: its weights lack {', '.join(missing[:3])}{more}")

@@ -1,0 +1,100 @@
+"""Attention by runs is attention with the dense group mask, and computes only what the mask allows."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from rlhf_lightning.data.groups import Group, pack
+from rlhf_lightning.models.attention import GROUP_SDPA, Run, find_runs, group_sdpa, with_runs
+from rlhf_lightning.models.completion import CompletionModel, choose_layout, hidden_states
+from rlhf_lightning.models.loading import load_causal_lm
+from rlhf_lightning.ops.masking import group_attention_mask
+from tests.conftest import tiny_config
+
+tokens = st.lists(st.integers(3, 63), min_size=1, max_size=5)
+some_groups = st.lists(st.builds(Group, tokens, st.lists(tokens, min_size=1, max_size=4)), min_size=1, max_size=5)
+
+
+def test_runs_by_hand() -> None:
+    """A group with three responses, one with one, and padding."""
+    row = torch.tensor([[0] * 6 + [1] * 3 + [-1] * 2]), torch.tensor([[0, 0, 1, 2, 2, 3, 0, 1, 1, 0, 0]])
+    assert find_runs(*row) == [[Run(0, 0, 3), Run(0, 3, 5, 0, 2), Run(0, 5, 6, 0, 2), Run(0, 6, 9)]]
+    assert find_runs(torch.tensor([[-1, -1]]), torch.tensor([[0, 0]])) == [[]]
+
+
+@given(some_groups, st.integers(1, 60))
+@settings(max_examples=80, deadline=None)
+def test_equal_to_the_dense_mask(groups: list[Group], row_tokens: int) -> None:
+    """Outputs and gradients at every token that is not padding, with fewer key heads than query heads."""
+    batch = pack(groups, row_tokens)
+    rows, length = batch.input_ids.shape
+    draw = torch.Generator().manual_seed(rows * length)
+    query, key, value = (
+        torch.randn(rows, heads, length, 8, generator=draw, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    )
+    mask = group_attention_mask(batch.group_ids, batch.response_ids)
+    real = (batch.group_ids >= 0)[:, :, None, None]
+    repeated = (x.repeat_interleave(2, 1) for x in (key, value))
+    dense = scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3).transpose(1, 2)
+    runs = with_runs(mask, batch.group_ids, batch.response_ids)
+    found, _ = group_sdpa(torch.nn.Module(), query, key, value, runs, scaling=0.3)
+    torch.testing.assert_close(found * real, dense * real, rtol=0, atol=1e-12)
+    weights = torch.randn(found.shape, generator=draw, dtype=torch.float64) * real
+    expected = torch.autograd.grad((dense * weights).sum(), (query, key, value))
+    for a, b in zip(torch.autograd.grad((found * weights).sum(), (query, key, value)), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_runs_tile_every_row() -> None:
+    groups = [Group([1] * (1 + i % 4), [[2] * (1 + (i * k) % 5) for k in range(1 + i % 3)]) for i in range(9)]
+    batch = pack(groups, 24)
+    lengths = (batch.group_ids >= 0).sum(1).tolist()
+    for runs, length in zip(find_runs(batch.group_ids, batch.response_ids), lengths, strict=True):
+        assert runs[0].start == 0
+        assert all(a.end == b.start for a, b in pairwise(runs))
+        assert runs[-1].end == length
+
+
+def test_loaded_models_use_it_and_are_saved_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    LlamaForCausalLM(tiny_config()).save_pretrained(tmp_path)
+    model: Any = load_causal_lm(str(tmp_path)).eval()
+    assert model.config._attn_implementation == GROUP_SDPA
+    seen = []
+
+    def counting(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        seen.append((q.shape[2], k.shape[2]))
+        return scaled_dot_product_attention(q, k, v, **options)
+
+    monkeypatch.setattr("rlhf_lightning.models.attention.scaled_dot_product_attention", counting)
+    batch = pack([Group([1, 2, 3], [[4, 5], [6], [7, 8]]), Group([9], [[10, 11, 12]])], 64)
+    assert batch.input_ids.shape == (1, 12)
+    found = hidden_states(model, batch)
+    assert seen == [(5, 5), (1, 4), (2, 5), (4, 4)] * 2  # of 12 x 12 pairs of tokens, in each of two layers
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(hidden_states(model, batch), found, rtol=1e-5, atol=1e-6)
+    model.set_attn_implementation(GROUP_SDPA)
+    model.save_pretrained(tmp_path / "saved")
+    assert GROUP_SDPA not in (tmp_path / "saved" / "config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config._attn_implementation == "sdpa"
+
+
+def test_another_attention_may_be_asked_for(tmp_path: Path) -> None:
+    """Hugging Face's eager attention adds a mask of truth values as numbers, so it gets padded rows."""
+    LlamaForCausalLM(tiny_config()).save_pretrained(tmp_path)
+    groups = [Group([1, 2, 3], [[4, 5], [6]])]
+    found = []
+    for kind, layout in (("eager", "padded"), ("sdpa", "packed")):
+        model = load_causal_lm(str(tmp_path), attn_implementation=kind).eval()
+        assert choose_layout(model)[0] == layout
+        found.append(CompletionModel(model)(pack(groups, layout=layout)).logprobs)  # type: ignore[arg-type]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
