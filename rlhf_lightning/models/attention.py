@@ -8,6 +8,8 @@ The runs of a batch travel with the attention mask, so a decoder needs nothing b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,43 +20,48 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 GROUP_SDPA = "group_sdpa"
+SHORTEST = 64
 
 
 @dataclass(frozen=True)
 class Run:
-    """Tokens [start, end) of row `row`; they also attend to [prompt, prompt_end), the prompt of their group."""
+    """`size` tokens that follow one another: a prompt, one response, or padding.
 
-    row: int
-    start: int
-    end: int
-    prompt: int = 0
-    prompt_end: int = 0
+    `prompt` is the number of the run that holds the prompt of a response, -1 for prompts and padding; `first` tells the
+    response that stands right behind its prompt.
+    """
+
+    size: int
+    prompt: int = -1
+    first: bool = False
+    padding: bool = False
 
 
-def find_runs(group_ids: Tensor, response_ids: Tensor) -> list[list[Run]]:
-    """Return the runs of every row in order: prompt and first response as one, then response by response."""
-    found = []
-    for row, (groups, responses) in enumerate(zip(group_ids.tolist(), response_ids.tolist(), strict=True)):
-        runs: list[Run] = []
-        start = prompt = prompt_end = 0
-        for place in range(1, len(groups) + 1):
-            same_group = place < len(groups) and groups[place] == groups[place - 1]
-            if same_group and responses[place] == responses[place - 1]:
-                continue
-            if same_group and responses[place] == 1:  # the prompt ends here, and the run goes on
-                prompt, prompt_end = start, place
-                continue
-            if groups[place - 1] >= 0:
-                later = responses[place - 1] > 1
-                runs.append(Run(row, start, place, prompt, prompt_end) if later else Run(row, start, place))
-            start = place
-        found.append(runs)
+def find_runs(group_ids: Tensor, response_ids: Tensor) -> list[Run]:
+    """Return the runs of all rows (R, L), one row after the other."""
+    found: list[Run] = []
+    prompt = -1
+    for groups, responses in zip(group_ids.tolist(), response_ids.tolist(), strict=True):
+        for (group, response), members in groupby(zip(groups, responses, strict=True)):
+            size = sum(1 for _ in members)
+            if group < 0:
+                found.append(Run(size, padding=True))
+            elif response == 0:
+                prompt = len(found)
+                found.append(Run(size))
+            else:
+                found.append(Run(size, prompt, first=response == 1))
     return found
 
 
 def with_runs(attention_mask: Tensor, group_ids: Tensor, response_ids: Tensor) -> Tensor:
-    """Return the mask with its runs, which :func:`group_sdpa` computes instead; to other attention it is the mask."""
-    attention_mask.runs = find_runs(group_ids, response_ids)  # type: ignore[attr-defined]
+    """Return the mask with its runs, which :func:`group_sdpa` computes instead; to other attention it is the mask.
+
+    Where a response with its share of the prompt has fewer than `SHORTEST` tokens, the whole mask is quicker.
+    """
+    runs = find_runs(group_ids, response_ids)
+    if int((group_ids >= 0).sum()) >= SHORTEST * sum(run.prompt >= 0 for run in runs):
+        attention_mask.runs = runs  # type: ignore[attr-defined]
     return attention_mask
 
 
@@ -69,31 +76,35 @@ def group_sdpa(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Return attention (R, L, H, D) over the runs of a mask that has them, else what Hugging Face's sdpa returns."""
-    rows: list[list[Run]] | None = getattr(attention_mask, "runs", None)
-    if rows is None or kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
+    runs: list[Run] | None = getattr(attention_mask, "runs", None)
+    if runs is None or kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    repeats = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
-    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling}
-    found = []
-    for row, runs in enumerate(rows):
-        q, k, v = query[row : row + 1], key[row : row + 1], value[row : row + 1]
-        parts = []
-        for run in runs:
-            here = slice(run.start, run.end)
-            if run.prompt_end == run.prompt:
-                parts.append(
-                    scaled_dot_product_attention(q[:, :, here], k[:, :, here], v[:, :, here], is_causal=True, **options)
+    rows, heads, length, _ = query.shape
+    repeats = heads // key.shape[1]
+    # one split for all runs: the gradient of a slice would be a tensor of the whole size, once for every run
+    sizes = [run.size for run in runs]
+    q, k, v = (
+        x.transpose(0, 1).flatten(1, 2).split(sizes, 1)
+        for x in (query, repeat_kv(key, repeats), repeat_kv(value, repeats))
+    )
+    attend = partial(scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
+    found: list[Tensor] = []
+    for number, run in enumerate(runs):
+        if run.padding:
+            found.append(v[number].new_zeros(v[number].shape))
+        elif run.prompt < 0:
+            continue  # with its first response
+        else:
+            keys, values = (torch.cat([x[run.prompt], x[number]], 1) for x in (k, v))
+            if run.first:
+                found.append(
+                    attend(torch.cat([q[run.prompt], q[number]], 1)[None], keys[None], values[None], is_causal=True)[0]
                 )
-                continue
-            before = slice(run.prompt, run.prompt_end)
-            keys, values = (torch.cat([x[:, :, before], x[:, :, here]], 2) for x in (k, v))
-            size = run.end - run.start
-            allowed = torch.ones(size, keys.shape[2], dtype=torch.bool, device=q.device).tril(keys.shape[2] - size)
-            parts.append(scaled_dot_product_attention(q[:, :, here], keys, values, attn_mask=allowed, **options))
-        parts.append(q.new_zeros(1, q.shape[1], q.shape[2] - (runs[-1].end if runs else 0), v.shape[3]))
-        found.append(torch.cat(parts, 2))
-    return torch.cat(found).transpose(1, 2), None
+            else:
+                ahead = keys.shape[1] - run.size
+                mask = torch.ones(run.size, keys.shape[1], dtype=torch.bool, device=keys.device).tril(ahead)
+                found.append(attend(q[number][None], keys[None], values[None], attn_mask=mask)[0])
+    return torch.cat([part.transpose(0, 1) for part in found]).view(rows, length, heads, -1), None
 
 
 AttentionInterface.register(GROUP_SDPA, group_sdpa)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,11 @@ some_groups = st.lists(st.builds(Group, tokens, st.lists(tokens, min_size=1, max
 
 
 def test_runs_by_hand() -> None:
-    """A group with three responses, one with one, and padding."""
-    row = torch.tensor([[0] * 6 + [1] * 3 + [-1] * 2]), torch.tensor([[0, 0, 1, 2, 2, 3, 0, 1, 1, 0, 0]])
-    assert find_runs(*row) == [[Run(0, 0, 3), Run(0, 3, 5, 0, 2), Run(0, 5, 6, 0, 2), Run(0, 6, 9)]]
-    assert find_runs(torch.tensor([[-1, -1]]), torch.tensor([[0, 0]])) == [[]]
+    """A group with three responses, one with one, and padding; then a row of its own."""
+    groups = torch.tensor([[0] * 6 + [1] * 3 + [-1] * 2, [2] * 5 + [-1] * 6])
+    responses = torch.tensor([[0, 0, 1, 2, 2, 3, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, *[0] * 6]])
+    first = [Run(2), Run(1, 0, first=True), Run(2, 0), Run(1, 0), Run(1), Run(2, 4, first=True), Run(2, padding=True)]
+    assert find_runs(groups, responses) == [*first, Run(3), Run(2, 7, first=True), Run(6, padding=True)]
 
 
 @given(some_groups, st.integers(1, 60))
@@ -46,7 +46,8 @@ def test_equal_to_the_dense_mask(groups: list[Group], row_tokens: int) -> None:
     real = (batch.group_ids >= 0)[:, :, None, None]
     repeated = (x.repeat_interleave(2, 1) for x in (key, value))
     dense = scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3).transpose(1, 2)
-    runs = with_runs(mask, batch.group_ids, batch.response_ids)
+    runs = mask.clone()
+    runs.runs = find_runs(batch.group_ids, batch.response_ids)  # type: ignore[attr-defined]
     found, _ = group_sdpa(torch.nn.Module(), query, key, value, runs, scaling=0.3)
     torch.testing.assert_close(found * real, dense * real, rtol=0, atol=1e-12)
     weights = torch.randn(found.shape, generator=draw, dtype=torch.float64) * real
@@ -55,14 +56,12 @@ def test_equal_to_the_dense_mask(groups: list[Group], row_tokens: int) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_runs_tile_every_row() -> None:
-    groups = [Group([1] * (1 + i % 4), [[2] * (1 + (i * k) % 5) for k in range(1 + i % 3)]) for i in range(9)]
-    batch = pack(groups, 24)
-    lengths = (batch.group_ids >= 0).sum(1).tolist()
-    for runs, length in zip(find_runs(batch.group_ids, batch.response_ids), lengths, strict=True):
-        assert runs[0].start == 0
-        assert all(a.end == b.start for a, b in pairwise(runs))
-        assert runs[-1].end == length
+def test_short_runs_are_left_to_the_dense_mask() -> None:
+    """127 tokens for two responses are too few, 128 are not."""
+    for last, expected in ((47, False), (48, True)):
+        batch = pack([Group([1] * 30, [[2] * 50, [3] * last])])
+        mask = group_attention_mask(batch.group_ids, batch.response_ids)
+        assert hasattr(with_runs(mask, batch.group_ids, batch.response_ids), "runs") == expected
 
 
 def test_loaded_models_use_it_and_are_saved_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +74,7 @@ def test_loaded_models_use_it_and_are_saved_without_it(tmp_path: Path, monkeypat
         seen.append((q.shape[2], k.shape[2]))
         return scaled_dot_product_attention(q, k, v, **options)
 
+    monkeypatch.setattr("rlhf_lightning.models.attention.SHORTEST", 0)
     monkeypatch.setattr("rlhf_lightning.models.attention.scaled_dot_product_attention", counting)
     batch = pack([Group([1, 2, 3], [[4, 5], [6], [7, 8]]), Group([9], [[10, 11, 12]])], 64)
     assert batch.input_ids.shape == (1, 12)
