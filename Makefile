@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup setup-test demo check test test-fast mutants clean
+.PHONY: help setup setup-test demo check test test-fast mutants bench clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ test-fast: $(VENV)/.test ## the unit tier only
 
 mutants: $(VENV)/.test ## plant known RLHF mistakes one by one and show which test catches each
 	$(BIN)/python tests/mutants/check.py
+
+bench: $(VENV)/.test ## time SFT, reward model and DPO beside TRL: make bench DATA=path/to/hh_rlhf/train.jsonl.gz
+	$(BIN)/python benchmarks/compare.py --data $(DATA)
 
 clean: ## remove the environment and caches, keep outputs/
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

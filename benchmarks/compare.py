@@ -22,12 +22,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from rlhf_lightning.models.loading import resolve_model
+
 NO_CHECKPOINTING = {"activation_checkpointing": False}
 # what each side is told beside the common settings; TRL's best setting is the one to quote
 WORKLOADS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "sft": ({}, {"default": {}, "no checkpointing": NO_CHECKPOINTING,
                  "padding-free": NO_CHECKPOINTING | {"padding_free": True}}),
-    "reward": ({}, {"default": {}, "no checkpointing": NO_CHECKPOINTING}),
+    "reward": ({"center": 0.0}, {"default": {}, "no checkpointing": NO_CHECKPOINTING}),
     "dpo": ({}, {"default": {}, "no checkpointing": NO_CHECKPOINTING}),
     "dpo-cached": ({"reference": "cached"}, {"default": {"precompute_ref_log_probs": True},
                    "no checkpointing": NO_CHECKPOINTING | {"precompute_ref_log_probs": True}}),
@@ -124,7 +126,7 @@ def show(results: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workloads", nargs="*", default=list(WORKLOADS), help=", ".join(WORKLOADS))
-    parser.add_argument("--model", required=True, help="model folder")
+    parser.add_argument("--model", default="smollm2", help="model folder, or smollm2 from its wheel")
     parser.add_argument("--data", required=True, help="preferences as .jsonl or .jsonl.gz")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
@@ -135,6 +137,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="*", help="only these settings of TRL")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/compare.json"))
     options = parser.parse_args()
+    options.model = resolve_model(options.model, Path.home() / ".cache" / "rlhf_lightning")
     results = []
     with tempfile.TemporaryDirectory() as cache:
         for name in options.workloads:

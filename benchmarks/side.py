@@ -23,7 +23,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSF
 
 import torch
 
-ANSWERS = os.fdopen(os.dup(1), "w")  # libraries print to standard output as well
+ANSWERS = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what libraries print is not an answer
 
 
 def answer(**values: Any) -> None:
@@ -144,6 +145,11 @@ def their_side(spec: dict[str, Any]) -> None:
 
     torch.manual_seed(0)
     stage, tokenizer = spec["stage"], load_tokenizer(spec["model"])
+    # we stop at the token that ends the turn; a newline that a template writes after it is one token more for TRL
+    end = "'<|im_end|>' + '\n'"
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        end, "'<|im_end|>' + ('' if loop.last and message['role'] == 'assistant' else '\n')"
+    )
     data = our_data(spec)
     data.setup()
     order = [row for micro in data._plan() for row in micro.rows]
