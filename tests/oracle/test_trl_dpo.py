@@ -128,7 +128,7 @@ def test_sft_term_of_a_whole_batch(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
 @quiet_trl
 def test_simpo(tmp_path: Path) -> None:
-    cpo = pytest.importorskip("trl.experimental.cpo")
+    cpo = pytest.importorskip("trl.experimental.cpo", reason="this TRL has no SimPO")
     data, dataset = pairs(tmp_path)
     options = {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.5, "cpo_alpha": 0.0}
     trainer = cpo.CPOTrainer(
