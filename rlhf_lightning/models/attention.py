@@ -54,13 +54,13 @@ def find_runs(group_ids: Tensor, response_ids: Tensor) -> list[Run]:
     return found
 
 
-def with_runs(attention_mask: Tensor, group_ids: Tensor, response_ids: Tensor) -> Tensor:
+def with_runs(attention_mask: Tensor, group_ids: Tensor, response_ids: Tensor, shortest: int = SHORTEST) -> Tensor:
     """Return the mask with its runs, which :func:`group_sdpa` computes instead; to other attention it is the mask.
 
-    Where a response with its share of the prompt has fewer than `SHORTEST` tokens, the whole mask is quicker.
+    Where a response with its share of the prompt has fewer than `shortest` tokens, the whole mask is quicker.
     """
     runs = find_runs(group_ids, response_ids)
-    if int((group_ids >= 0).sum()) >= SHORTEST * sum(run.prompt >= 0 for run in runs):
+    if int((group_ids >= 0).sum()) >= shortest * sum(run.prompt >= 0 for run in runs):
         attention_mask.runs = runs  # type: ignore[attr-defined]
     return attention_mask
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.data.groups import Group, GroupBatch, Layout, pack
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.attention import with_runs
+from rlhf_lightning.models.attention import SHORTEST, with_runs
 from rlhf_lightning.ops.logprobs import token_logprobs
 from rlhf_lightning.ops.masking import group_attention_mask
 
@@ -30,7 +30,7 @@ def plain(model: nn.Module) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model() if hasattr(model, "get_base_model") else model)  # type: ignore[operator]
 
 
-def hidden_states(model: nn.Module, batch: GroupBatch) -> Tensor:
+def hidden_states(model: nn.Module, batch: GroupBatch, shortest: int = SHORTEST) -> Tensor:
     """Return the last hidden states (R * L, D) of the decoder below the head of `model`."""
     trunk = plain(model).base_model
     if batch.padded:
@@ -38,7 +38,7 @@ def hidden_states(model: nn.Module, batch: GroupBatch) -> Tensor:
     else:
         attention = group_attention_mask(batch.group_ids, batch.response_ids)
         if attention.device.type == "cpu":  # many small products; an accelerator is quicker with the whole mask
-            attention = with_runs(attention, batch.group_ids, batch.response_ids)
+            attention = with_runs(attention, batch.group_ids, batch.response_ids, shortest)
     arguments: dict[str, Any] = {"position_ids": batch.position_ids, "use_cache": False}
     output = trunk(input_ids=batch.input_ids, attention_mask=attention, **arguments)
     return output.last_hidden_state.flatten(0, 1)
@@ -156,9 +156,13 @@ def choose_layout(model: nn.Module) -> tuple[Layout, str | None]:
     model.eval()
     try:
         with torch.no_grad():
-            packed, padded = (
-                hidden_states(model, b.to(inner.device))[b.source.to(inner.device)].float()
-                for b in (pack(probes, layout="packed"), pack(probes, layout="padded"))
+            packed, by_runs, padded = (
+                hidden_states(model, b.to(inner.device), shortest)[b.source.to(inner.device)].float()
+                for b, shortest in (
+                    (pack(probes, layout="packed"), SHORTEST),
+                    (pack(probes, layout="packed"), 0),
+                    (pack(probes, layout="padded"), SHORTEST),
+                )
             )
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         return (
@@ -169,6 +173,6 @@ def choose_layout(model: nn.Module) -> tuple[Layout, str | None]:
         model.train(training)
     scale = padded.abs().max().clamp_min(1e-6)
     tolerance = 1e-3 if inner.dtype in (torch.float32, torch.float64) else 6e-2
-    if ((packed - padded).abs().max() / scale).item() > tolerance:
+    if max((found - padded).abs().max().item() for found in (packed, by_runs)) / scale.item() > tolerance:
         return "padded", "it ignores the group attention mask or the position ids"
     return "packed", None

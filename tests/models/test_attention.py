@@ -74,11 +74,10 @@ def test_loaded_models_use_it_and_are_saved_without_it(tmp_path: Path, monkeypat
         seen.append((q.shape[2], k.shape[2]))
         return scaled_dot_product_attention(q, k, v, **options)
 
-    monkeypatch.setattr("rlhf_lightning.models.attention.SHORTEST", 0)
     monkeypatch.setattr("rlhf_lightning.models.attention.scaled_dot_product_attention", counting)
     batch = pack([Group([1, 2, 3], [[4, 5], [6], [7, 8]]), Group([9], [[10, 11, 12]])], 64)
     assert batch.input_ids.shape == (1, 12)
-    found = hidden_states(model, batch)
+    found = hidden_states(model, batch, shortest=0)
     assert seen == [(5, 5), (1, 4), (2, 5), (4, 4)] * 2  # of 12 x 12 pairs of tokens, in each of two layers
     model.set_attn_implementation("sdpa")
     torch.testing.assert_close(hidden_states(model, batch), found, rtol=1e-5, atol=1e-6)
@@ -98,3 +97,15 @@ def test_another_attention_may_be_asked_for(tmp_path: Path) -> None:
         assert choose_layout(model)[0] == layout
         found.append(CompletionModel(model)(pack(groups, layout=layout)).logprobs)  # type: ignore[arg-type]
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_the_probe_reads_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose attention by runs were wrong would get padded rows, though the whole mask is right."""
+    LlamaForCausalLM(tiny_config()).save_pretrained(tmp_path)
+    model = load_causal_lm(str(tmp_path))
+    assert choose_layout(model)[0] == "packed"
+    monkeypatch.setattr(
+        "rlhf_lightning.models.attention.scaled_dot_product_attention",
+        lambda q, k, v, **options: 1.5 * scaled_dot_product_attention(q, k, v, **options),
+    )
+    assert choose_layout(model)[0] == "padded"

@@ -38,7 +38,6 @@ def learned(stage: str, folder: str, tmp_path: Path, accumulate: int = 1, ranks:
     more = {"devices": 2, "strategy": "ddp_fork"} if ranks > 1 else {}
     fit(module, data, 1, accumulate, callbacks=[KeepWeights(kept)], **more)
     after = torch.load(kept, weights_only=True)
-    module.configure_model()
     before = make(partial(load, folder, dtype="float64"), sgd())
     before.configure_model()
     return {name: after[name] - weight for name, weight in before.state_dict().items()}
