@@ -44,6 +44,12 @@ def hidden_states(model: nn.Module, batch: GroupBatch, shortest: int = SHORTEST)
     return output.last_hidden_state.flatten(0, 1)
 
 
+def scalars(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """Return the float32 outputs (M,) of a head with one; autocast would keep three digits of a score."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
+
+
 class CompletionModel(nn.Module):
     """A causal language model over completion groups, with an optional value head on the same trunk.
 
@@ -86,7 +92,7 @@ class CompletionModel(nn.Module):
         if values:
             if self.value_head is None:
                 raise ValueError("values were asked of a model without a value head")
-            value = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+            value = scalars(self.value_head, hidden)
         return CompletionOutput(logprobs, ent, value)
 
 
@@ -107,7 +113,7 @@ class ScalarModel(nn.Module):
         hidden = hidden_states(self.model, batch)
         inner = plain(self.model)
         picked = hidden[batch.last if at == "last" else batch.source]
-        scores = cast(nn.Module, inner.score)(picked).squeeze(-1).float()
+        scores = scalars(cast(nn.Linear, inner.score), picked)
         mean, std = getattr(inner.config, "reward_mean", 0.0), getattr(inner.config, "reward_std", 1.0)
         return (scores - mean) / std
 
