@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.data.groups import Group, GroupBatch, Layout, pack
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.attention import SHORTEST, with_runs
+from rlhf_lightning.models.attention import GROUP_SDPA, find_runs, runs_mask
 from rlhf_lightning.ops.logprobs import token_logprobs
 from rlhf_lightning.ops.masking import group_attention_mask
+
+SHORTEST = 64
 
 
 @dataclass
@@ -31,17 +33,28 @@ def plain(model: nn.Module) -> PreTrainedModel:
 
 
 def hidden_states(model: nn.Module, batch: GroupBatch, shortest: int = SHORTEST) -> Tensor:
-    """Return the last hidden states (R * L, D) of the decoder below the head of `model`."""
-    trunk = plain(model).base_model
+    """Return the last hidden states (R * L, D) of the decoder below the head of `model`.
+
+    On a CPU, packed rows are read as one row without padding whose attention is computed run by run, unless a response
+    with its share of the prompt has fewer than `shortest` tokens: then the rows under the whole mask are quicker. An
+    accelerator is quicker with fewer, larger products.
+    """
+    inner = plain(model)
+
+    def read(ids: Tensor, positions: Tensor, attention: Tensor) -> Tensor:
+        arguments: dict[str, Any] = {"position_ids": positions, "use_cache": False}
+        return inner.base_model(input_ids=ids, attention_mask=attention, **arguments).last_hidden_state.flatten(0, 1)
+
     if batch.padded:
-        attention = (batch.group_ids >= 0).long()
-    else:
-        attention = group_attention_mask(batch.group_ids, batch.response_ids)
-        if attention.device.type == "cpu":  # many small products; an accelerator is quicker with the whole mask
-            attention = with_runs(attention, batch.group_ids, batch.response_ids, shortest)
-    arguments: dict[str, Any] = {"position_ids": batch.position_ids, "use_cache": False}
-    output = trunk(input_ids=batch.input_ids, attention_mask=attention, **arguments)
-    return output.last_hidden_state.flatten(0, 1)
+        return read(batch.input_ids, batch.position_ids, (batch.group_ids >= 0).long())
+    by_runs = batch.input_ids.device.type == "cpu" and inner.config._attn_implementation == GROUP_SDPA
+    real = (batch.group_ids >= 0).flatten().nonzero().squeeze(1)
+    if by_runs and len(real) >= shortest * batch.sequences:
+        attention = runs_mask(find_runs(batch.group_ids, batch.response_ids), real.device)
+        ids, positions = (x.flatten()[real][None] for x in (batch.input_ids, batch.position_ids))
+        found = read(ids, positions, attention)
+        return found.new_zeros(batch.input_ids.numel(), found.shape[-1]).index_copy(0, real, found)
+    return read(batch.input_ids, batch.position_ids, group_attention_mask(batch.group_ids, batch.response_ids))
 
 
 def scalars(head: nn.Linear, hidden: Tensor) -> Tensor:

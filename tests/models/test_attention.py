@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from rlhf_lightning.data.groups import Group, pack
-from rlhf_lightning.models.attention import GROUP_SDPA, Run, find_runs, group_sdpa, with_runs
+from rlhf_lightning.models.attention import GROUP_SDPA, Run, find_runs, group_sdpa, runs_mask
 from rlhf_lightning.models.completion import CompletionModel, choose_layout, hidden_states
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.ops.masking import group_attention_mask
@@ -27,8 +27,8 @@ def test_runs_by_hand() -> None:
     """A group with three responses, one with one, and padding; then a row of its own."""
     groups = torch.tensor([[0] * 6 + [1] * 3 + [-1] * 2, [2] * 5 + [-1] * 6])
     responses = torch.tensor([[0, 0, 1, 2, 2, 3, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, *[0] * 6]])
-    first = [Run(2), Run(1, 0, first=True), Run(2, 0), Run(1, 0), Run(1), Run(2, 4, first=True), Run(2, padding=True)]
-    assert find_runs(groups, responses) == [*first, Run(3), Run(2, 7, first=True), Run(6, padding=True)]
+    first = [Run(2), Run(1, 0, first=True), Run(2, 0), Run(1, 0), Run(1), Run(2, 4, first=True)]
+    assert find_runs(groups, responses) == [*first, Run(3), Run(2, 6, first=True)]
 
 
 @given(some_groups, st.integers(1, 60))
@@ -43,25 +43,30 @@ def test_equal_to_the_dense_mask(groups: list[Group], row_tokens: int) -> None:
         for heads in (4, 2, 2)
     )
     mask = group_attention_mask(batch.group_ids, batch.response_ids)
-    real = (batch.group_ids >= 0)[:, :, None, None]
+    real = (batch.group_ids >= 0).flatten()
     repeated = (x.repeat_interleave(2, 1) for x in (key, value))
     dense = scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3).transpose(1, 2)
-    runs = mask.clone()
-    runs.runs = find_runs(batch.group_ids, batch.response_ids)  # type: ignore[attr-defined]
-    found, _ = group_sdpa(torch.nn.Module(), query, key, value, runs, scaling=0.3)
-    torch.testing.assert_close(found * real, dense * real, rtol=0, atol=1e-12)
-    weights = torch.randn(found.shape, generator=draw, dtype=torch.float64) * real
+    dense = dense.flatten(0, 1)[real]
+    flat = (x.transpose(1, 2).flatten(0, 1)[real].transpose(0, 1)[None] for x in (query, key, value))
+    runs = runs_mask(find_runs(batch.group_ids, batch.response_ids), mask.device)
+    found = group_sdpa(torch.nn.Module(), *flat, runs, scaling=0.3)[0][0]
+    torch.testing.assert_close(found, dense, rtol=0, atol=1e-12)
+    weights = torch.randn(found.shape, generator=draw, dtype=torch.float64)
     expected = torch.autograd.grad((dense * weights).sum(), (query, key, value))
     for a, b in zip(torch.autograd.grad((found * weights).sum(), (query, key, value)), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_short_runs_are_left_to_the_dense_mask() -> None:
-    """127 tokens for two responses are too few, 128 are not."""
-    for last, expected in ((47, False), (48, True)):
-        batch = pack([Group([1] * 30, [[2] * 50, [3] * last])])
-        mask = group_attention_mask(batch.group_ids, batch.response_ids)
-        assert hasattr(with_runs(mask, batch.group_ids, batch.response_ids), "runs") == expected
+def test_padding_is_not_computed_and_short_runs_are_left_to_the_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """127 tokens for two responses are too few to be read as one row, 128 are not."""
+    model = LlamaForCausalLM(tiny_config())
+    model.set_attn_implementation(GROUP_SDPA)
+    read: list[Any] = []
+    model.model.register_forward_pre_hook(lambda _, args, given: read.append(given["input_ids"].shape), with_kwargs=True)
+    for last in (47, 48):
+        batch = pack([Group([1] * 10, [[2] * 40]), Group([1] * 30, [[3] * last])], row_tokens=80)
+        assert hidden_states(model, batch).shape == (2 * (30 + last), model.config.hidden_size)
+    assert read == [(2, 77), (1, 128)]
 
 
 def test_loaded_models_use_it_and_are_saved_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
