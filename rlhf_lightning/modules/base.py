@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from rlhf_lightning.data.checks import check_rows
@@ -149,15 +150,31 @@ class StageModule(LightningModule):
         self.log_dict(means)
         return means
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        if not self.automatic_optimization:
-            return
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+    def clip(self, limit: float | None) -> Tensor:
+        """Scale the gradients to a total norm of at most `limit` (None or 0: leave them); return the norm they had.
+
+        Lightning's own clipping refuses fused optimizers under mixed precision, and the norm is wanted anyway.
+        """
+        norm = get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         if not torch.isfinite(norm):
             raise UserError(
-                f"the gradient is not finite at step {self.global_step}; lower optimizer.lr or check the data"
+                f"the gradient is not finite at step {self.global_step}; lower optimizer.lr, or look at the data and "
+                "the reward"
             )
+        if limit:
+            clip_grads_with_norm_(self.parameters(), limit, norm)
+        return norm
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        by_value = gradient_clip_algorithm == "value"
+        norm = self.clip(None if by_value else gradient_clip_val)
+        if by_value and gradient_clip_val:
+            clip_grad_value_(self.parameters(), gradient_clip_val)
         self.log_dict({"optim/grad_norm": norm, "optim/lr": optimizer.param_groups[0]["lr"]})
         self.flush("train")
 

@@ -192,12 +192,7 @@ class PPO(Experience):
             logprobs = self.policy(ptx).logprobs
             self.backward_part(-self.ptx_coef * logprobs.mean(), last=True)
             totals["policy/ptx_loss"] = -logprobs.detach().mean() * (count / self.trainer.world_size)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        if not torch.isfinite(norm):
-            raise UserError(
-                f"the gradient is not finite in iteration {self.iteration}; lower optimizer.lr or check the reward"
-            )
-        self.clip_gradients(optimizer, gradient_clip_val=self.max_grad_norm, gradient_clip_algorithm="norm")
+        norm = self.clip(self.max_grad_norm)
         optimizer.step()
         sums = self.summed(torch.stack(list(totals.values())).float()) / count
         return dict(zip(totals, sums.tolist(), strict=True)) | {"optim/grad_norm": norm.item()}

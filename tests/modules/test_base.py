@@ -107,6 +107,30 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> 
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("clipping", ["norm", "value"])
+@quiet_lightning
+def test_gradients_are_clipped_before_a_fused_step(tmp_path: Path, precision: str, clipping: Any) -> None:
+    """With a rate of 1, the update is the clipped gradient; the norm that is logged is the one before."""
+    from lightning.pytorch import Trainer
+
+    folder = start(tmp_path)
+    data = DemonstrationData(load_tokenizer(folder), demonstrations(8), batch_size=8, cache_dir=tmp_path)
+    module = SFT(partial(load_causal_lm, folder), partial(torch.optim.SGD, lr=1.0, fused=True))
+    trainer: Any = Trainer(
+        max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, precision=precision, gradient_clip_val=1e-2, gradient_clip_algorithm=clipping,
+        use_distributed_sampler=False,
+    )  # fmt: skip
+    module.configure_model()
+    before = torch.cat([p.detach().flatten().double() for p in module.parameters()])
+    trainer.fit(module, data)
+    change = torch.cat([p.detach().flatten().double() for p in module.parameters()]) - before
+    size = change.norm() if clipping == "norm" else change.abs().max()
+    assert size.item() == pytest.approx(1e-2, rel=1e-3)
+    assert trainer.callback_metrics["optim/grad_norm"] > 0.1
+
+
 @pytest.mark.parametrize("stage", [SFT, DPO, RewardModel])
 @quiet_lightning
 def test_parts_of_a_step_of_unequal_size_do_not_change_it(tmp_path: Path, stage: Any) -> None:

@@ -267,7 +267,7 @@ def test_gradient_that_is_not_finite_never_reaches_the_weights() -> None:
     module.configure_model()
     before = weights(module)
     module.policy.lm.get_input_embeddings().weight.register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(UserError, match=r"the gradient is not finite in iteration 0; lower optimizer\.lr"):
+    with pytest.raises(UserError, match=r"the gradient is not finite at step 0; lower optimizer\.lr"):
         fit(module, Prompts(1))
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(module).items())
 
