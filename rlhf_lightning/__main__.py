@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
+from collections.abc import Callable
+from functools import cache
 from typing import NoReturn
 
 import hydra
@@ -33,14 +36,23 @@ def app(cfg: DictConfig) -> float | None:
         config.require(cfg)
         if cfg.stage not in config.STAGES:
             raise UserError(f"choose what to run with stage= one of {', '.join(config.STAGES)}")
-        from rlhf_lightning.run import run_stage
-
-        return run_stage(cfg)
+        return stage_runner()(cfg)
     except UserError as error:  # here, because Hydra would print a line of its own first
         logging.getLogger("rlhf_lightning").info("%s", error)
         fail(str(error), 2)
     except OmegaConfBaseException as error:
         fail(config.explain(error, sys.argv[1:]), 2)
+
+
+@cache
+def stage_runner() -> Callable[[DictConfig], float | None]:
+    """Import what stages need: here, because it takes seconds, and once, because a sweep runs many stages."""
+    gc.disable()  # imports make a million objects that stay; looking through them again and again takes a second
+    from rlhf_lightning.run import run_stage
+
+    gc.freeze()
+    gc.enable()
+    return run_stage
 
 
 def normalize(arguments: list[str]) -> list[str]:

@@ -155,16 +155,18 @@ def check_types(cfg: DictConfig, overrides: list[str]) -> None:
     """Raise a UserError when the command line puts a text where the configuration has a number or a truth value."""
     from hydra import compose
 
-    keys = [o.partition("=")[0] for o in overrides if "=" in o]
     known = groups()
+    keys = {o.partition("=")[0] for o in overrides if "=" in o} - {*known, "trainer.devices"}  # also "auto" and lists
+    given = {
+        k: OmegaConf.select(cfg, k, throw_on_missing=False) for k in keys if not k.startswith(("+", "~", "hydra."))
+    }
+    texts = {key: value for key, value in given.items() if isinstance(value, str)}
+    if not texts:
+        return
     defaults = compose("rlhf", overrides=[o for o in overrides if o.partition("=")[0] in known])
-    for key in keys:
-        if key in known or key.startswith(("+", "~", "hydra.")):
-            continue
-        default, value = (OmegaConf.select(node, key, throw_on_missing=False) for node in (defaults, cfg))
-        if key == "trainer.devices":
-            continue  # Lightning takes "auto" and lists, too
-        if isinstance(value, str) and isinstance(default, int | float):
+    for key, value in sorted(texts.items()):
+        default = OmegaConf.select(defaults, key, throw_on_missing=False)
+        if isinstance(default, int | float):
             kind = "true or false" if isinstance(default, bool) else "a number"
             raise UserError(f"{key}={value!r} is not {kind}; its default is {default}")
 

@@ -24,11 +24,13 @@ class Source:
     """Rows that can be read again and again: a name for messages, a content key for caches, and the reader.
 
     `rows()` yields (where, row); `where` is the 1-based row number, with the file name when there are several files.
+    `count()` is about how many there will be, None where that is not known.
     """
 
     name: str
     key: str
     rows: Callable[[], Iterator[tuple[str, Row]]]
+    count: Callable[[], int | None]
 
 
 def read_source(
@@ -54,7 +56,7 @@ def read_source(
     """
     if isinstance(source, list):
         key = _digest(json.dumps(source, sort_keys=True, default=str).encode())
-        return _limited(Source("the given rows", key, lambda: _numbered(source)), limit)
+        return _limited(Source("the given rows", key, lambda: _numbered(source), lambda: len(source)), limit)
     if source == "world":
         return _world(kind, split, limit, dict(world or {}))
     path = Path(str(source)).expanduser()
@@ -73,7 +75,8 @@ def _limited(source: Source, limit: int | None) -> Source:
     if limit is None:
         return source
     key = _digest(f"{source.key}:{limit}".encode())
-    return Source(source.name, key, lambda: itertools.islice(source.rows(), limit))
+    rows, count = (lambda: itertools.islice(source.rows(), limit)), (lambda: min(limit, source.count() or limit))
+    return Source(source.name, key, rows, count)
 
 
 def _numbered(rows: Any) -> Iterator[tuple[str, Row]]:
@@ -89,7 +92,7 @@ def _file(path: Path) -> Source:
         raise UserError(f"{path}: unknown format; use one of {', '.join(FORMATS)}")
     digest = hashlib.sha256()
     _add_file(digest, path)
-    return Source(str(path), digest.hexdigest(), lambda: _numbered(_read(path)))
+    return Source(str(path), digest.hexdigest(), lambda: _numbered(_read(path)), lambda: _count(path))
 
 
 def _read(path: Path) -> Iterator[Row]:
@@ -104,8 +107,7 @@ def _read(path: Path) -> Iterator[Row]:
         except pa.ArrowException as error:
             raise UserError(f"{path}: cannot be read ({error})") from error
         return
-    opener: Any = gzip.open if name.endswith(".gz") else open
-    with opener(path, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as text:
+    with _opened(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as text:
         try:
             if ".csv" in path.name:
                 csv.field_size_limit(2**31 - 1)
@@ -120,6 +122,24 @@ def _read(path: Path) -> Iterator[Row]:
                 yield from rows
         except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, json.JSONDecodeError, csv.Error) as error:
             raise UserError(f"{path}: cannot be read ({error})") from error
+
+
+def _opened(path: Path) -> Any:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+
+
+def _count(path: Path) -> int | None:
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return pq.ParquetFile(path).metadata.num_rows
+        if ".csv" not in path.name and ".jsonl" not in path.name:
+            return sum(1 for _ in _read(path))
+        with _opened(path) as file:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    except Exception:  # reading the rows will say what is wrong with the file
+        return None
 
 
 def _json_lines(path: Path, text: io.TextIOWrapper) -> Iterator[Row]:
@@ -139,7 +159,7 @@ def _folder(path: Path, split: str) -> Source:
         found = datasets.load_from_disk(str(path))
         if isinstance(found, datasets.DatasetDict):
             found = _pick(found, split, str(path))
-        return Source(str(path), _content(found, split), lambda: _numbered(found))
+        return Source(str(path), _content(found, split), lambda: _numbered(found), lambda: len(found))
     files = sorted(p for p in path.rglob("*") if str(p).endswith(FORMATS))
     names = {"train": ("train",), "val": ("val", "valid", "eval", "test")}
     chosen = [p for p in files if p.name.startswith(names[split])]
@@ -156,7 +176,8 @@ def _folder(path: Path, split: str) -> Source:
             for where, row in part.rows():
                 yield f"{Path(part.name).name}, {where}", row
 
-    return Source(str(path), _digest("".join(part.key for part in parts).encode()), rows)
+    key = _digest("".join(part.key for part in parts).encode())
+    return Source(str(path), key, rows, lambda: sum(part.count() or 0 for part in parts))
 
 
 def _pick(found: Any, split: str, name: str) -> Any:
@@ -192,7 +213,7 @@ def _hub(name: str, split: str) -> Source:
         raise UserError(
             f"data.{split}={name} is neither a file nor a folder here, and the hub did not give it: {reason}"
         ) from error
-    return Source(name, _content(found, split), lambda: _numbered(found))
+    return Source(name, _content(found, split), lambda: _numbered(found), lambda: len(found))
 
 
 def _world(kind: str, split: str, limit: int | None, options: Row) -> Source:
@@ -207,4 +228,5 @@ def _world(kind: str, split: str, limit: int | None, options: Row) -> Source:
         f"the built-in world ({kind})",
         _digest(key.encode()),
         lambda: _numbered(world.rows(kind, size, seed=seed, split=split, **options)),
+        lambda: size,
     )

@@ -1,4 +1,4 @@
-"""Rows tokenized once, kept on disk as Arrow by content hash, read by memory map."""
+"""Rows tokenized once, kept on disk as plain arrays by content hash, read by memory map."""
 
 from __future__ import annotations
 
@@ -6,39 +6,44 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from contextlib import ExitStack
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from rich.console import Console
+from rich.progress import Progress
 
 from rlhf_lightning.data.groups import Group
 from rlhf_lightning.data.records import RowError
-from rlhf_lightning.data.sources import Source
+from rlhf_lightning.data.sources import Row, Source
 from rlhf_lightning.errors import UserError
 
-FORMAT = 2  # part of every cache key; raise it when the columns change
-PARALLEL_ROWS = 20_000  # fewer rows are quicker without starting processes
-SCHEMA = pa.schema(
-    [
-        ("prompt", pa.list_(pa.int32())),
-        ("responses", pa.list_(pa.list_(pa.int32()))),
-        ("counted", pa.list_(pa.list_(pa.bool_()))),
-        ("ranks", pa.list_(pa.int32())),
-        ("margin", pa.float64()),
-        ("label", pa.float64()),
-        ("tokens", pa.int64()),
-        ("counted_tokens", pa.int64()),
-        ("where", pa.string()),
-        ("raw", pa.string()),
-    ]
+FORMAT = 3  # part of every cache key; raise it when the columns change
+PARALLEL_ROWS = 5_000  # fewer rows are quicker without starting processes
+CHUNK = 512
+# a row: where its tokens, responses and text begin in the other files, and their numbers
+STARTS = ("ids", "responses", "text")
+ROW = np.dtype(
+    [(name, np.int64) for name in STARTS]
+    + [(name, np.int32) for name in ("tokens", "counted_tokens", "size", "where", "raw")]
+    + [("margin", np.float64), ("label", np.float64)]
 )
-ToGroup = Callable[[dict[str, Any]], Group]
+COLUMNS = {
+    "rows": ROW,
+    "ids": np.dtype(np.int32),  # the prompt, then the responses
+    "counted": np.dtype(np.bool_),  # one beside every id, False in the prompt
+    "responses": np.dtype([("tokens", np.int32), ("rank", np.int32)]),
+    "text": np.dtype(np.uint8),  # where a row stands in its source, then the row as JSON when it is kept
+}
+ToGroup = Callable[[Row], Group]
+Encoded = tuple[int, list[tuple[str, str]], dict[str, np.ndarray]]
+"""Of a chunk: how many rows it had, (where, reason) of the bad ones, the columns of the good ones."""
 
 
 class TokenizedRows:
@@ -49,34 +54,48 @@ class TokenizedRows:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        self.tokens: np.ndarray = self._table.column("tokens").to_numpy()
-        self.counted: np.ndarray = self._table.column("counted_tokens").to_numpy()
-        metadata = self._table.schema.metadata or {}
-        self.skipped: dict[str, int] = json.loads(metadata.get(b"skipped", b"{}"))
+        held = {name: _mapped(path / name, kind) for name, kind in COLUMNS.items()}
+        self._rows, self._ids, self._flags = held["rows"], held["ids"], held["counted"]
+        self._responses, self._text = held["responses"], held["text"]
+        self.tokens: np.ndarray = self._rows["tokens"].astype(np.int64)
+        self.counted: np.ndarray = self._rows["counted_tokens"].astype(np.int64)
+        self.skipped: dict[str, int] = json.loads((path / "skipped.json").read_text())
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return len(self._rows)
 
     def __getitem__(self, row: int) -> Group:
-        value = self._table.slice(row, 1).drop_columns(["where", "raw"]).to_pylist()[0]
+        found = self._rows[row]
+        ids, flags = (held[found["ids"] :][: found["tokens"]].tolist() for held in (self._ids, self._flags))
+        responses = self._responses[found["responses"] :][: found["size"]]
+        lengths = responses["tokens"].tolist()
+        ends = accumulate(lengths, initial=len(ids) - sum(lengths))
+        spans = [slice(*span) for span in pairwise(ends)]
         return Group(
-            value["prompt"],
-            value["responses"],
-            value["counted"],
-            value["ranks"],
-            value["margin"],
-            value["label"],
+            ids[: len(ids) - sum(lengths)],
+            [ids[span] for span in spans],
+            [flags[span] for span in spans],
+            responses["rank"].tolist(),
+            float(found["margin"]),
+            float(found["label"]),
             row,
         )
 
     def where(self, row: int) -> str:
         """Return where a row stands in its source, as in "row 17": rows that were skipped count."""
-        return self._table.column("where")[row].as_py()
+        found = self._rows[row]
+        return self._text[found["text"] :][: found["where"]].tobytes().decode()
 
-    def raw(self, row: int) -> dict[str, Any]:
+    def raw(self, row: int) -> Row:
         """Return the untokenized row; only prompts keep it."""
-        return json.loads(self._table.column("raw")[row].as_py() or "{}")
+        found = self._rows[row]
+        return json.loads(self._text[found["text"] + found["where"] :][: found["raw"]].tobytes() or b"{}")
+
+
+def _mapped(path: Path, kind: np.dtype) -> np.ndarray:
+    if not path.stat().st_size:
+        return np.empty(0, kind)  # nothing cannot be mapped
+    return np.memmap(path, kind, "r").view(np.ndarray)
 
 
 def report_skipped(data: Any) -> None:
@@ -102,7 +121,7 @@ def tokenize(
     Args:
         source: where the rows come from.
         to_group: turns a row into a group, or raises `RowError`.
-        cache_dir: folder of Arrow files named by content hash.
+        cache_dir: folder whose `tokens/` holds a folder of arrays for each content hash.
         parts: what besides the rows decides the tokens (template, lengths).
         on_bad_row: "error" raises at the first bad row, "skip" counts it.
         keep_raw: keep each row as JSON beside its tokens.
@@ -111,93 +130,95 @@ def tokenize(
         UserError: naming the file and the row, or when no row is left.
     """
     text = json.dumps([FORMAT, source.key, list(parts), on_bad_row, keep_raw])
-    path = Path(cache_dir) / "tokens" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.arrow"
-    if not path.is_file():
+    path = Path(cache_dir) / "tokens" / hashlib.sha256(text.encode()).hexdigest()[:32]
+    if not path.is_dir():
         _write(path, source, to_group, on_bad_row, keep_raw)
     rows = TokenizedRows(path)
     if not len(rows):
-        path.unlink()
+        shutil.rmtree(path)
         reasons = "; ".join(f"{count} rows: {reason}" for reason, count in rows.skipped.items())
         raise UserError(f"{source.name} has no usable row ({reasons or 'it is empty'})")
     return rows
 
 
 def _write(path: Path, source: Source, to_group: ToGroup, on_bad_row: str, keep_raw: bool) -> None:
+    """Append chunk after chunk to the files of a temporary folder, which is renamed when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     skipped: Counter[str] = Counter()
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
+    begins = dict.fromkeys(STARTS, 0)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, suffix=".tmp"))
+    total = source.count()
+    bar = Progress(*Progress.get_default_columns(), transient=True, disable=not Console().is_terminal)
     try:
-        spilled = Path(temporary + ".rows")
-        with pa.OSFile(str(spilled), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-            for found in _encoded(source, to_group, keep_raw):
-                good = []
-                for where, value in found:
-                    if isinstance(value, dict):
-                        good.append(value)
-                    elif on_bad_row == "error":
-                        raise UserError(f"{source.name}, {where}: {value}")
-                    else:
-                        skipped[value.split(";")[0]] += 1
-                writer.write_batch(pa.RecordBatch.from_pylist(good, SCHEMA))
-        # the schema's metadata is written first, so the counts are known only on a second pass over the file
-        schema = SCHEMA.with_metadata({"skipped": json.dumps(dict(skipped))})
-        with (
-            pa.memory_map(str(spilled)) as stored,
-            pa.OSFile(temporary, "wb") as sink,
-            pa.ipc.new_file(sink, schema) as w,
-        ):
-            for batch in pa.ipc.open_stream(stored):
-                w.write_batch(batch.replace_schema_metadata(schema.metadata))
+        with ExitStack() as stack:
+            files = {name: stack.enter_context((temporary / name).open("wb")) for name in COLUMNS}
+            task = stack.enter_context(bar).add_task(f"tokenizing {source.name}", total=total)
+            for size, bad, columns in _encoded(source, to_group, keep_raw, total):
+                if bad and on_bad_row == "error":
+                    where, reason = bad[0]
+                    raise UserError(f"{source.name}, {where}: {reason}")
+                skipped.update(reason.split(";")[0] for _, reason in bad)
+                for name in STARTS:  # a chunk counts from 0
+                    columns["rows"][name] += begins[name]
+                    begins[name] += len(columns[name])
+                for name, file in files.items():
+                    file.write(columns[name].tobytes())
+                bar.advance(task, size)
+        (temporary / "skipped.json").write_text(json.dumps(skipped))
         os.replace(temporary, path)
+    except OSError:
+        if not path.is_dir():  # not merely another process that was quicker
+            raise
     finally:
-        for leftover in (Path(temporary), Path(temporary + ".rows")):
-            leftover.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _encoded(source: Source, to_group: ToGroup, keep_raw: bool) -> Iterator[list[tuple[str, Any]]]:
+def _encoded(source: Source, to_group: ToGroup, keep_raw: bool, total: int | None) -> Iterator[Encoded]:
     """Yield encoded chunks in the order of the rows, from several processes when there are many rows."""
     rows = source.rows()
-    head = list(islice(rows, PARALLEL_ROWS))
-    chunks = _chunks(chain(head, rows), 512)
+    chunks = iter(lambda: list(islice(rows, CHUNK)), [])
     workers = min(os.cpu_count() or 1, 16)
-    if len(head) < PARALLEL_ROWS or workers == 1:
+    if workers == 1 or (total or 0) < PARALLEL_ROWS:
         yield from (_encode(to_group, keep_raw, chunk) for chunk in chunks)
         return
     global _inherited
     _inherited = (to_group, keep_raw)  # forked children inherit it; a tokenizer need not be pickled
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        yield from pool.imap(_encode_inherited, chunks)
+        waiting: deque[Any] = deque()
+        for chunk in chunks:
+            waiting.append(pool.apply_async(_encode_inherited, (chunk,)))
+            if len(waiting) > 2 * workers:  # rows are read no faster than they are written, so memory stays flat
+                yield waiting.popleft().get()
+        while waiting:
+            yield waiting.popleft().get()
 
 
 _inherited: tuple[ToGroup, bool]
 
 
-def _chunks(rows: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while chunk := list(islice(rows, size)):
-        yield chunk
-
-
-def _encode_inherited(chunk: Any) -> list[tuple[str, Any]]:
+def _encode_inherited(chunk: list[tuple[str, Row]]) -> Encoded:
     return _encode(*_inherited, chunk)
 
 
-def _encode(to_group: ToGroup, keep_raw: bool, chunk: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """Return (where, columns) for good rows and (where, reason) for bad ones."""
-    found: list[tuple[str, Any]] = []
+def _encode(to_group: ToGroup, keep_raw: bool, chunk: list[tuple[str, Row]]) -> Encoded:
+    held: dict[str, Any] = {name: bytearray() if name == "text" else [] for name in COLUMNS}
+    bad: list[tuple[str, str]] = []
     for where, row in chunk:
         try:
             if not isinstance(row, dict):
                 raise RowError(f"the row is {type(row).__name__}, not an object")
             group = to_group(row)
         except RowError as error:
-            found.append((where, str(error)))
+            bad.append((where, str(error)))
             continue
-        columns = {
-            "prompt": group.prompt, "responses": group.responses, "counted": group.counted, "ranks": group.ranks,
-            "margin": group.margin, "label": group.label, "tokens": group.tokens,
-            "counted_tokens": group.counted_tokens, "where": where,
-            "raw": json.dumps(row, default=str) if keep_raw else None,
-        }  # fmt: skip
-        found.append((where, columns))
-    return found
+        place, raw = where.encode(), json.dumps(row, default=str).encode() if keep_raw else b""
+        sizes = (group.tokens, group.counted_tokens, len(group.responses), len(place), len(raw))
+        held["rows"].append((*(len(held[name]) for name in STARTS), *sizes, group.margin, group.label))
+        held["ids"] += chain(group.prompt, *group.responses)
+        flags = group.counted if group.counted is not None else [[True] * len(y) for y in group.responses]
+        held["counted"] += chain([False] * len(group.prompt), *flags)
+        ranks = group.ranks if group.ranks is not None else range(len(group.responses))
+        held["responses"] += zip(map(len, group.responses), ranks, strict=True)
+        held["text"] += place + raw
+    held["text"] = np.frombuffer(held["text"], np.uint8)
+    return len(chunk), bad, {name: np.asarray(held[name], kind) for name, kind in COLUMNS.items()}

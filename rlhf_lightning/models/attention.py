@@ -52,7 +52,7 @@ def find_runs(group_ids: Tensor, response_ids: Tensor) -> list[Run]:
 
 
 def runs_mask(runs: list[Run], device: torch.device) -> Tensor:
-    """Return what stands for the attention mask of one row of `runs`; attention that does not know runs cannot use it."""
+    """Return what stands for the attention mask of one row of `runs`; attention that knows no runs fails with it."""
     mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
     mask.runs = runs  # type: ignore[attr-defined]
     return mask

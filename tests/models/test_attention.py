@@ -62,7 +62,9 @@ def test_padding_is_not_computed_and_short_runs_are_left_to_the_dense_mask(monke
     model = LlamaForCausalLM(tiny_config())
     model.set_attn_implementation(GROUP_SDPA)
     read: list[Any] = []
-    model.model.register_forward_pre_hook(lambda _, args, given: read.append(given["input_ids"].shape), with_kwargs=True)
+    model.model.register_forward_pre_hook(
+        lambda _, args, given: read.append(given["input_ids"].shape), with_kwargs=True
+    )
     for last in (47, 48):
         batch = pack([Group([1] * 10, [[2] * 40]), Group([1] * 30, [[3] * last])], row_tokens=80)
         assert hidden_states(model, batch).shape == (2 * (30 + last), model.config.hidden_size)

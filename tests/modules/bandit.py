@@ -88,8 +88,9 @@ def build(loader: Callable[[], Any] = load, lr: float = 3e-2, **options: Any) ->
 
 def fit(module: PPO, data: Prompts, **options: Any) -> History:
     history = History()
+    callbacks = [history, *options.pop("callbacks", [])]
     trainer = Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[history],
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=callbacks,
         enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1, num_sanity_val_steps=0,
         **({} if data.val else {"limit_val_batches": 0}), **options,
     )  # fmt: skip
