@@ -26,6 +26,7 @@ ALLOWED = frozenset(
         "rlhf_lightning.data.datamodules.DemonstrationData",
         "rlhf_lightning.data.datamodules.PreferenceData",
         "rlhf_lightning.data.datamodules.PromptData",
+        "rlhf_lightning.models.sampling.Sampler",
         "rlhf_lightning.modules.dpo.DPO",
         "rlhf_lightning.modules.ppo.PPO",
         "rlhf_lightning.modules.reward.RewardModel",

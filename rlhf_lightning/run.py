@@ -167,6 +167,8 @@ def build_module(cfg: DictConfig, folder: str) -> LightningModule:
                 f"trainer.gradient_clip_val at null; use {cfg.stage}.microbatch_tokens and {cfg.stage}.max_grad_norm"
             )
     allow = list(cfg.allow_targets)
+    if "sampler" in cfg:
+        options["sampler"] = config.instantiate(cfg.sampler, "sampler", allow)
     return config.instantiate(
         cfg.module,
         "module",

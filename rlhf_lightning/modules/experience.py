@@ -15,7 +15,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapters import adapter_off
 from rlhf_lightning.models.completion import CompletionModel, ScalarModel, choose_layout
 from rlhf_lightning.models.reference import Frozen
-from rlhf_lightning.models.sampling import Sampler
+from rlhf_lightning.models.sampling import Sampler, Samples
 from rlhf_lightning.modules.base import StageModule, decay_groups
 from rlhf_lightning.modules.invariants import apart, is_exact
 from rlhf_lightning.modules.rewards import FolderReward, MeanReward, Reward, score
@@ -41,6 +41,8 @@ class Experience(StageModule):
         missing_eos_penalty: subtracted from the score of a response that did not end.
         reward_clip: clip scores to +- this; reward_scale: divide scores by their running standard deviation.
         critic_lr: learning rate of the critic; None is the policy's.
+        sampler: called with (lm, eos_ids, max_new_tokens, temperature) before every rollout; what it returns is called
+            as :class:`rlhf_lightning.models.sampling.Sampler` is. A generation server may stand here.
         seed: with iteration, row and sample number it decides every sampled token.
         Others: see :class:`StageModule`.
     """
@@ -66,6 +68,7 @@ class Experience(StageModule):
         reward_clip: float | None = None,
         reward_scale: bool = False,
         critic_lr: float | None = None,
+        sampler: Callable[..., Callable[..., Samples]] = Sampler,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -81,7 +84,7 @@ class Experience(StageModule):
             reward_clip,
             reward_scale,
         )
-        self.critic_lr, self.seed = critic_lr, seed
+        self.critic_lr, self.make_sampler, self.seed = critic_lr, sampler, seed
         self.iteration, self.episodes = 0, 0
         self.reward_moments = [0.0, 0.0, 0.0]  # count, sum, squares of all scores seen
         self.samples_seen: list[dict[str, Any]] = []  # the last rollout as text, for the samples callback
@@ -125,7 +128,7 @@ class Experience(StageModule):
         """Sample `samples` responses to every prompt (one in validation) and score them."""
         n = self.samples if split == "train" else 1
         template = self.data.template
-        sampler = Sampler(self.policy.lm, template.eos_ids, self.max_new_tokens, self.temperature)
+        sampler = self.make_sampler(self.policy.lm, template.eos_ids, self.max_new_tokens, self.temperature)
         parts = (self.seed, split, self.iteration if split == "train" else 0)
         drawn = sampler(batch.prompt_ids, n, parts, batch.index)
         responses = [template.decode(ids) for ids in drawn.responses]

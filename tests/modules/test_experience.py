@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.sampling import Samples
 from rlhf_lightning.modules.ppo import PPO
 from rlhf_lightning.modules.rollout import Rollout
 from tests.conftest import quiet_lightning
@@ -34,6 +35,27 @@ def test_scores_are_scaled_then_clipped_then_penalized() -> None:
     assert module.reward_moments == [2.0, -1.0, 5.0]
     module.shaped_scores(rollout)
     assert module.reward_moments == [4.0, -2.0, 10.0]
+
+
+@quiet_lightning
+def test_another_sampler_may_answer() -> None:
+    """It sees the policy of the moment, and its responses are what is scored and learned."""
+    asked: list[tuple[Any, ...]] = []
+
+    def server(lm: Any, eos_ids: Any, longest: int, temperature: float) -> Any:
+        def answer(prompts: Any, n: int, seed_parts: Any, ids: Any) -> Samples:
+            weight = next(lm.parameters()).detach().sum().item()
+            asked.append((set(eos_ids), longest, temperature, weight, n, seed_parts, list(ids)))
+            return Samples([[7] * (1 + k) + [2] for _ in prompts for k in range(n)], [True] * (len(prompts) * n))
+
+        return answer
+
+    module = build(sampler=server, estimator="rloo", samples=2, temperature=0.5, reward=lambda p, r, m: [*map(len, r)])
+    rows = fit(module, Prompts(2, size=3)).rows
+    assert [call[:3] for call in asked] == [({2}, 4, 0.5)] * 2
+    assert [call[4:] for call in asked] == [(2, (0, "train", iteration), [0, 1, 2]) for iteration in (0, 1)]
+    assert asked[0][3] != asked[1][3]
+    assert rows[0]["reward/proxy"] == 4.0  # "7 2" and "7 7 2"
 
 
 @quiet_lightning
