@@ -41,8 +41,15 @@ test-fast: $(VENV)/.test ## the unit tier only
 mutants: $(VENV)/.test ## plant known RLHF mistakes one by one and show which test catches each
 	$(BIN)/python tests/mutants/check.py
 
-bench: $(VENV)/.test ## time SFT, reward model and DPO beside TRL: make bench DATA=path/to/hh_rlhf/train.jsonl.gz
-	$(BIN)/python benchmarks/compare.py --data $(DATA)
+$(VENV)/.bench: $(VENV)/.test
+	$(BIN)/pip install -q -c constraints.txt matplotlib
+	touch $@
+
+bench: $(VENV)/.bench ## time everything, beside TRL and alone (an hour): make bench DATA=path/to/hh_rlhf/train.jsonl.gz
+	$(BIN)/python benchmarks/compare.py --data $(DATA) --precision 32-true bf16-mixed
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/bigdata.py
 
 clean: ## remove the environment and caches, keep outputs/
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

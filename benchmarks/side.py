@@ -168,6 +168,8 @@ def their_side(spec: dict[str, Any]) -> None:
     assert stage != "reward" or isinstance(model, type(AutoModelForSequenceClassification.from_config(model.config)))
 
     class Steps(TrainerCallback):
+        tokens = 0
+
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             answer(ready=True)
 
@@ -179,7 +181,9 @@ def their_side(spec: dict[str, Any]) -> None:
             self.seconds = time.perf_counter() - self.began
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            answer(seconds=self.seconds, loss=float(logs["loss"]))
+            seen = int(logs.get("num_tokens", 0))
+            answer(seconds=self.seconds, loss=float(logs["loss"]), tokens=seen - self.tokens)
+            self.tokens = seen
 
     trainer = kind(
         model, args=config(**(settings | spec["options"])), train_dataset=dataset, processing_class=tokenizer,
