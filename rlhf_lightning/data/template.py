@@ -65,6 +65,8 @@ class Template:
                 f"data.template={template!r} is not one of {', '.join(options)}.{nearest(template, options)}"
             )
         self.tokenizer, self.name = tokenizer, template
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
         added = tokenizer.added_tokens_decoder
         self.control = {str(t): i for i, t in added.items() if t.special or str(t) in self.source}
         self._control_pattern = re.compile(
@@ -226,4 +228,5 @@ class Template:
         return ids[len(self._anchor) :] if ids[: len(self._anchor)] == self._anchor else self._ids(text)
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+        # a call of the tokenizer itself takes twice the time
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids if text else []
