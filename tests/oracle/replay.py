@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 from datasets import Dataset
 
 from rlhf_lightning import PPO, PromptData
@@ -73,7 +72,7 @@ class Recorded(PPO):
         return found
 
 
-def our_run(patch: pytest.MonkeyPatch, folder: Path, script: Script, optimizer: Any, **options: Any) -> Recorded:
+def our_run(folder: Path, script: Script, optimizer: Any, **options: Any) -> Recorded:
     """Train ten updates on the script's responses and return the module."""
     drawn: list[list[int]] = []
 
@@ -85,11 +84,10 @@ def our_run(patch: pytest.MonkeyPatch, folder: Path, script: Script, optimizer: 
             drawn[:] = script(prompts)
             return Samples(list(drawn), [y[-1] == END for y in drawn])
 
-    patch.setattr("rlhf_lightning.modules.experience.Sampler", Replay)
     data = PromptData(tokenizer(folder), [{"prompt": p} for p in PROMPTS], batch_size=len(PROMPTS), cache_dir=folder)
     settings: dict[str, Any] = {
         "reward": lambda *_: [score(y) for y in drawn], "samples": SAMPLES, "missing_eos_penalty": 0.0,
-        "whiten_advantages": False, "max_grad_norm": 1e9,
+        "whiten_advantages": False, "max_grad_norm": 1e9, "sampler": Replay,
     }  # fmt: skip
     module = Recorded(partial(load_causal_lm, start(folder)), optimizer, **(settings | options))
     module.curve, module.kls = Curve([], []), []

@@ -18,10 +18,10 @@ trl = pytest.importorskip("trl", reason="TRL is absent: pip install 'rlhf-lightn
 pytestmark = pytest.mark.oracle
 
 
-def grpo(patch: pytest.MonkeyPatch, folder: Path, script: Sequence[Sequence[int]], ours: Any, theirs: Any) -> Any:
+def grpo(folder: Path, script: Sequence[Sequence[int]], ours: Any, theirs: Any) -> Any:
     """Return our module and TRL's trainer and curve after ten updates on the same responses."""
     mine, other = Script(script), Script(script)
-    module = our_run(patch, folder, mine, optimizer(), **({"estimator": "grpo", "kl_in": "loss"} | ours))
+    module = our_run(folder, mine, optimizer(), **({"estimator": "grpo", "kl_in": "loss"} | ours))
     trainer = their_trainer(folder, other, trl.GRPOTrainer, trl.GRPOConfig, **theirs)
     curve = train_theirs(trainer)
     assert mine.prompts == other.prompts
@@ -35,38 +35,38 @@ PLAIN_K3 = {"beta": 0.1, "use_bias_correction_kl": False}
 
 @pytest.mark.parametrize("loss_type", ["bnpo", "dapo"])
 @quiet_trl
-def test_grpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss_type: str) -> None:
+def test_grpo(tmp_path: Path, loss_type: str) -> None:
     """Both divide by the tokens of the step, which TRL calls "bnpo" for a batch and "dapo" for a step."""
     ours = {"inner_epochs": 1, "temperature": 0.7, "kl_estimator": "k3", "kl_beta": 0.1}
     theirs = {"loss_type": loss_type, "temperature": 0.7, **PLAIN_K3}
-    module, _, curve = grpo(monkeypatch, tmp_path, LENGTHS, ours, theirs)
+    module, _, curve = grpo(tmp_path, LENGTHS, ours, theirs)
     assert_same(module.curve, curve)
 
 
 @quiet_trl
-def test_grpo_with_clipping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grpo_with_clipping(tmp_path: Path) -> None:
     """Five updates from each of two rollouts."""
     ours = {"inner_epochs": 5, "kl_estimator": "k3", "kl_beta": 0.1, "clip_low": 0.1, "clip_high": 0.15}
     theirs = {"num_iterations": 5, "epsilon": 0.1, "epsilon_high": 0.15, **PLAIN_K3}
-    module, trainer, curve = grpo(monkeypatch, tmp_path, LENGTHS, ours, theirs)
+    module, trainer, curve = grpo(tmp_path, LENGTHS, ours, theirs)
     assert_same(module.curve, curve)
     clipped = [entry["clip_ratio/region_mean"] for entry in trainer.state.log_history if "grad_norm" in entry]
     assert max(clipped) > 0.2
 
 
 @quiet_trl
-def test_grpo_as_a_mean_over_responses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grpo_as_a_mean_over_responses(tmp_path: Path) -> None:
     """TRL's "grpo" averages within a response first, which favours short ones; at equal lengths it is our loss."""
     ours = {"inner_epochs": 1, "kl_estimator": "k3", "kl_beta": 0.1}
-    module, _, curve = grpo(monkeypatch, tmp_path, [(3, 3, 3)] * 4, ours, {"loss_type": "grpo", **PLAIN_K3})
+    module, _, curve = grpo(tmp_path, [(3, 3, 3)] * 4, ours, {"loss_type": "grpo", **PLAIN_K3})
     assert_same(module.curve, curve)
 
 
 @quiet_trl
-def test_grpo_with_the_kl_gradient_corrected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grpo_with_the_kl_gradient_corrected(tmp_path: Path) -> None:
     """On policy, TRL's k3 times pi / pi_old has the value of k3 and the gradient of our k2."""
     module, trainer, curve = grpo(
-        monkeypatch, tmp_path, LENGTHS, {"inner_epochs": 1, "kl_estimator": "k2", "kl_beta": 0.1}, {"beta": 0.1}
+        tmp_path, LENGTHS, {"inner_epochs": 1, "kl_estimator": "k2", "kl_beta": 0.1}, {"beta": 0.1}
     )
     assert module.curve.norms == pytest.approx(curve.norms, rel=1e-5)
     k3 = [entry["kl"] for entry in trainer.state.log_history if "grad_norm" in entry]
@@ -76,11 +76,11 @@ def test_grpo_with_the_kl_gradient_corrected(tmp_path: Path, monkeypatch: pytest
     assert found == pytest.approx(differences, abs=1e-6)
 
 
-def rloo(patch: pytest.MonkeyPatch, folder: Path, script: Any, ours: Any, theirs: Any, rate: float) -> Any:
+def rloo(folder: Path, script: Any, ours: Any, theirs: Any, rate: float) -> Any:
     """Return the same for RLOO, with plain SGD: TRL's rate is 0.5, ours is `rate`."""
     mine, other = Script(script), Script(script)
     sgd = partial(torch.optim.SGD, lr=rate)
-    module = our_run(patch, folder, mine, sgd, **({"estimator": "rloo", "kl_beta": 0.1} | ours))
+    module = our_run(folder, mine, sgd, **({"estimator": "rloo", "kl_beta": 0.1} | ours))
     options = {"beta": 0.1, "optim": "sgd", "learning_rate": 0.5, "weight_decay": 0.0}
     trainer = their_trainer(folder, other, trl.RLOOTrainer, trl.RLOOConfig, **(options | theirs))
     curve = train_theirs(trainer)
@@ -89,11 +89,9 @@ def rloo(patch: pytest.MonkeyPatch, folder: Path, script: Any, ours: Any, theirs
 
 
 @quiet_trl
-def test_rloo_with_clipping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rloo_with_clipping(tmp_path: Path) -> None:
     """Responses of one token, because TRL clips the ratio of a response and we that of a token."""
-    module, trainer, curve = rloo(
-        monkeypatch, tmp_path, [(1, 1, 1)] * 4, {"inner_epochs": 5}, {"num_iterations": 5}, rate=0.5
-    )
+    module, trainer, curve = rloo(tmp_path, [(1, 1, 1)] * 4, {"inner_epochs": 5}, {"num_iterations": 5}, rate=0.5)
     assert_same(module.curve, curve)
     clipped = [entry["clip_ratio/region_mean"] for entry in trainer.state.log_history if "grad_norm" in entry]
     assert max(clipped) > 0.2
@@ -103,12 +101,10 @@ def test_rloo_with_clipping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ("ours", "theirs"), [({}, {}), ({"reward_clip": 0.7}, {"reward_clip_range": (-0.7, 0.7)})], ids=["plain", "clipped"]
 )
 @quiet_trl
-def test_rloo_on_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ours: Any, theirs: Any) -> None:
+def test_rloo_on_policy(tmp_path: Path, ours: Any, theirs: Any) -> None:
     """TRL divides by responses and we by tokens: its gradient is ours times the mean length, and so is its rate."""
     length = sum(map(sum, LENGTHS)) / (SAMPLES * len(LENGTHS))
-    module, trainer, curve = rloo(
-        monkeypatch, tmp_path, LENGTHS, {"inner_epochs": 1, **ours}, theirs, rate=0.5 * length
-    )
+    module, trainer, curve = rloo(tmp_path, LENGTHS, {"inner_epochs": 1, **ours}, theirs, rate=0.5 * length)
     assert [length * norm for norm in module.curve.norms] == pytest.approx(curve.norms, rel=1e-5)
     for learned, expected in zip(module.policy.lm.parameters(), trainer.model.parameters(), strict=True):
         assert_close(learned, expected, rtol=1e-4, atol=1e-6)
