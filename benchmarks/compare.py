@@ -42,9 +42,9 @@ WORKLOADS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
 class Side:
     """A process that makes one step when asked."""
 
-    def __init__(self, spec: dict[str, Any]) -> None:
+    def __init__(self, spec: dict[str, Any], program: str = "side.py", python: str = sys.executable) -> None:
         self.log = Path(spec["cache"], f"{spec['side']}.log")
-        command = [sys.executable, str(Path(__file__).with_name("side.py"))]
+        command = [python, str(Path(__file__).with_name(program))]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log

@@ -92,7 +92,7 @@ def measure(point: dict[str, Any], steps: int) -> None:
     seconds = [step() for _ in range(steps)]
     print(json.dumps({
         "seconds": statistics.median(seconds), "all": seconds, "flops": needed_flops(config, point),
-        "tokens": int((batch.group_ids >= 0).sum()),
+        "tokens": batch.tokens,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "parameters": sum(p.numel() for p in wrapped.parameters()),
     }))  # fmt: skip

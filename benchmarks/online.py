@@ -42,21 +42,8 @@ WORKLOADS = {
     "ppo-value-head": {"kind": "ppo", "prompts": 16, "samples": 1, "critic": "value_head"},
 }
 SETTINGS = {"default": {}, "no checkpointing": {"gradient_checkpointing": False}}
+PROGRAM = "side_online.py"
 LENGTHS = {"until EOS": False, "fixed": True}
-
-
-class OnlineSide(Side):
-    """A process that makes one iteration when asked; `python` may belong to another environment."""
-
-    def __init__(self, spec: dict[str, Any], python: str) -> None:
-        self.log = Path(spec["cache"], f"{spec['side']}.log")
-        root = Path(__file__).resolve().parents[1]
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                [python, str(Path(__file__).with_name("side_online.py"))], text=True, stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=log, env=os.environ | {"PYTHONPATH": str(root)},
-            )  # fmt: skip
-        self.ready = self.ask(json.dumps(spec))
 
 
 def write_prompts(options: argparse.Namespace, prompts: int, cache: str) -> list[str]:
@@ -142,13 +129,12 @@ def compare(name: str, setting: str, length: str, options: argparse.Namespace, c
         "fixed": LENGTHS[length], "micro": options.microbatch_tokens, "options": SETTINGS[setting],
         "pad_id": load_tokenizer(options.model).pad_token_id,
     }  # fmt: skip
+    python = sys.executable
     if spec["kind"] == "ppo":
-        spec["reward"] = write_reward(options, cache)
+        spec["reward"], python = write_reward(options, cache), options.ppo_python
     sides = [
-        OnlineSide(spec | {"side": "ours", "data": files[0]}, sys.executable),
-        OnlineSide(
-            spec | {"side": "trl", "data": files[1]}, options.ppo_python if spec["kind"] == "ppo" else sys.executable
-        ),
+        Side(spec | {"side": "ours", "data": files[0]}, PROGRAM),
+        Side(spec | {"side": "trl", "data": files[1]}, PROGRAM, python),
     ]
     steps: list[list[dict[str, Any]]] = [[], []]
     expected = None

@@ -99,7 +99,7 @@ def our_side(spec: dict[str, Any]) -> None:
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
             seconds = time.perf_counter() - self.began
-            tokens = int((batch.group_ids >= 0).sum())
+            tokens = batch.tokens
             answer(
                 seconds=seconds, loss=float(outputs["loss"]), tokens=tokens, cells=batch.input_ids.numel(),
                 counted=len(batch.targets), flops=step_flops(module, batch),
@@ -125,7 +125,7 @@ def step_flops(module: Any, batch: Any) -> float:
     lm = plain(module.trained_model())
     config = lm.config
     layers = sum(p.numel() for n, p in lm.named_parameters() if ".layers." in n and p.ndim == 2)
-    tokens = int((batch.group_ids >= 0).sum())
+    tokens = batch.tokens
     real = (batch.group_ids >= 0)[:, None, :, None]
     pairs = int((group_attention_mask(batch.group_ids, batch.response_ids) & real).sum())
     head = len(batch.targets) * config.hidden_size * config.vocab_size if hasattr(module, "policy") else 0

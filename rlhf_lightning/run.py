@@ -141,6 +141,7 @@ def build_module(cfg: DictConfig, folder: str) -> LightningModule:
     settings = config.plain(cfg)
     load = settings["model"]["load"]
     options = dict(settings[cfg.stage])
+    allow = list(cfg.allow_targets)
     loader = partial(load_causal_lm, folder, **load)
     if cfg.stage == "reward":
         loader = partial(load_scalar_model, folder, seed=cfg.seed, **load)
@@ -151,6 +152,7 @@ def build_module(cfg: DictConfig, folder: str) -> LightningModule:
         if options["ptx_coef"] and not settings["data"].get("ptx"):
             raise UserError(f"{cfg.stage}.ptx_coef needs demonstrations: data.ptx=<file>")
         options["gold"] = load_reward(cfg.gold_from) if cfg.gold_from else None
+        options["sampler"] = config.instantiate(cfg.sampler, "sampler", allow)
         critic = options.pop("critic", "value_head")
         if critic not in ("value_head", "reward"):
             kinds = ("value_head", "reward")
@@ -166,9 +168,6 @@ def build_module(cfg: DictConfig, folder: str) -> LightningModule:
                 f"{cfg.stage} accumulates and clips by itself: leave trainer.accumulate_grad_batches at 1, "
                 f"trainer.gradient_clip_val at null; use {cfg.stage}.microbatch_tokens and {cfg.stage}.max_grad_norm"
             )
-    allow = list(cfg.allow_targets)
-    if "sampler" in cfg:
-        options["sampler"] = config.instantiate(cfg.sampler, "sampler", allow)
     return config.instantiate(
         cfg.module,
         "module",

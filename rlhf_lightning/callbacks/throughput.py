@@ -77,6 +77,6 @@ class Throughput(Callback):
     def counts(self, pl_module: LightningModule, batch: Any) -> tuple[int, int]:
         """Return rows and real (unpadded) tokens of a batch."""
         if isinstance(batch, GroupBatch):
-            return batch.groups, int((batch.group_ids >= 0).sum())
+            return batch.groups, batch.tokens
         seen = getattr(pl_module, "rollout_size", (len(getattr(batch, "prompt_ids", [])), 0))
         return seen

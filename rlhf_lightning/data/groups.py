@@ -102,6 +102,11 @@ class GroupBatch:
         """S, the number of responses."""
         return self.last.shape[0]
 
+    @property
+    def tokens(self) -> int:
+        """The number of tokens that are not padding."""
+        return int((self.group_ids >= 0).sum())
+
     def to(self, device: torch.device | str, **kwargs: Any) -> GroupBatch:
         """Return the batch with every tensor on `device`."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

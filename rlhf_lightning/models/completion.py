@@ -47,9 +47,9 @@ def hidden_states(model: nn.Module, batch: GroupBatch, shortest: int = SHORTEST)
 
     if batch.padded:
         return read(batch.input_ids, batch.position_ids, (batch.group_ids >= 0).long())
-    by_runs = batch.input_ids.device.type == "cpu" and inner.config._attn_implementation == GROUP_SDPA
-    real = (batch.group_ids >= 0).flatten().nonzero().squeeze(1)
-    if by_runs and len(real) >= shortest * batch.sequences:
+    on_cpu = batch.input_ids.device.type == "cpu"  # asked first: counting tokens would make an accelerator wait
+    if on_cpu and inner.config._attn_implementation == GROUP_SDPA and batch.tokens >= shortest * batch.sequences:
+        real = (batch.group_ids >= 0).flatten().nonzero().squeeze(1)
         attention = runs_mask(find_runs(batch.group_ids, batch.response_ids), real.device)
         ids, positions = (x.flatten()[real][None] for x in (batch.input_ids, batch.position_ids))
         found = read(ids, positions, attention)

@@ -161,7 +161,7 @@ class StageModule(LightningModule):
                 f"the gradient is not finite at step {self.global_step}; lower optimizer.lr, or look at the data and "
                 "the reward"
             )
-        if limit:
+        if limit and limit > 0:
             clip_grads_with_norm_(self.parameters(), limit, norm)
         return norm
 
