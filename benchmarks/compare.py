@@ -70,13 +70,14 @@ def compare(name: str, setting: str, precision: str, options: argparse.Namespace
     """
     ours, theirs = WORKLOADS[name]
     same_rows = setting != "packing"
+    load = {"compile": True} if options.compile else {}
     spec = {
         "stage": name.partition("-")[0], "model": options.model, "data": options.data, "rows": options.rows,
         "batch": options.batch, "max_length": options.max_length, "precision": precision, "lr": 1e-6,
         "cache": cache,
     }  # fmt: skip
     sides = [
-        Side(spec | {"side": "ours", "options": ours}),
+        Side(spec | {"side": "ours", "options": ours, "accumulate": options.accumulate, "load": load}),
         Side(spec | {"side": "trl", "options": theirs[setting]}),
     ]
     steps: list[list[dict[str, Any]]] = [[], []]
@@ -98,7 +99,8 @@ def compare(name: str, setting: str, precision: str, options: argparse.Namespace
     shares = [step["flops"] / step["seconds"] / sides[0].ready["matmul_rate"] for step in steps[0][1:]]
     tokens = [step["tokens"] / step["seconds"] for step in steps[0][1:]]
     return {
-        "workload": name, "trl": setting, "precision": precision,
+        "workload": name, "trl": setting, "precision": precision, "accumulate": options.accumulate,
+        "compile": options.compile,
         "ours_s": statistics.median(a), "trl_s": statistics.median(b),
         "ratio": statistics.median(ratios), "ratios": ratios, "ours_gb": peaks[0], "trl_gb": peaks[1],
         "rows_per_s": options.batch / statistics.median(a), "tokens_per_s": statistics.median(tokens),
@@ -145,25 +147,27 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--precision", nargs="+", default=["32-true"], choices=["32-true", "bf16-mixed"])
     parser.add_argument("--steps", type=int, default=4, help="counted steps; with one more, at most an epoch")
+    parser.add_argument("--accumulate", type=int, default=1, help="microbatches a step on our side")
+    parser.add_argument("--compile", action="store_true", help="compile the decoder layers on our side")
     parser.add_argument("--tolerance", type=float, default=1e-3)
     parser.add_argument("--settings", nargs="*", help="only these settings of TRL")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/compare.json"))
     options = parser.parse_args()
     options.model = resolve_model(options.model, Path.home() / ".cache" / "rlhf_lightning")
-    results = []
+    about = {
+        "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "lightning")},
+        "options": {key: str(value) for key, value in vars(options).items()},
+    }  # fmt: skip
+    results: list[dict[str, Any]] = []
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as cache:
         for precision, name in itertools.product(options.precision, options.workloads):
             for setting in WORKLOADS[name][1]:
                 if not options.settings or setting in options.settings:
                     results.append(compare(name, setting, precision, options, cache))
                     show(results)
-    about = {
-        "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "lightning")},
-        "options": {key: str(value) for key, value in vars(options).items()},
-    }  # fmt: skip
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(about | {"results": results}, indent=1))
+                    options.out.write_text(json.dumps(about | {"results": results}, indent=1))
     print(options.out)
 
 

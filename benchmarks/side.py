@@ -71,7 +71,7 @@ def our_data(spec: dict[str, Any]) -> Any:
     kind = DemonstrationData if spec["stage"] == "sft" else PreferenceData
     return kind(
         load_tokenizer(spec["model"]), read_rows(spec), batch_size=spec["batch"], max_length=spec["max_length"],
-        cache_dir=spec["cache"], **spec.get("data_options", {}),
+        cache_dir=spec["cache"], accumulate=spec.get("accumulate", 1),
     )  # fmt: skip
 
 
@@ -86,29 +86,34 @@ def our_side(spec: dict[str, Any]) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     kinds = {"sft": SFT, "reward": RewardModel, "dpo": DPO}
     load = load_scalar_model if spec["stage"] == "reward" else load_causal_lm
-    module = kinds[spec["stage"]](partial(load, spec["model"]), optimizer(spec), **spec["options"])
-    rate = matmul_rate()
+    module = kinds[spec["stage"]](
+        partial(load, spec["model"], **spec.get("load", {})), optimizer(spec), **spec["options"]
+    )
+    rate, accumulate = matmul_rate(), spec.get("accumulate", 1)
 
     class Steps(Callback):
         def on_train_start(self, *_: Any) -> None:
             answer(ready=True, matmul_rate=rate)
 
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
-            wait()
-            self.began = time.perf_counter()
+            if index % accumulate == 0:
+                wait()
+                self.parts: list[dict[str, float]] = []
+                self.began = time.perf_counter()
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
             seconds = time.perf_counter() - self.began
-            tokens = batch.tokens
-            answer(
-                seconds=seconds, loss=float(outputs["loss"]), tokens=tokens, cells=batch.input_ids.numel(),
-                counted=len(batch.targets), flops=step_flops(module, batch),
-            )  # fmt: skip
+            self.parts.append({
+                "loss": float(outputs["loss"]) / accumulate, "tokens": batch.tokens, "cells": batch.input_ids.numel(),
+                "counted": len(batch.targets), "flops": step_flops(module, batch),
+            })  # fmt: skip
+            if len(self.parts) == accumulate:
+                answer(seconds=seconds, **{key: sum(part[key] for part in self.parts) for key in self.parts[0]})
 
     trainer = Trainer(
         max_epochs=10_000, accelerator="cpu", precision=spec["precision"], logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
-        gradient_clip_val=1.0, use_distributed_sampler=False, callbacks=[Steps()],
+        gradient_clip_val=1.0, use_distributed_sampler=False, callbacks=[Steps()], accumulate_grad_batches=accumulate,
     )  # fmt: skip
     trainer.fit(module, our_data(spec))
 

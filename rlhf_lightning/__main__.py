@@ -3,40 +3,54 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
 import os
 import sys
-from collections.abc import Callable
-from functools import cache
+from pathlib import Path
 from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_lightning import config
-from rlhf_lightning.artifacts import write_failure
+from rlhf_lightning.artifacts import remove_start, write_failure
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.launch import arguments_of_rank
 
 SELECTORS = ("stage", "pipeline", "experiment", "sweep")
 QUESTIONS = {"--help", "-h", "--hydra-help", "--version", "--info", "-i"}
 
 
 @hydra.main(version_base="1.3", config_path="pkg://rlhf_lightning.conf", config_name="rlhf")
-def app(cfg: DictConfig) -> float | None:
+def app(cfg: DictConfig) -> float | list[float] | None:
     """Run the stage or the pipeline that was composed."""
     try:
         config.check_types(cfg, list(HydraConfig.get().overrides.task))
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            from rlhf_lightning.sweeps import run_trial
+
+            return run_trial(cfg)
+        if cfg.plan and cfg.pipeline:
+            raise UserError("plan is for one stage: rlhf stage=<stage> ... plan=true")
         if cfg.pipeline:
             from rlhf_lightning.pipeline import run_pipeline
 
             return run_pipeline(cfg)
-        config.require(cfg)
         if cfg.stage not in config.STAGES:
             raise UserError(f"choose what to run with stage= one of {', '.join(config.STAGES)}")
-        return stage_runner()(cfg)
+        if cfg.plan:
+            from rlhf_lightning.plan import run_plan
+
+            if not (place := Path(HydraConfig.get().runtime.output_dir) / "run.json").exists():
+                remove_start(place.parent)
+            return run_plan(cfg)
+        config.require(cfg)
+        return run_stage(cfg)
     except UserError as error:  # here, because Hydra would print a line of its own first
         logging.getLogger("rlhf_lightning").info("%s", error)
         fail(str(error), 2)
@@ -44,15 +58,14 @@ def app(cfg: DictConfig) -> float | None:
         fail(config.explain(error, sys.argv[1:]), 2)
 
 
-@cache
-def stage_runner() -> Callable[[DictConfig], float | None]:
-    """Import what stages need: here, because it takes seconds, and once, because a sweep runs many stages."""
+def run_stage(cfg: DictConfig) -> float | None:
+    """Import what stages need, which takes seconds, and run the stage."""
     gc.disable()  # imports make a million objects that stay; looking through them again and again takes a second
-    from rlhf_lightning.run import run_stage
+    from rlhf_lightning import run
 
     gc.freeze()
     gc.enable()
-    return run_stage
+    return run.run_stage(cfg)
 
 
 def normalize(arguments: list[str]) -> list[str]:
@@ -69,6 +82,13 @@ def normalize(arguments: list[str]) -> list[str]:
         else:
             found.append(argument)
     return found
+
+
+def sweep_id(arguments: list[str]) -> str:
+    """Return the name of a sweep's folder: the same command has the same one, so running it again goes on."""
+    beside = ("resume=", "hydra.launcher.", "hydra.verbose", "hydra.sweep.", "-", "on_failed_trial=")
+    words = [a for a in arguments if not a.startswith(beside)]
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
 
 
 def usage() -> str:
@@ -96,6 +116,11 @@ def main() -> None:
     if not chosen & {*SELECTORS, *QUESTIONS, "--cfg", "-c"}:
         print(usage(), file=sys.stderr)
         sys.exit(2)
+    try:
+        sys.argv += arguments_of_rank(arguments)
+    except UserError as error:
+        fail(str(error), 2)
+    os.environ.setdefault("RLHF_SWEEP_ID", sweep_id(arguments))
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach us instead of being printed by Hydra
     try:
         app()

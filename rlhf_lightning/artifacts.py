@@ -179,14 +179,14 @@ def parent_entry(role: str, folder: str) -> dict[str, Any]:
 def find_run(run: Path, stage: str, resume: str | None, digest: str) -> tuple[Path, Path | None, dict[str, Any] | None]:
     """Return the run folder, the checkpoint to resume from, and the metrics when the run is already finished.
 
-    With resume=auto it is this folder, or the newest sibling of the same configuration.
+    With resume=here it is this folder, with resume=auto this one or the newest sibling of the same configuration.
     """
     mine = {"fingerprint": digest, "stage": stage}
     started = read_json(run / "run.json")
     if resume is None:
         claim(run, mine)
         return run, None, None
-    if resume != "auto":
+    if resume not in ("auto", "here"):
         path = Path(resume)
         path = path if path.suffix == ".ckpt" else path / "checkpoints" / "last.ckpt"
         if not path.is_file():
@@ -200,12 +200,13 @@ def find_run(run: Path, stage: str, resume: str | None, digest: str) -> tuple[Pa
         raise UserError(
             f"{run} was started with another configuration or other models; choose another folder to start anew"
         )
-    for folder in [run, *sorted((p for p in run.parent.iterdir() if p != run), reverse=True)]:
+    siblings = sorted((p for p in run.parent.iterdir() if p != run), reverse=True) if resume == "auto" else []
+    for folder in [run, *siblings]:
         found = read_json(folder / "run.json") if folder.is_dir() else None
         if not isinstance(found, dict) or found.get("fingerprint") != digest:
             continue
         if folder != run and not started:
-            _remove_start(run)
+            remove_start(run)
         checkpoint = folder / "checkpoints" / "last.ckpt"
         done = (folder / "model" / MANIFEST).is_file() or stage == "evaluate"
         metrics = read_json(folder / "metrics.json") if done else None
@@ -231,10 +232,11 @@ def claim(run: Path, value: dict[str, Any]) -> None:
             os.unlink(name)
 
 
-def _remove_start(run: Path) -> None:
+def remove_start(run: Path) -> None:
     """Remove what Hydra wrote for a start that continues another run, and the folder when nothing else is in it."""
     shutil.rmtree(run / ".hydra", ignore_errors=True)
-    (run / "run.log").unlink(missing_ok=True)
+    for file in run.glob("run*.log"):
+        file.unlink(missing_ok=True)
     if run.is_dir() and not any(run.iterdir()):
         run.rmdir()
 

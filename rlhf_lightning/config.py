@@ -32,13 +32,17 @@ ALLOWED = frozenset(
         "rlhf_lightning.modules.reward.RewardModel",
         "rlhf_lightning.modules.schedules.schedule",
         "rlhf_lightning.modules.sft.SFT",
+        "rlhf_lightning.strategies.ShardedStrategy",
         "torch.optim.Adam",
         "torch.optim.AdamW",
         "torch.optim.SGD",
     }
 )
 STAGES = ("sft", "reward", "dpo", "ppo", "rloo", "grpo", "evaluate", "audit")
-RUN_ONLY = ("paths", "resume", "run_id", "run_folder", "name", "callbacks", "logger", "allow_targets")
+RUN_ONLY = (
+    "paths", "resume", "run_id", "run_folder", "name", "callbacks", "logger", "allow_targets", "objectives",
+    "on_failed_trial", "plan",
+)  # fmt: skip
 
 
 def targets(node: Any, path: str = "") -> Iterator[tuple[str, str]]:

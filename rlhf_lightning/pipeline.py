@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,9 +11,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
-from rlhf_lightning import artifacts, config
+from rlhf_lightning import artifacts, config, processes
 from rlhf_lightning.data.sources import read_source
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.processes import quoted
 
 console = Console()
 
@@ -44,7 +42,7 @@ def run_pipeline(cfg: DictConfig) -> None:
             console.print(f"[dim]stage {number + 1} of {len(stages)}: {name} is done[/dim]")
         else:
             console.rule(f"stage {number + 1} of {len(stages)}: {name}")
-            run_child(name, folder, overrides)
+            run_part(name, folder, overrides)
             artifacts.write_json(folder / "pipeline.json", {"fingerprint": digest})
         folders[name] = str(folder / "model")
     minutes, seconds = divmod(int(time.monotonic() - began), 60)
@@ -78,11 +76,6 @@ def stage_overrides(stage: dict[str, Any], folders: dict[str, str], root: str | 
     return [f"+{o}" if o.startswith("evaluate.models.") else o for o in found]
 
 
-def quoted(text: str) -> str:
-    """Return `text` as a quoted value of Hydra's override grammar."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 def passthrough(overrides: list[str]) -> list[str]:
     """Return the user's overrides that every stage should see."""
     own = ("pipeline", "resume", "name", "data_root", "run_folder", "hydra", "run_id")
@@ -97,6 +90,9 @@ def find_pipeline(run: Path, digest: str, resume: str | None) -> Path:
             if found and found["fingerprint"] == digest:
                 console.print(f"continuing {folder}", soft_wrap=True)
                 return folder
+    elif (run / "run.json").is_file() and resume == "here":
+        if artifacts.read_json(run / "run.json")["fingerprint"] != digest:
+            raise UserError(f"{run} was started with other settings; choose another folder to start anew")
     elif (run / "run.json").is_file():
         raise UserError(f"{run} already holds a pipeline; add resume=auto to continue it")
     artifacts.write_json(run / "run.json", {"fingerprint": digest})
@@ -109,28 +105,11 @@ def is_done(folder: Path, digest: str) -> bool:
     return bool(found) and found["fingerprint"] == digest and (folder / "metrics.json").is_file()
 
 
-def run_child(name: str, folder: Path, overrides: list[str]) -> None:
-    """Run one stage, pass signals on, and stop the pipeline when it fails."""
+def run_part(name: str, folder: Path, overrides: list[str]) -> None:
+    """Run one stage and stop the pipeline when it fails."""
     if (folder / "metrics.json").is_file():  # made by other settings or other parents
         folder.rename(folder.with_name(f"{folder.name}.old-{int(time.time())}"))
-    command = [
-        sys.executable,
-        "-m",
-        "rlhf_lightning",
-        *overrides,
-        f"hydra.run.dir={quoted(str(folder))}",
-        "resume=auto",
-    ]
-    child = subprocess.Popen(command)
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
-    try:
-        code = child.wait()
-    except KeyboardInterrupt:  # the terminal sent it to the child as well
-        code = child.wait()
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    if code in (130, 143, -signal.SIGINT, -signal.SIGTERM):
-        raise KeyboardInterrupt(code if code > 0 else 128 - code)
+    code = processes.run_child(folder, overrides)
     if code:
         raise UserError(
             f"stage {name} failed (exit code {code}); its log is {folder / 'run.log'}. Add resume=auto to the same "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import warnings
@@ -30,6 +31,7 @@ from rlhf_lightning.callbacks.throughput import Throughput
 from rlhf_lightning.data.sources import read_source
 from rlhf_lightning.data.tokenize import report_skipped
 from rlhf_lightning.errors import UserError, nearest
+from rlhf_lightning.launch import agreed, check_devices
 from rlhf_lightning.models.loading import (
     context_length,
     load_causal_lm,
@@ -90,9 +92,16 @@ def decide_run(run: Path, cfg: DictConfig, digest: str) -> tuple[Path, Path | No
     if rank_zero_only.rank > 0 and "RLHF_RUN" in os.environ:
         checkpoint = os.environ["RLHF_CHECKPOINT"]
         return Path(os.environ["RLHF_RUN"]), Path(checkpoint) if checkpoint else None, None
-    found = artifacts.find_run(run, cfg.stage, cfg.resume and str(cfg.resume), digest)
-    os.environ |= {"RLHF_RUN": str(found[0]), "RLHF_CHECKPOINT": str(found[1] or "")}
-    return found
+
+    def decide() -> str:
+        place, checkpoint, finished = artifacts.find_run(run, cfg.stage, cfg.resume and str(cfg.resume), digest)
+        return json.dumps([str(place), str(checkpoint or ""), finished])
+
+    place, checkpoint, finished = json.loads(agreed("run", decide))
+    if Path(place) != run:
+        artifacts.remove_start(run)
+    os.environ |= {"RLHF_RUN": place, "RLHF_CHECKPOINT": checkpoint}
+    return Path(place), Path(checkpoint) if checkpoint else None, finished
 
 
 def evaluated(cfg: DictConfig, run: Path, start: str | None) -> tuple[dict[str, Any], Path, dict[str, str]]:
@@ -191,6 +200,7 @@ def build_trainer(cfg: DictConfig) -> tuple[Throughput | None, Trainer]:
     callbacks.append(bar)
     if str(cfg.trainer.precision) in ("16", "16-mixed", "16-true"):
         raise UserError(f"trainer.precision={cfg.trainer.precision} overflows in RLHF losses; use bf16-mixed")
+    check_devices(config.plain(cfg)["trainer"])
     strategy = cfg.strategy if isinstance(cfg.strategy, str) else config.instantiate(cfg.strategy, "strategy", allow)
     steps = cfg.val_every_n_steps
     trainer = config.instantiate(
@@ -242,6 +252,7 @@ def finish(
     metrics |= {"global_step": trainer.global_step}
     monitor = judged_by(cfg.monitor, metrics)
     judged = metrics[monitor] if monitor else None
+    model = module.export_model()  # of a sharded model every rank has a part
     if not trainer.is_global_zero:
         return judged
     if monitor is None:
@@ -264,7 +275,7 @@ def finish(
     tokenizer = data.tokenizer
     tokenizer.chat_template = data.template.exported
     artifacts.write_json(run / "metrics.json", {"monitor": monitor, **metrics})
-    artifacts.write_model(run / "model", module.export_model(), tokenizer, manifest)
+    artifacts.write_model(run / "model", model, tokenizer, manifest)
     table = Table(title=f"{cfg.stage} done", show_header=False)
     for name, value in sorted(metrics.items()):
         table.add_row(name, f"{value:.4g}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 
 from rlhf_lightning.artifacts import atomic_path
 from rlhf_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -43,10 +46,16 @@ class RandomState(Callback):
 
     def __init__(self) -> None:
         self.restored: dict[str, Any] | None = None
+        self.ranks = "1 device"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        kind = type(trainer.strategy).__name__.removesuffix("Strategy")
+        self.ranks = f"{trainer.world_size} x {kind}"
 
     def state_dict(self) -> dict[str, Any]:
         kind, keys, place, has_gauss, cached = np.random.get_state()
         return {
+            "ranks": self.ranks,
             "python": random.getstate(),
             "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), place, has_gauss, cached],
             "torch": torch.get_rng_state(),
@@ -60,6 +69,13 @@ class RandomState(Callback):
         if self.restored is None:
             return
         state, self.restored = self.restored, None
+        if state.get("ranks", self.ranks) != self.ranks and trainer.is_global_zero:
+            log.warning(
+                "%s goes on with what %s began: the same rows and samples, but sums in another order, so the "
+                "result is not bit-exact",
+                self.ranks,
+                state["ranks"],
+            )
         random.setstate(state["python"])
         kind, keys, place, has_gauss, cached = state["numpy"]
         np.random.set_state((kind, keys.numpy().astype(np.uint32), place, has_gauss, cached))

@@ -30,12 +30,21 @@ class Stop(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # not inside an accumulation window: its gradients would be lost
-        if self.received is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self.asked(trainer):
             trainer.should_stop = True
             trainer.limit_val_batches = 0
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        if self.received is not None:
+        if self.asked(trainer):
             raise KeyboardInterrupt
+
+    def asked(self, trainer: Trainer) -> bool:
+        """Return whether any rank was asked to end: only some get the signal, and they must end together."""
+        asked = self.received is not None
+        if trainer.world_size > 1:
+            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        if asked and self.received is None:
+            self.received = signal.SIGTERM
+        return asked

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rlhf_lightning.data.datamodules import data_ranks
 from rlhf_lightning.data.groups import GroupBatch
 
 
@@ -50,9 +51,10 @@ class Throughput(Callback):
             self.first_step = trainer.global_step
             return
         rows, tokens = self.counts(pl_module, batch)
+        ranks = data_ranks(trainer)[0]
         self.seconds += elapsed
-        self.rows += rows * trainer.world_size
-        self.tokens += tokens * trainer.world_size
+        self.rows += rows * ranks
+        self.tokens += tokens * ranks
         steps = max(trainer.global_step - self.first_step, 1)
         self.summary |= {
             "perf/rows_per_s": self.rows / self.seconds,

@@ -39,6 +39,12 @@ class PromptBatch:
         return replace(self, ptx=self.ptx.to(device, **kwargs)) if self.ptx is not None else self
 
 
+def data_ranks(trainer: Any) -> tuple[int, int]:
+    """Return the number of ranks that read different rows, and this one's place among them."""
+    found = getattr(trainer.strategy, "distributed_sampler_kwargs", None)  # strategies of one device have none
+    return (found["num_replicas"], found["rank"]) if found else (1, 0)
+
+
 class _Batches(Dataset[Any]):
     """Turns a planned microbatch into what `collate` makes of its rows."""
 
@@ -157,7 +163,7 @@ class _Rows(LightningDataModule):
         return StepPlan(rows.tokens, rows.counted, self.batch_size, self.accumulate, world, rank, seed=self.seed)
 
     def _ranks(self) -> tuple[int, int]:
-        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        return data_ranks(self.trainer) if self.trainer else (1, 0)
 
     def train_dataloader(self) -> PlannedLoader:
         """Return the resumable loader of this rank."""

@@ -96,17 +96,33 @@ class CompletionModel(nn.Module):
         return logits
 
     def forward(
-        self, batch: GroupBatch, temperature: float = 1.0, entropy: bool = False, values: bool = False
+        self,
+        batch: GroupBatch,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        values: bool = False,
+        entropy_gradient: bool = True,
     ) -> CompletionOutput:
         """Return log-probabilities (and entropy, values) of the counted tokens; the head runs nowhere else."""
         hidden = hidden_states(self.lm, batch)[batch.source]
-        logprobs, ent = token_logprobs(hidden, self.head, batch.targets, temperature, entropy)
+        logprobs, ent = token_logprobs(
+            hidden, self.head, batch.targets, temperature, entropy, entropy_gradient=entropy_gradient
+        )
         value = None
         if values:
             if self.value_head is None:
                 raise ValueError("values were asked of a model without a value head")
             value = scalars(self.value_head, hidden)
         return CompletionOutput(logprobs, ent, value)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The Hugging Face model inside."""
+        return self.lm
+
+    def decode(self, **inputs: Any) -> Any:
+        """Return what the language model says to `inputs`; a sharded one gathers its weights here."""
+        return self.lm(**inputs)
 
 
 class ScalarModel(nn.Module):
@@ -129,6 +145,15 @@ class ScalarModel(nn.Module):
         scores = scalars(cast(nn.Linear, inner.score), picked)
         mean, std = getattr(inner.config, "reward_mean", 0.0), getattr(inner.config, "reward_std", 1.0)
         return (scores - mean) / std
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The Hugging Face model inside."""
+        return self.model
+
+    def decode(self, **inputs: Any) -> Any:
+        """Return what the classifier says to `inputs`; a sharded one gathers its weights here."""
+        return self.model(**inputs)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from rlhf_lightning.errors import UserError, nearest
-from rlhf_lightning.models.attention import GROUP_SDPA
+from rlhf_lightning.models.attention import GROUP_SDPA, group_sdpa
 from rlhf_lightning.ops.seeding import generator
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -70,7 +71,7 @@ def _near(path: Path) -> str:
 
 def context_length(name: str) -> int | None:
     """Return how many tokens a model can read, where its config says so."""
-    return getattr(_config(name, 0.0).get_text_config(), "max_position_embeddings", None)
+    return getattr(load_config(name).get_text_config(), "max_position_embeddings", None)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -92,6 +93,7 @@ def load_causal_lm(
     attn_implementation: str = "sdpa",
     dropout: float = 0.0,
     gradient_checkpointing: bool = False,
+    compile: bool = False,
 ) -> PreTrainedModel:
     """Return the causal language model of a folder or hub name.
 
@@ -99,12 +101,13 @@ def load_causal_lm(
         dtype: precision of the weights: float32, bfloat16 or float16.
         dropout: value of every dropout of the architecture.
         gradient_checkpointing: recompute activations in the backward pass.
+        compile: compile every decoder layer at its first use; needs a C++ compiler on a CPU.
     """
-    config = _config(name, dropout)
+    config = load_config(name, dropout)
     if any("SequenceClassification" in a for a in config.architectures or []):
         raise UserError(f"{name} is a reward model; this stage starts from a language model")
     model = _load_weights(AutoModelForCausalLM, name, set(), config, dtype, attn_implementation)
-    return _prepare(model, gradient_checkpointing)
+    return _prepare(model, gradient_checkpointing, compile)
 
 
 def load_scalar_model(
@@ -113,6 +116,7 @@ def load_scalar_model(
     attn_implementation: str = "sdpa",
     dropout: float = 0.0,
     gradient_checkpointing: bool = False,
+    compile: bool = False,
     seed: int = 0,
     trained: bool = False,
 ) -> PreTrainedModel:
@@ -123,7 +127,7 @@ def load_scalar_model(
     Raises:
         UserError: `trained` is asked for and the folder holds no reward model.
     """
-    config = _config(name, dropout)
+    config = load_config(name, dropout)
     is_reward = any("SequenceClassification" in a for a in config.architectures or [])
     if trained and not is_reward:
         raise UserError(f"{name} is not a reward model folder (its architecture is {config.architectures})")
@@ -141,17 +145,29 @@ def load_scalar_model(
         with torch.no_grad():
             noise = torch.randn(head.weight.shape, generator=generator(seed, "reward head"))
             head.weight.copy_(noise / math.sqrt(head.in_features + 1))
-    return _prepare(model, gradient_checkpointing)
+    return _prepare(model, gradient_checkpointing, compile)
 
 
-def _prepare(model: Any, gradient_checkpointing: bool) -> PreTrainedModel:
+def _prepare(model: Any, gradient_checkpointing: bool, compile: bool) -> PreTrainedModel:
     if gradient_checkpointing:
         new = "activation_checkpointing_enable"  # the name since transformers 5.24
         getattr(model, new, model.gradient_checkpointing_enable)({"use_reentrant": False})
+    if compile:
+        # the runs of the group rule are a list that a graph cannot hold, and a new one in every batch
+        AttentionInterface.register(GROUP_SDPA, torch.compiler.disable(group_sdpa))
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=True)
     return model.train()
 
 
-def _config(name: str, dropout: float) -> Any:
+def decoder_layers(model: Any) -> list[torch.nn.Module]:
+    """Return the blocks of a model that are all alike."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def load_config(name: str, dropout: float = 0.0) -> Any:
+    """Return the config of a folder or hub model, with every dropout set to `dropout`."""
     config = _load(AutoConfig.from_pretrained, name)
     for key, value in vars(config).items():
         if ("dropout" in key or key.endswith("pdrop")) and type(value) in (int, float):

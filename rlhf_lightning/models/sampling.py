@@ -9,10 +9,13 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.cache import growing_cache
 from rlhf_lightning.models.completion import plain
+from rlhf_lightning.models.sharding import call, most
 from rlhf_lightning.ops.seeding import generator
 
 _CHECKED: WeakSet[nn.Module] = WeakSet()  # models whose decoding has been compared with a full forward pass
@@ -89,7 +92,12 @@ class Sampler:
         self.lm.eval()
         try:
             self._check_cache()
-            for batch in self._batches(prompts, n):
+            batches = self._batches(prompts, n)
+            for number in range(most(self.lm, len(batches))):
+                if number >= len(batches):  # other ranks have one more, and forward passes are collective
+                    self._accompany()
+                    continue
+                batch = batches[number]
                 uniforms = torch.stack(
                     [
                         torch.rand(self.max_new_tokens, generator=generator(*seed_parts, ids[p], k))
@@ -119,7 +127,7 @@ class Sampler:
             apart = 0.0
             for row, (prompt, token) in enumerate(zip(prompts, following, strict=True)):
                 ids = torch.tensor([[*prompt, token]], device=inner.device)
-                expected = inner(input_ids=ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
+                expected = call(self.lm, input_ids=ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
                 apart = max(apart, (found[row] - expected).abs().max().item())
             reason = f"log-probabilities are off by {apart:.2g}"
         except (IndexError, AttributeError, TypeError, ValueError, NotImplementedError) as error:
@@ -172,15 +180,28 @@ class Sampler:
             keep = ~stop & (t + 1 < limits[rows])
             if not keep.any():
                 break
+            most(self.lm, 1)
             if not keep.all():
                 kept = keep.nonzero().squeeze(1)
                 cache.batch_select_indices(kept)
                 rows = rows[kept]
                 live = _Live(live.slot, live.token[kept], live.length[kept], live.mask[kept])
             logits = self._step(cache, live)
+        while most(self.lm, 0):
+            self._pass()
         for place, slot in enumerate(slots.tolist()):
             responses[slot] = drawn[place, : int(ends[place])].tolist()
             finished[slot] = bool(ended[place])
+
+    def _accompany(self) -> None:
+        """Make the passes of a batch that only other ranks have."""
+        self._pass()
+        while most(self.lm, 0):
+            self._pass()
+
+    def _pass(self) -> None:
+        """Make the smallest pass there is: those of a sharded model are collective."""
+        call(self.lm, input_ids=torch.zeros((1, 1), dtype=torch.long, device=plain(self.lm).device), use_cache=False)
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], n: int, slots: Tensor, device: torch.device
@@ -190,8 +211,9 @@ class Sampler:
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.arange(width, device=device)[None, :] >= (width - lengths)[:, None]
-        cache = DynamicCache(config=plain(self.lm).config.get_text_config())
-        output = self.lm(
+        cache = growing_cache(plain(self.lm).config.get_text_config())
+        output = call(
+            self.lm,
             input_ids=ids,
             attention_mask=mask.long(),
             position_ids=(mask.long().cumsum(1) - 1).clamp_min(0),
@@ -209,7 +231,8 @@ class Sampler:
         """Return the logits (B, V) after the last sampled token of every live row."""
         live.mask = torch.cat([live.mask, live.mask.new_ones(len(live.mask), 1)], dim=1)
         live.length = live.length + 1
-        output = self.lm(
+        output = call(
+            self.lm,
             input_ids=live.token[:, None],
             attention_mask=live.mask.long(),
             position_ids=live.length[:, None],
@@ -230,7 +253,21 @@ class Sampler:
             ordered, places = logits.softmax(-1).sort(dim=-1, descending=True)
             outside = ordered.cumsum(-1) - ordered >= self.top_p
             logits = logits.masked_fill(outside.scatter(1, places, outside), float("-inf"))
-        cumulative = logits.double().softmax(-1).cumsum(-1)
-        target = (uniforms.double() * cumulative[:, -1])[:, None]
-        # the first token whose cumulative probability exceeds the uniform; tokens of probability 0 are never hit
-        return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_max(logits.shape[-1] - 1)
+        return invert(torch.exp(logits - logits.amax(-1, keepdim=True)), uniforms)
+
+
+def invert(weights: Tensor, uniforms: Tensor, block: int = 256) -> Tensor:
+    """Return for each row the first place where the cumulative share of `weights` (B, V) exceeds its uniform number.
+
+    Only sums of blocks are cumulated over the vocabulary, and then the weights of one block; a place of weight 0 is
+    never taken.
+    """
+    blocks = pad(weights, (0, -weights.shape[-1] % block)).unflatten(-1, (-1, block))
+    sums = blocks.sum(-1, dtype=torch.float64)
+    ends = sums.cumsum(-1)
+    target = uniforms.double()[:, None] * ends[:, -1:]
+    chosen = torch.searchsorted(ends, target, right=True).clamp_max(ends.shape[-1] - 1)
+    inside = blocks.gather(1, chosen[..., None].expand(-1, -1, block)).squeeze(1).double().cumsum(-1)
+    rest = (target - (ends - sums).gather(1, chosen)).minimum(inside[:, -1:].nextafter(inside.new_zeros(())))
+    found = (chosen * block + torch.searchsorted(inside, rest, right=True)).squeeze(1)
+    return found.clamp_max(weights.shape[-1] - 1)  # weights that are no numbers are found, and named, with the loss

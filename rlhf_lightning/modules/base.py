@@ -10,14 +10,16 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grad_value_
 from torch.optim import Optimizer
 
 from rlhf_lightning.data.checks import check_rows
+from rlhf_lightning.data.datamodules import data_ranks
 from rlhf_lightning.data.groups import GroupBatch, Layout
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapters import add_lora, merge_lora
 from rlhf_lightning.models.completion import choose_layout, plain
+from rlhf_lightning.models.sharding import by_mesh, shard, total_norm, whole_state
 from rlhf_lightning.ops.statistics import wilson_interval
 
 log = logging.getLogger(__name__)
@@ -71,9 +73,23 @@ class StageModule(LightningModule):
         """The Trainer's data module, or None when there is none."""
         return getattr(self._trainer, "datamodule", None) if getattr(self, "_trainer", None) else None
 
+    def split(self, model: Any) -> Any:
+        """Return `model`, a CompletionModel or ScalarModel, cut up over the devices where the strategy asks for it."""
+        if self.device_mesh is not None:
+            shard(model, self.device_mesh)
+        return model
+
     def export_model(self) -> Any:
-        """Return the plain Hugging Face model to save."""
-        return merge_lora(self.trained_model())
+        """Return the plain Hugging Face model to save; of a model in pieces only on the first rank, else None."""
+        model = self.trained_model()
+        if self.device_mesh is None:
+            return merge_lora(model)
+        weights = whole_state(model)
+        if not self.trainer.is_global_zero:
+            return None
+        whole: Any = self.load() if self.lora is None else add_lora(self.load(), **self.lora)  # type: ignore[arg-type]
+        whole.load_state_dict(weights)
+        return merge_lora(whole)
 
     def trained_model(self) -> Any:
         """Return the Hugging Face model this stage trains."""
@@ -109,10 +125,25 @@ class StageModule(LightningModule):
             optimizer = self.make_optimizer(self.parameter_groups())
         except ValueError as error:
             raise UserError(f"optimizer: {error}") from error
+        for group in optimizer.param_groups:
+            if len(by_mesh(group["params"])) > 1:  # tensor parallelism leaves some whole: no operation takes both kinds
+                group |= {"fused": False, "foreach": False}
         if self.make_schedule is None:
             return optimizer
         schedule = self.make_schedule(optimizer, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def data_ranks(self) -> int:
+        """The number of ranks that read different rows."""
+        return data_ranks(self.trainer)[0]
+
+    def reduce(self, values: Tensor, op: str = "sum") -> Tensor:
+        """Return the sum (or "min", "max") of a small tensor over the ranks that read different rows."""
+        if self.trainer.world_size == 1:
+            return values
+        group = self.device_mesh["data_parallel"].get_group() if self.device_mesh is not None else None
+        return self.trainer.strategy.reduce(values.to(self.device), group, reduce_op=op).to(values.device)
 
     # ---- metrics ---------------------------------------------------------------------------------------------------
 
@@ -130,9 +161,7 @@ class StageModule(LightningModule):
         held = self._sums.pop(split, {})
         if not held:
             return {}, {}
-        table = torch.stack([torch.stack(pair) for pair in held.values()]).to(self.device)
-        if self.trainer.world_size > 1:
-            table = self.trainer.strategy.reduce(table, reduce_op="sum")
+        table = self.reduce(torch.stack([torch.stack(pair) for pair in held.values()]).to(self.device))
         totals, counts = table.T.tolist()
         means = {name: total / max(count, 1) for name, total, count in zip(held, totals, counts, strict=True)}
         return means, dict(zip(held, counts, strict=True))
@@ -155,14 +184,17 @@ class StageModule(LightningModule):
 
         Lightning's own clipping refuses fused optimizers under mixed precision, and the norm is wanted anyway.
         """
-        norm = get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = total_norm(gradients)
         if not torch.isfinite(norm):
             raise UserError(
                 f"the gradient is not finite at step {self.global_step}; lower optimizer.lr, or look at the data and "
                 "the reward"
             )
         if limit and limit > 0:
-            clip_grads_with_norm_(self.parameters(), limit, norm)
+            share = limit / (norm.item() + 1e-6)
+            for tensors in by_mesh(gradients) if share < 1 else []:
+                torch._foreach_mul_(tensors, share)  # pyright: ignore[reportPrivateImportUsage]
         return norm
 
     def configure_gradient_clipping(

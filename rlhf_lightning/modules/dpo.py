@@ -74,9 +74,9 @@ class DPO(StageModule):
 
     def configure_model(self) -> None:
         if not hasattr(self, "policy"):
-            self.policy = CompletionModel(self.build())
+            self.policy = self.split(CompletionModel(self.build()))
             if self.reference_kind == "live":
-                self.reference = Frozen(CompletionModel(self.load()))
+                self.reference = Frozen(self.split(CompletionModel(self.load())))
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from rlhf_lightning.models.adapters import adapter_off
 from rlhf_lightning.models.completion import CompletionModel, ScalarModel, choose_layout
 from rlhf_lightning.models.reference import Frozen
 from rlhf_lightning.models.sampling import Sampler, Samples
+from rlhf_lightning.models.sharding import most, shared
 from rlhf_lightning.modules.base import StageModule, decay_groups
 from rlhf_lightning.modules.invariants import apart, is_exact
 from rlhf_lightning.modules.rewards import FolderReward, MeanReward, Reward, score
@@ -95,15 +97,15 @@ class Experience(StageModule):
         if hasattr(self, "policy"):
             return
         with_head = self.estimator == "gae" and self.load_critic is None
-        self.policy = CompletionModel(self.build(), value_head=with_head)
+        self.policy = self.split(CompletionModel(self.build(), value_head=with_head))
         self.critic = None
         if self.estimator == "gae" and self.load_critic is not None:
             critic: Any = self.load_critic()
             if choose_layout(critic)[0] != self.layout:
                 raise UserError("the critic and the policy need the same token layout; use ppo.critic=value_head")
-            self.critic = ScalarModel(critic)
+            self.critic = self.split(ScalarModel(critic))
         if self.lora is None:
-            self.reference = Frozen(CompletionModel(self.load()))
+            self.reference = Frozen(self.split(CompletionModel(self.load())))
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -130,16 +132,23 @@ class Experience(StageModule):
         template = self.data.template
         sampler = self.make_sampler(self.policy.lm, template.eos_ids, self.max_new_tokens, self.temperature)
         parts = (self.seed, split, self.iteration if split == "train" else 0)
-        drawn = sampler(batch.prompt_ids, n, parts, batch.index)
+        drawn = shared(self.device_mesh, sampler(batch.prompt_ids, n, parts, batch.index))
         responses = [template.decode(ids) for ids in drawn.responses]
         prompts = [text for text in batch.prompts for _ in range(n)]
         metadata = [extra for extra in batch.metadata for _ in range(n)]
         metadata = [extra | {"finished": done} for extra, done in zip(metadata, drawn.finished, strict=True)]
-        scores = score(self.reward, prompts, responses, metadata)
+        scores = shared(self.device_mesh, score(self.reward, prompts, responses, metadata))
         gold = score(self.gold, prompts, responses, metadata) if self.gold else None
         groups = [Group(p, drawn.responses[i * n : (i + 1) * n]) for i, p in enumerate(batch.prompt_ids)]
         rollout = Rollout(
-            groups, n, torch.tensor(drawn.finished), scores, self.layout, self.device, self.microbatch_tokens
+            groups,
+            n,
+            torch.tensor(drawn.finished),
+            scores,
+            self.layout,
+            self.device,
+            self.microbatch_tokens,
+            rounds=partial(most, self.policy.lm),
         )
         self.rollout_size = (len(groups) * n, sum(g.tokens for g in groups))
         rows = zip(prompts, responses, scores.tolist(), drawn.finished, strict=True)
@@ -189,7 +198,7 @@ class Experience(StageModule):
         """Return the scores (S,) after scaling, clipping and the penalty for a missing EOS."""
         scores = rollout.scores
         if self.reward_scale:
-            sums = self.summed(torch.stack([torch.tensor(float(len(scores))), scores.sum(), (scores**2).sum()]))
+            sums = self.reduce(torch.stack([torch.tensor(float(len(scores))), scores.sum(), (scores**2).sum()]))
             self.reward_moments = [held + new for held, new in zip(self.reward_moments, sums.tolist(), strict=True)]
             count, total, squares = self.reward_moments
             scores = scores / max(math.sqrt(max(squares / count - (total / count) ** 2, 0.0)), 1e-4)
@@ -208,15 +217,9 @@ class Experience(StageModule):
         sums["ended_with_eos"] = rollout.finished.float().sum()
         self.track("val", len(rollout.scores), **sums)
 
-    def summed(self, values: Tensor, reduce_op: str = "sum") -> Tensor:
-        """Return the sum (or "min", "max") of a small tensor over ranks."""
-        if self.trainer.world_size == 1:
-            return values
-        return self.trainer.strategy.reduce(values.to(self.device), reduce_op=reduce_op).to(values.device)
-
     def mean(self, values: Tensor) -> float:
         """Return the mean of a vector over ranks."""
-        total, count = self.summed(torch.stack([values.sum(), values.new_tensor(float(len(values)))])).tolist()
+        total, count = self.reduce(torch.stack([values.sum(), values.new_tensor(float(len(values)))])).tolist()
         return total / max(count, 1.0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

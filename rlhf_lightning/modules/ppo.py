@@ -81,7 +81,7 @@ class PPO(Experience):
         self.score_tokens(rollout)
         metrics = self.advantages(rollout)
         metrics |= self.learn(rollout, batch.ptx)
-        self.kl.update(metrics["kl/reference"], int(self.summed(torch.tensor([float(len(rollout.mask))])).item()))
+        self.kl.update(metrics["kl/reference"], int(self.reduce(torch.tensor([float(len(rollout.mask))])).item()))
         self.iteration += 1
         self.log_dict(metrics)
 
@@ -95,14 +95,14 @@ class PPO(Experience):
         rewards = token_rewards(scores, tokens["kl"], mask, beta)
         if self.estimator == "gae":
             if self.whiten_rewards:
-                rewards = whiten(rewards, mask, shift_mean=False, reduce=self.summed)
+                rewards = whiten(rewards, mask, shift_mean=False, reduce=self.reduce)
             tokens["advantages"], tokens["returns"] = gae(rewards, tokens["values"], mask, self.gamma, self.lam)
         else:
             totals = rewards.sum(1).view(-1, rollout.samples)
             per_response = (rloo if self.estimator == "rloo" else grpo)(totals).flatten()
             tokens["advantages"] = per_response[:, None] * mask
         if self.whiten_advantages and self.estimator != "grpo":
-            tokens["advantages"] = whiten(tokens["advantages"], mask, reduce=self.summed)
+            tokens["advantages"] = whiten(tokens["advantages"], mask, reduce=self.reduce)
         response_kl = (tokens["kl"]).sum(1)
         outcome = {
             "reward/proxy": rollout.scores,
@@ -115,7 +115,7 @@ class PPO(Experience):
             outcome["reward/gold"] = torch.tensor([sample["gold"] for sample in self.samples_seen])
         means = {name: self.mean(values.to(self.device).float()) for name, values in outcome.items()}
         spread = self.mean((rollout.scores.to(self.device) - means["reward/proxy"]) ** 2)
-        self.episodes += int(self.summed(torch.tensor([float(len(mask))])).item())
+        self.episodes += int(self.reduce(torch.tensor([float(len(mask))])).item())
         return means | {
             "reward/proxy_std": math.sqrt(spread),
             "kl/beta": self.kl.beta,
@@ -130,7 +130,7 @@ class PPO(Experience):
         extremes = [1.0, 1.0]
         updates = epochs = 0
         # as many as the rank with the fewest prompts can fill: the ranks update together
-        parts = min(self.minibatches, int(self.summed(torch.tensor([float(len(rollout.groups))]), "min").item()))
+        parts = min(self.minibatches, int(self.reduce(torch.tensor([float(len(rollout.groups))]), "min").item()))
         for epoch in range(self.inner_epochs):
             order = torch.randperm(
                 len(rollout.groups), generator=generator(self.seed, "ppo", self.iteration, epoch)
@@ -150,11 +150,11 @@ class PPO(Experience):
         metrics = {name: value / updates for name, value in sums.items()}
         if self.estimator == "gae":
             values, returns = rollout.tokens["values"], rollout.tokens["returns"]
-            explained = explained_variance(values, returns, rollout.mask, reduce=self.summed)
+            explained = explained_variance(values, returns, rollout.mask, reduce=self.reduce)
             metrics["value/explained_variance"] = explained.item()
         return metrics | {
-            "policy/ratio_min": self.summed(torch.tensor(extremes[0]), "min").item(),
-            "policy/ratio_max": self.summed(torch.tensor(extremes[1]), "max").item(),
+            "policy/ratio_min": self.reduce(torch.tensor(extremes[0]), "min").item(),
+            "policy/ratio_max": self.reduce(torch.tensor(extremes[1]), "max").item(),
             "ppo/inner_epochs": float(epochs),
             "ppo/updates": float(self.global_step),
             "optim/lr": optimizer.param_groups[0]["lr"],
@@ -170,14 +170,17 @@ class PPO(Experience):
         first: bool,
     ) -> dict[str, float]:
         """Make one update from the groups `chosen` and return its metrics."""
-        count = self.summed(rollout.mask[rollout.rows(chosen)].sum().float()[None]).item()
-        share = self.trainer.world_size / count  # the strategy averages gradients over ranks
+        count = self.reduce(rollout.mask[rollout.rows(chosen)].sum().float()[None]).item()
+        share = self.data_ranks / count  # the strategy averages gradients over ranks
         optimizer.zero_grad()
         totals: dict[str, Tensor] = {}
         microbatches = list(rollout.microbatches(chosen))
         mix = ptx is not None and self.ptx_coef > 0
-        for number, (rows, batch) in enumerate(microbatches, start=1):
+        for number, (rows, batch, counts) in enumerate(microbatches, start=1):
             terms, ratio = self.token_losses(rollout, rows, batch, first)
+            if not counts:  # read only because other ranks have one more
+                self.backward_part(terms["loss"].sum() * 0.0, last=number == len(microbatches) and not mix)
+                continue
             extremes[0], extremes[1] = (
                 min(extremes[0], ratio.min().item()),
                 max(extremes[1], ratio.max().item()),
@@ -191,10 +194,10 @@ class PPO(Experience):
         if ptx is not None and mix:
             logprobs = self.policy(ptx).logprobs
             self.backward_part(-self.ptx_coef * logprobs.mean(), last=True)
-            totals["policy/ptx_loss"] = -logprobs.detach().mean() * (count / self.trainer.world_size)
+            totals["policy/ptx_loss"] = -logprobs.detach().mean() * (count / self.data_ranks)
         norm = self.clip(self.max_grad_norm)
         optimizer.step()
-        sums = self.summed(torch.stack(list(totals.values())).float()) / count
+        sums = self.reduce(torch.stack(list(totals.values())).float()) / count
         return dict(zip(totals, sums.tolist(), strict=True)) | {"optim/grad_norm": norm.item()}
 
     def backward_part(self, loss: Tensor, last: bool) -> None:
@@ -211,7 +214,8 @@ class PPO(Experience):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Return the loss and the metrics of each counted token (N,), and the ratio pi / pi_old."""
         has_head = self.policy.value_head is not None
-        output = self.policy(batch, self.temperature, entropy=True, values=has_head)
+        learn_entropy = bool(self.entropy_coef)  # else it is only logged
+        output = self.policy(batch, self.temperature, entropy=True, values=has_head, entropy_gradient=learn_entropy)
         old = rollout.flat("old_logprobs", rows)
         assert output.entropy is not None
         if first:

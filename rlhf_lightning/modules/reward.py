@@ -53,6 +53,7 @@ class RewardModel(StageModule):
             self.scorer = ScalarModel(self.build())
             config = plain(self.scorer.model).config
             config.reward_mean, config.reward_std = 0.0, 1.0
+            self.split(self.scorer)
 
     def trained_model(self) -> Any:
         return self.scorer.model
@@ -112,7 +113,7 @@ class RewardModel(StageModule):
         """Return the classifier with the normalization of its scores in `config.reward_mean` and `reward_std`."""
         model = super().export_model()
         count, total, squares = self.moments["val" if self.moments["val"][0] > 1 else "train"]
-        if self.normalize and count > 1:
+        if model is not None and self.normalize and count > 1:
             mean = total / count
             model.config.reward_mean = mean
             model.config.reward_std = max(math.sqrt(max(squares / count - mean**2, 0.0)), 1e-6)

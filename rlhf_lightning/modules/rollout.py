@@ -28,6 +28,7 @@ class Rollout:
     layout: Layout
     device: torch.device
     microbatch_tokens: int
+    rounds: Callable[[int], int] = lambda count: count
     tokens: dict[str, Tensor] = field(default_factory=dict)
     mask: Tensor = field(init=False)
 
@@ -39,16 +40,20 @@ class Rollout:
         """Return the sequence numbers of the groups `chosen`, in their order."""
         return torch.tensor([g * self.samples + k for g in chosen for k in range(self.samples)], device=self.device)
 
-    def microbatches(self, chosen: Sequence[int]) -> Iterator[tuple[Tensor, GroupBatch]]:
-        """Yield (sequence numbers, packed batch) of the groups `chosen`, within the token budget."""
-        for part in token_budget([self.groups[g].tokens for g in chosen], self.microbatch_tokens):
-            found = [chosen[i] for i in part]
+    def microbatches(self, chosen: Sequence[int]) -> Iterator[tuple[Tensor, GroupBatch, bool]]:
+        """Yield (sequence numbers, packed batch, whether it counts) of the groups `chosen`, within the token budget.
+
+        `rounds` of the number of batches are made; those beyond repeat the last one and do not count.
+        """
+        parts = token_budget([self.groups[g].tokens for g in chosen], self.microbatch_tokens)
+        for number in range(self.rounds(len(parts))):
+            found = [chosen[i] for i in parts[min(number, len(parts) - 1)]]
             batch = pack([self.groups[g] for g in found], layout=self.layout)
-            yield self.rows(found), batch.to(self.device)
+            yield self.rows(found), batch.to(self.device), number < len(parts)
 
     def fill(self, compute: Callable[[GroupBatch], dict[str, Tensor]]) -> None:
         """Store the named (N,) results of `compute` on every microbatch as (S, T) tensors."""
-        for rows, batch in self.microbatches(range(len(self.groups))):
+        for rows, batch, _ in self.microbatches(range(len(self.groups))):
             for name, flat in compute(batch).items():
                 held = self.tokens.setdefault(name, torch.zeros(self.mask.shape, device=self.device))
                 block = held[rows]

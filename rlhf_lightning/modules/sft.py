@@ -18,7 +18,7 @@ class SFT(StageModule):
 
     def configure_model(self) -> None:
         if not hasattr(self, "policy"):
-            self.policy = CompletionModel(self.build())
+            self.policy = self.split(CompletionModel(self.build()))
 
     def trained_model(self) -> Any:
         return self.policy.lm

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 
@@ -16,6 +17,7 @@ def token_logprobs(
     temperature: float = 1.0,
     entropy: bool = False,
     max_logits: int = 2**27,
+    entropy_gradient: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Return log softmax(head(hidden) / temperature)[targets], and the entropy of that distribution if asked.
 
@@ -27,6 +29,7 @@ def token_logprobs(
         head: maps (M, D) to logits (M, V).
         targets: (N,) token ids.
         temperature: > 0, the one used in sampling.
+        entropy_gradient: False where the entropy is only looked at; it then costs no memory.
 
     Returns:
         (N,) log-probabilities and (N,) entropies in nats, or None.
@@ -34,12 +37,15 @@ def token_logprobs(
 
     def chunk(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = head(states)
-        logits = (logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits) / temperature
-        normalizer = logits.logsumexp(-1)
-        logprobs = logits.gather(-1, ids[:, None]).squeeze(-1) - normalizer
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        logits = logits if temperature == 1 else logits / temperature
+        # cross_entropy keeps one tensor of the logits' size for the backward pass; logsumexp and gather make five
+        logprobs = -cross_entropy(logits, ids, reduction="none")
         if not entropy:
             return logprobs, None
-        return logprobs, normalizer - (torch.softmax(logits, -1) * logits).sum(-1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
+            normalizer = logits.logsumexp(-1)
+            return logprobs, normalizer - (torch.softmax(logits, -1) * logits).sum(-1)
 
     if not len(targets):
         return chunk(hidden, targets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +32,8 @@ class Stub:
     max_steps = 10
 
     def __init__(self, world_size: int = 1) -> None:
-        self.global_step, self.world_size = 0, world_size
+        self.global_step = 0
+        self.strategy = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": world_size, "rank": 0})
         self.logged: list[dict[str, float]] = []
         self.callback_metrics: dict[str, float] = {}
 

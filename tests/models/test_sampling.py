@@ -12,7 +12,7 @@ from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaForCausalLM, MambaCon
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapters import add_lora, merge_lora
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
-from rlhf_lightning.models.sampling import Sampler, Samples
+from rlhf_lightning.models.sampling import Sampler, Samples, invert
 from tests.conftest import tiny_config
 
 EOS = {2}
@@ -105,6 +105,22 @@ def test_frequencies_follow_the_distribution(temperature: float) -> None:
     assert degrees >= 5
     assert statistic < degrees + 4 * (2 * degrees) ** 0.5  # four standard deviations of chi-squared
     assert counts[~often].sum() < expected[~often].sum() + 4 * expected[~often].sum().sqrt() + 1
+
+
+@pytest.mark.parametrize(("size", "block"), [(1, 4), (4, 4), (13, 4), (700, 256)])
+def test_inverting_by_blocks_equals_one_cumulative_sum(size: int, block: int) -> None:
+    """Shares of 0, also of whole blocks and at both ends, are never drawn; uniforms close to 0 and 1 are no exception."""
+    rng = torch.Generator().manual_seed(size)
+    # multiples of 1/64 add up without rounding, so both ways agree exactly
+    weights = torch.randint(0, 3, (300, size), generator=rng) / 64
+    weights[:, : size // 2] *= (torch.rand(300, 1, generator=rng) < 0.5) & (size > 1)
+    weights[torch.arange(300), torch.randint(0, size, (300,), generator=rng)] += 1 / 64
+    uniforms = torch.rand(300, generator=rng)
+    uniforms[:20], uniforms[20:40] = 0.0, 1 - 2**-24
+    found = invert(weights, uniforms, block)
+    for row, place in enumerate(found.tolist()):
+        sums = [0.0, *torch.cumsum(weights[row].double(), 0).tolist()]
+        assert sums[place] <= uniforms[row].item() * sums[-1] < sums[place + 1]
 
 
 def test_later_tokens_condition_on_earlier_ones() -> None:

@@ -29,7 +29,7 @@ def test_loss_of_a_token_by_hand() -> None:
     """At ratio 1 the policy's part is -A; the new values are 0 and may leave the rollout's by 0.2 only."""
     module = attached(vf_coef=0.5, entropy_coef=0.25, kl_beta=0.1, kl_in="loss", kl_estimator="k2")
     rollout = two_responses(module)
-    ((rows, batch),) = rollout.microbatches([0])
+    ((rows, batch, _),) = rollout.microbatches([0])
     with torch.no_grad():
         output = module.policy(batch, entropy=True)
     rollout.tokens["old_logprobs"][rollout.mask] = output.logprobs

@@ -47,7 +47,7 @@ def test_flat_gives_back_the_order_of_the_batch(layout: Layout, budget: int) -> 
     made = rollout(layout, budget)
     made.fill(lambda batch: {"targets": batch.targets})
     rows: list[int] = []
-    for chosen_rows, batch in made.microbatches([2, 0]):
+    for chosen_rows, batch, _ in made.microbatches([2, 0]):
         assert made.flat("targets", chosen_rows).tolist() == batch.targets.tolist()
         rows += chosen_rows.tolist()
     assert sorted(rows) == [0, 1, 4, 5]
@@ -55,7 +55,7 @@ def test_flat_gives_back_the_order_of_the_batch(layout: Layout, budget: int) -> 
 
 def test_microbatches_keep_to_the_budget() -> None:
     def sizes(budget: int) -> list[int]:
-        return [int((batch.group_ids >= 0).sum()) for _, batch in rollout(budget=budget).microbatches([0, 1, 2])]
+        return [int((batch.group_ids >= 0).sum()) for _, batch, _ in rollout(budget=budget).microbatches([0, 1, 2])]
 
     assert sizes(1) == [10, 8, 7]  # a group is never cut
     assert sizes(18) == [18, 7]

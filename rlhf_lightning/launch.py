@@ -1,0 +1,98 @@
+"""What ranks that torchrun or SLURM starts must agree on before they can talk: one run id, one run folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import datetime
+from functools import cache
+from typing import Any
+
+from rlhf_lightning.errors import UserError
+
+WAIT = 300.0  # seconds a rank waits for the first one
+
+
+def ranks() -> tuple[int, int] | None:
+    """Return this rank and their number where a launcher outside of this program starts them, else None."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"])
+    if (
+        int(env.get("SLURM_NTASKS", "1")) > 1
+        and "SLURM_PROCID" in env
+        and env.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    ):
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
+    return None
+
+
+@cache
+def store() -> Any:
+    """Return the key-value store of the ranks: torchrun's own, or one that the first SLURM task serves."""
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    found = ranks()
+    assert found is not None
+    waiting = timedelta(seconds=WAIT)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=waiting)
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+    environment = SLURMEnvironment()
+    port = environment.main_port + 10_000  # beyond the range of ports that Lightning takes for process groups
+    return TCPStore(environment.main_address, port, is_master=found[0] == 0, wait_for_workers=False, timeout=waiting)
+
+
+def agreed(key: str, decide: Callable[[], str]) -> str:
+    """Return what the first rank decides; where nobody else was started, that is us."""
+    found = ranks()
+    if found is None:
+        return decide()
+    key = f"rlhf/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{key}"
+    if found[0] == 0:
+        value = decide()
+        store().set(key, value)
+        return value
+    return store().get(key).decode()
+
+
+def arguments_of_rank(arguments: list[str]) -> list[str]:
+    """Return what to add to the command line of this rank, and give all ranks one run id.
+
+    Further ranks write no `.hydra` of their own and a log of their own.
+
+    Raises:
+        UserError: a sweep, whose trials start their own ranks.
+    """
+    found = ranks()
+    if found is None:
+        return []
+    given = {"-m", "--multirun"} & set(arguments) or any(a.startswith("sweep=") for a in arguments)
+    if any(a.startswith("pipeline=") for a in arguments):
+        raise UserError("start a pipeline with the plain command: every stage launches its own ranks")
+    if given and "hydra.mode=RUN" not in arguments:
+        raise UserError("start a sweep with the plain command: every trial launches its own ranks")
+    now = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    os.environ["RLHF_RUN_ID"] = agreed("run_id", lambda: os.environ.get("RLHF_RUN_ID", now))
+    return [f"hydra.job.name=run_rank{found[0]}", "hydra.output_subdir=null"] if found[0] else []
+
+
+def ranks_asked(trainer: dict[str, Any]) -> int | None:
+    """Return the number of ranks that the settings of a Trainer ask for, None where it is found out at the start."""
+    asked = trainer["devices"]
+    if not isinstance(asked, list) and not str(asked).isdigit():
+        return None
+    return (len(asked) if isinstance(asked, list) else int(asked)) * trainer["num_nodes"]
+
+
+def check_devices(trainer: dict[str, Any]) -> None:
+    """Raise a UserError when the settings ask for another number of ranks than were started."""
+    found, asked = ranks(), ranks_asked(trainer)
+    if found is not None and asked is not None and found[1] != asked:
+        raise UserError(
+            f"{found[1]} ranks were started, but trainer.devices times trainer.num_nodes is {asked}; make them equal"
+        )

@@ -1,0 +1,175 @@
+"""Ranks that torchrun or SLURM starts: one run folder, one log a rank, the weights of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_lightning import launch
+from rlhf_lightning.errors import UserError
+from tests.test_cli import SMALL, rlhf
+
+STEP = ["stage=sft", "data=demonstrations/jsonl", "data.train=rows.jsonl", "max_steps=2", "data.batch_size=8", *SMALL]
+TWO = ["trainer.devices=2", "strategy=ddp"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("launch")
+    rows = [{"prompt": f"Say {i}.", "response": f"It is {i}."} for i in range(16)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "RLHF_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"} | more
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def torchrun(
+    folder: Path, *arguments: str, launcher: tuple[str, ...] = ("--nproc-per-node=2",)
+) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *launcher,
+        f"--master-port={free_port()}",
+        "-m",
+        "rlhf_lightning",
+    ]
+    return subprocess.run(
+        [*command, *arguments], cwd=folder, env=environment(folder), text=True, capture_output=True, timeout=200
+    )
+
+
+def check(folder: Path, name: str) -> None:
+    """One run folder, a log a rank, one model: that of one process."""
+    (run,) = (folder / "outputs" / "sft" / name).iterdir()
+    assert sorted(path.name for path in run.glob("*.log")) == ["run.log", "run_rank1.log"]
+    if not (folder / "outputs" / "sft" / "alone").exists():
+        rlhf(folder, *STEP, "name=alone")
+    (alone,) = (folder / "outputs" / "sft" / "alone").iterdir()
+    expected, found = (load_file(r / "model" / "model.safetensors") for r in (alone, run))
+    for key, weight in expected.items():
+        torch.testing.assert_close(found[key], weight, rtol=1e-5, atol=2e-6, msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_torchrun(folder: Path) -> None:
+    done = torchrun(folder, *STEP, *TWO, "name=torchrun")
+    assert done.returncode == 0, done.stderr[-3000:]
+    check(folder, "torchrun")
+    again = torchrun(folder, *STEP, *TWO, "name=torchrun", "resume=auto")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "already done" in again.stdout
+    assert len(list((folder / "outputs" / "sft" / "torchrun").iterdir())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_tasks_of_a_slurm_job(folder: Path) -> None:
+    job = {
+        "SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NAME": "rlhf", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1",
+    }  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "rlhf_lightning", *STEP, *TWO, "name=slurm"], cwd=folder, text=True,
+            env=environment(folder, **job, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)), stderr=subprocess.PIPE,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    errors = [rank.communicate(timeout=200)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "".join(errors)[-3000:]
+    check(folder, "slurm")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_another_number_of_ranks_than_configured_is_refused(folder: Path) -> None:
+    done = torchrun(folder, *STEP, "name=wrong")
+    assert done.returncode != 0
+    assert "2 ranks were started, but trainer.devices times trainer.num_nodes is 1" in done.stderr
+
+
+def test_a_sweep_is_not_started_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "ranks", lambda: (1, 2))
+    with pytest.raises(UserError, match="plain command"):
+        launch.arguments_of_rank(["-m", "stage=sft"])
+    with pytest.raises(UserError, match="plain command"):
+        launch.arguments_of_rank(["sweep=dpo_beta"])
+
+
+def test_a_plain_start_agrees_with_itself() -> None:
+    assert launch.ranks() is None
+    assert launch.agreed("key", lambda: "mine") == "mine"
+    assert launch.arguments_of_rank(["-m", "stage=sft"]) == []
+
+
+@pytest.mark.parametrize(("devices", "expected"), [(2, 4), ("2", 4), ([0, 3, 5], 6), ("auto", None), (-1, None)])
+def test_how_many_ranks_a_trainer_asks_for(devices: object, expected: int | None) -> None:
+    assert launch.ranks_asked({"devices": devices, "num_nodes": 2}) == expected
+
+
+# ---- two machines --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machines() -> object:
+    """Two network namespaces joined by a cable, as two hosts would be."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    names = [f"rlhf{os.getpid()}{side}" for side in "ab"]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "va", "netns", names[0], "type", "veth", "peer", "name", "vb", "netns", names[1])
+        for name, link, address in zip(names, ("va", "vb"), ("10.77.0.1/24", "10.77.0.2/24"), strict=True):
+            ip("-n", name, "addr", "add", address, "dev", link)
+            ip("-n", name, "link", "set", link, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_machines_by_torchrun(folder: Path, machines: list[str]) -> None:
+    port = free_port()
+    two = ["trainer.devices=1", "trainer.num_nodes=2", "strategy=ddp"]
+    started = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}",
+             "--nproc-per-node=1", "--master-addr=10.77.0.1", f"--master-port={port}", "-m", "rlhf_lightning", *STEP, *two,
+             "name=machines"],
+            cwd=folder, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            env=environment(folder, GLOO_SOCKET_IFNAME=link),
+        )
+        for rank, (name, link) in enumerate(zip(machines, ("va", "vb"), strict=True))
+    ]  # fmt: skip
+    errors = [machine.communicate(timeout=200)[1] for machine in started]
+    assert [machine.returncode for machine in started] == [0, 0], re.sub(r"\s+", " ", "".join(errors))[-3000:]
+    check(folder, "machines")

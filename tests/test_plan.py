@@ -1,0 +1,124 @@
+"""`plan=true`: the memory of a run from its configuration alone, against closed forms and against a measured run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from rlhf_lightning import config, plan
+from rlhf_lightning.data.groups import Group, pack
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.completion import CompletionModel
+from rlhf_lightning.models.loading import load_causal_lm
+from rlhf_lightning.models.tiny import build_tiny
+from tests.test_cli import rlhf
+
+
+def settings(*overrides: str) -> dict[str, Any]:
+    with initialize_config_module("rlhf_lightning.conf", version_base="1.3"):
+        cfg = compose("rlhf", overrides=["data.train=rows.jsonl", *overrides])
+    OmegaConf.update(cfg, "paths.outputs", "outputs")
+    return config.plain(cfg)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    place = tmp_path_factory.mktemp("plan") / "model"
+    return build_tiny(place, ["Say hello. Hello!"], vocab_size=300, hidden_size=64, layers=3, heads=4, max_length=512)
+
+
+def test_the_shape_is_that_of_the_model(folder: str) -> None:
+    shape = plan.read_shape(settings("stage=sft", f"init_from={folder}"))
+    model = load_causal_lm(folder)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert (shape.hidden, shape.layers, shape.key_values, shape.intermediate) == (64, 3, 64, 160)
+    # q, k, v, o: 64 + 64 each; gate, up: 64 + 160; down: 160 + 64
+    assert shape.lora == 3 * (4 * 128 + 3 * 224)
+
+
+def test_weights_gradients_and_optimizer_have_closed_forms(folder: str) -> None:
+    shape = plan.read_shape(settings("stage=sft", f"init_from={folder}"))
+    size = 4 * shape.parameters
+    sft = plan.estimate(shape, plan.read_job(settings("stage=sft")))
+    assert (sft["weights"], sft["gradients"], sft["optimizer"], sft["frozen models"]) == (size, size, 2 * size, 0)
+    dpo = plan.estimate(shape, plan.read_job(settings("stage=dpo")))
+    assert dpo["frozen models"] == size
+    for none in (["dpo.reference=cached"], ["dpo.loss=simpo"], ["adapter=lora"]):
+        assert plan.estimate(shape, plan.read_job(settings("stage=dpo", *none)))["frozen models"] == 0
+    lora = plan.estimate(shape, plan.read_job(settings("stage=dpo", "adapter=lora", "adapter.r=4")))
+    assert lora["gradients"] == 4 * 4 * shape.lora
+    ppo = plan.read_job(settings("stage=ppo", "reward_from=some/folder", "ppo.critic=reward"))
+    assert plan.estimate(shape, ppo)["frozen models"] == 2 * size  # the reference and the reward model
+    assert plan.estimate(shape, ppo)["optimizer"] == 4 * size  # of the policy and the critic
+
+
+def test_devices_share_rows_and_sharding_shares_weights() -> None:
+    one = plan.read_job(settings("stage=sft", "data.batch_size=8"))
+    four = plan.read_job(
+        settings("stage=sft", "data.batch_size=8", "trainer.devices=2", "trainer.num_nodes=2", "strategy=ddp")
+    )
+    assert (one.tokens, four.tokens, four.shards) == (8 * 1024, 2 * 1024, 1)
+    assert plan.read_job(settings("stage=sft", "trainer.accumulate_grad_batches=8")).tokens == 1024
+    strategy = {"_target_": "rlhf_lightning.strategies.ShardedStrategy"}
+    given = settings("stage=sft", "trainer.devices=4")
+    assert plan.read_job(given | {"strategy": strategy}).shards == 4
+
+
+def test_every_remedy_needs_less(folder: str) -> None:
+    given = settings("stage=dpo", f"init_from={folder}", "trainer.devices=4", "strategy=ddp")
+    shape, job = plan.read_shape(given), plan.read_job(given)
+    sizes = [sum(plan.estimate(shape, step).values()) for step in (job, *(j for _, j in plan.remedies(job, given)))]
+    assert len(sizes) == 6
+    assert all(later < earlier for earlier, later in pairwise(sizes))
+
+
+def test_activations_are_what_autograd_keeps() -> None:
+    """At a size where the tokens matter and the attention's own buffers do not, within a fifth."""
+    shape = plan.Shape(0, 0, hidden=256, intermediate=680, layers=2, key_values=256, vocabulary=512)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rlhf_lightning.models.attention import GROUP_SDPA
+
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=680, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=2048,
+    ))  # fmt: skip
+    model.set_attn_implementation(GROUP_SDPA)
+    weights = {p.data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    batch = pack([Group(list(range(1, 400)), [list(range(1, 301)), list(range(1, 301))])])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        CompletionModel(model)(batch)
+    job = plan.Job(weight_bytes=4, activation_bytes=4, tokens=batch.tokens, counted=600)
+    found = plan.estimate(shape, job)
+    logits = 600 * 512 * 4
+    assert sum(kept.values()) - logits == pytest.approx(found["activations"], rel=0.2)
+    assert plan.estimate(shape, replace(job, checkpointing=True))["activations"] < found["activations"]
+
+
+def test_stages_without_training_have_no_plan() -> None:
+    with pytest.raises(UserError, match="not for stage=evaluate"):
+        plan.run_plan(OmegaConf.create(settings("stage=evaluate", "plan=true")))
+
+
+@pytest.mark.slow
+def test_the_command_prints_a_table_and_leaves_nothing(tmp_path: Path, folder: str) -> None:
+    command = ["stage=dpo", f"init_from={folder}", "data=preferences/jsonl", "data.batch_size=64"]
+    printed = rlhf(tmp_path, *command, "plan=1.15").stdout
+    assert "may not fit" in printed
+    assert "trainer.accumulate_grad_batches=64" in printed
+    assert "this fits" in rlhf(tmp_path, *command, "plan=80").stdout
+    assert not [path for path in (tmp_path / "outputs").rglob("*") if path.is_file()]
