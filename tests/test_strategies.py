@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "rewards.py").write_text(REWARD)
-    rlhf(folder, "stage=sft", "data=preferences/jsonl", "data.train=pairs.jsonl", "max_steps=1", "name=start", *SMALL)
+    rlhf(
+        folder,
+        "stage=sft",
+        "data=preferences/jsonl",
+        "data.train=pairs.jsonl",
+        "max_steps=1",
+        "name=start",
+        *SMALL,
+        "model.build.layers=2",
+    )
     return folder
 
 
@@ -74,11 +84,12 @@ def alone(folder: Path) -> Callable[[str], Path]:
     return cache(lambda stage: run(folder, stage, "one"))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "strategy"),
+    # GRPO is tried with LoRA, which tensor parallelism refuses: the next test
+    [pair for pair in product(STAGES, STRATEGIES) if pair != ("grpo", "tensor_parallel")],
+)
 def test_two_ranks_learn_what_one_learns(stage: str, strategy: str, folder: Path, alone: Callable[[str], Path]) -> None:
-    if stage == "grpo" and strategy == "tensor_parallel":
-        pytest.skip("LoRA has no plan for tensor parallelism, which the next test holds")
     one, two = alone(stage), run(folder, stage, strategy, f"strategy={strategy}", "trainer.devices=2")
     tags = ["policy/loss", "reward/proxy", "kl/reference"] if stage in ONLINE else ["train/loss", "val/loss"]
     for tag in [*tags, "optim/grad_norm"]:
