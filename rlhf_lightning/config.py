@@ -229,7 +229,7 @@ def _unknown_key(key: str, overrides: list[str]) -> str:
         return f"there is no key {key}: nothing here has {parent}.*{_where(key, parent)}"
     options = [str(k) for k in node]
     same = [full for full in every if full.endswith(f".{name}")]
-    hint = nearest(name, options) or (f" Did you mean '{same[0]}'?" if same else "")
+    hint = f" Did you mean '{same[0]}'?" if same else nearest(name, options)
     place = f"{parent} has the keys" if parent else "there are"
     return f"there is no key {key}.{hint} {place}: {', '.join(sorted(options))}"
 
