@@ -19,7 +19,6 @@ from rlhf_lightning.launch import ranks_asked
 from rlhf_lightning.models.loading import load_config, resolve_model
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-SHARDED = ("ShardedStrategy",)
 LOGITS = 2**27  # what token_logprobs holds at most
 GB = 1e9
 
@@ -120,7 +119,7 @@ def read_job(settings: dict[str, Any]) -> Job:
     )
     rewards = settings["reward_from"] or []
     folders = [r for r in (rewards if isinstance(rewards, list) else [rewards]) if ":" not in str(r) and r != "world"]
-    answers = min(data["batch_size"] // readers * options["samples"], 10**9) if online else 0
+    answers = data["batch_size"] // readers * options["samples"] if online else 0
     return Job(
         weight_bytes=weight,
         activation_bytes=2 if "16" in str(trainer["precision"]) else weight,
@@ -143,7 +142,7 @@ def read_job(settings: dict[str, Any]) -> Job:
 
 def sharded(settings: dict[str, Any]) -> bool:
     strategy = settings["strategy"]
-    return isinstance(strategy, dict) and strategy["_target_"].rpartition(".")[2] in SHARDED
+    return isinstance(strategy, dict) and strategy["_target_"].endswith(".ShardedStrategy")
 
 
 def together(settings: dict[str, Any]) -> int:

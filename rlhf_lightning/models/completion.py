@@ -151,10 +151,6 @@ class ScalarModel(nn.Module):
         """The Hugging Face model inside."""
         return self.model
 
-    def decode(self, **inputs: Any) -> Any:
-        """Return what the classifier says to `inputs`; a sharded one gathers its weights here."""
-        return self.model(**inputs)
-
 
 @torch.no_grad()
 def check_head(model: nn.Module, tokens: list[int]) -> None:

@@ -35,7 +35,8 @@ def shard(root: Any, mesh: Any) -> None:
         if getattr(root, "value_head", None) is not None:
             fully_shard(root.value_head, mesh=data)  # float32 also where the decoder is not
         fully_shard(root, mesh=data)
-        register_fsdp_forward_method(root, "decode")
+        if hasattr(root, "decode"):
+            register_fsdp_forward_method(root, "decode")
         _SHARDED[lm] = root, data
 
 
@@ -66,11 +67,6 @@ def call(lm: nn.Module, **inputs: Any) -> Any:
     """Return what a causal LM says to `inputs`, through the module that gathers its weights where it is sharded."""
     found = _SHARDED.get(lm)
     return found[0].decode(**inputs) if found else lm(**inputs)  # type: ignore[operator]
-
-
-def is_sharded(lm: nn.Module) -> bool:
-    """Return whether forward passes of `lm` are collective."""
-    return lm in _SHARDED
 
 
 def most(lm: nn.Module, count: int) -> int:
