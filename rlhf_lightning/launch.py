@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from datetime import datetime
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+from rlhf_lightning import artifacts
 from rlhf_lightning.errors import UserError
 
 WAIT = 300.0  # seconds a rank waits for the first one
@@ -96,3 +99,33 @@ def check_devices(trainer: dict[str, Any]) -> None:
         raise UserError(
             f"{found[1]} ranks were started, but trainer.devices times trainer.num_nodes is {asked}; make them equal"
         )
+
+
+def decide_run(
+    run: Path, stage: str, resume: str | None, digest: str
+) -> tuple[Path, Path | None, dict[str, Any] | None]:
+    """Return what :func:`artifacts.find_run` finds on the first rank; every other rank inherits the decision.
+
+    Ranks that Lightning launches find it in their environment, ranks of torchrun and SLURM ask for it.
+    """
+    from lightning.pytorch.utilities import rank_zero_only  # heavy, and the command imports this file
+
+    if rank_zero_only.rank > 0 and "RLHF_RUN" in os.environ:
+        checkpoint = os.environ["RLHF_CHECKPOINT"]
+        return Path(os.environ["RLHF_RUN"]), Path(checkpoint) if checkpoint else None, None
+
+    def decide() -> str:
+        place, checkpoint, finished = artifacts.find_run(run, stage, resume, digest)
+        return json.dumps([str(place), str(checkpoint or ""), finished])
+
+    place, checkpoint, finished = json.loads(agreed("run", decide))
+    if Path(place) != run:
+        artifacts.remove_start(run)
+    os.environ |= {"RLHF_RUN": place, "RLHF_CHECKPOINT": checkpoint}
+    return Path(place), Path(checkpoint) if checkpoint else None, finished
+
+
+def data_ranks(trainer: Any) -> tuple[int, int]:
+    """Return the number of ranks that read different rows, and this one's place among them."""
+    found = getattr(trainer.strategy, "distributed_sampler_kwargs", None)  # strategies of one device have none
+    return (found["num_replicas"], found["rank"]) if found else (1, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import warnings
@@ -31,7 +30,7 @@ from rlhf_lightning.callbacks.throughput import Throughput
 from rlhf_lightning.data.sources import read_source
 from rlhf_lightning.data.tokenize import report_skipped
 from rlhf_lightning.errors import UserError, nearest
-from rlhf_lightning.launch import agreed, check_devices
+from rlhf_lightning.launch import check_devices, decide_run
 from rlhf_lightning.models.loading import (
     context_length,
     load_causal_lm,
@@ -58,7 +57,9 @@ def run_stage(cfg: DictConfig) -> float | None:
         "parents": [artifacts.parent_entry(*p)["weights"] for p in config.parents(cfg, start)],
         "data": config.data_keys(cfg),
     }
-    run, checkpoint, finished = decide_run(run, cfg, artifacts.fingerprint(identity))
+    run, checkpoint, finished = decide_run(
+        run, cfg.stage, cfg.resume and str(cfg.resume), artifacts.fingerprint(identity)
+    )
     if finished is not None:
         console.print(f"already done: {run}")
         return finished.get(str(finished.get("monitor")))
@@ -85,23 +86,6 @@ def run_stage(cfg: DictConfig) -> float | None:
     announce(cfg, run, folder, data, checkpoint)
     fit(trainer, module, data, checkpoint)
     return finish(cfg, run, folder, identity, trainer, module, data, throughput)
-
-
-def decide_run(run: Path, cfg: DictConfig, digest: str) -> tuple[Path, Path | None, dict[str, Any] | None]:
-    """Return what :func:`artifacts.find_run` finds on the first rank; the ranks it launches inherit the decision."""
-    if rank_zero_only.rank > 0 and "RLHF_RUN" in os.environ:
-        checkpoint = os.environ["RLHF_CHECKPOINT"]
-        return Path(os.environ["RLHF_RUN"]), Path(checkpoint) if checkpoint else None, None
-
-    def decide() -> str:
-        place, checkpoint, finished = artifacts.find_run(run, cfg.stage, cfg.resume and str(cfg.resume), digest)
-        return json.dumps([str(place), str(checkpoint or ""), finished])
-
-    place, checkpoint, finished = json.loads(agreed("run", decide))
-    if Path(place) != run:
-        artifacts.remove_start(run)
-    os.environ |= {"RLHF_RUN": place, "RLHF_CHECKPOINT": checkpoint}
-    return Path(place), Path(checkpoint) if checkpoint else None, finished
 
 
 def evaluated(cfg: DictConfig, run: Path, start: str | None) -> tuple[dict[str, Any], Path, dict[str, str]]:

@@ -19,6 +19,7 @@ from rlhf_lightning.data.sources import Source, read_source
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.data.tokenize import TokenizedRows, tokenize
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.launch import data_ranks
 from rlhf_lightning.ops.seeding import generator
 
 CACHE = Path.home() / ".cache" / "rlhf_lightning"
@@ -37,12 +38,6 @@ class PromptBatch:
     def to(self, device: torch.device | str, **kwargs: Any) -> PromptBatch:
         """Return the batch with its tensors on `device`."""
         return replace(self, ptx=self.ptx.to(device, **kwargs)) if self.ptx is not None else self
-
-
-def data_ranks(trainer: Any) -> tuple[int, int]:
-    """Return the number of ranks that read different rows, and this one's place among them."""
-    found = getattr(trainer.strategy, "distributed_sampler_kwargs", None)  # strategies of one device have none
-    return (found["num_replicas"], found["rank"]) if found else (1, 0)
 
 
 class _Batches(Dataset[Any]):
