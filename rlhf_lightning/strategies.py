@@ -55,9 +55,14 @@ class ShardedStrategy(ModelParallelStrategy):
                 named = {
                     "state": {renamed[number]: state for number, state in saved["state"].items()},
                     "param_groups": [
-                        group | {"params": [renamed[number] for number in group["params"]]}
-                        for group in saved["param_groups"]
+                        group | kernels(now) | {"params": [renamed[number] for number in group["params"]]}
+                        for group, now in zip(saved["param_groups"], optimizer.param_groups, strict=True)
                     ],
                 }
                 set_optimizer_state_dict(self.model, optimizer, named, options=options)
         return checkpoint
+
+
+def kernels(group: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of an optimizer's group that belong to the strategy, not to the run."""
+    return {name: group[name] for name in ("fused", "foreach") if name in group}

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from functools import cache
 from itertools import product
@@ -158,3 +162,57 @@ def test_a_rank_that_fails_ends_the_run(folder: Path) -> None:
     done = rlhf(folder, *arguments, "reward_from=rewards2:broken", *TWO, code=None)
     assert "rank 1 broke" in done.stderr
     assert not os.path.exists(folder / "outputs" / "ppo" / "broken" / "model")
+
+
+def test_layers_split_over_two_devices_and_sharded_over_two(folder: Path, alone: Callable[[str], Path]) -> None:
+    four = ["strategy=tensor_parallel", "strategy.tensor_parallel_size=2", "trainer.devices=4"]
+    one, two = alone("ppo"), run(folder, "ppo", "four", *four)
+    for tag in ("policy/loss", "reward/proxy", "kl/reference", "optim/grad_norm"):
+        assert series(two, tag) == pytest.approx(series(one, tag), rel=1e-4, abs=1e-5), tag
+    first, second = (load_file(r / "model" / "model.safetensors") for r in (one, two))
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=1e-5, atol=2e-5, msg=name)
+
+
+def test_a_run_goes_on_under_another_strategy(folder: Path) -> None:
+    flat = ["schedule=constant", "schedule.warmup=0", "callbacks.checkpoint.every_n_steps=1", "trainer.devices=2"]
+    whole = run(folder, "sft", "whole", *flat, "strategy=ddp")
+    expected = load_file(whole / "model" / "model.safetensors")
+    half = run(folder, "sft", "half", *flat, "strategy=fsdp2", "max_steps=2")
+    split = run(folder, "sft", "split", *flat, "strategy=tensor_parallel", f"resume={half}", "max_steps=3")
+    again = run(folder, "sft", "joined", *flat, "strategy=fsdp2", f"resume={split}")
+    for name, weight in load_file(again / "model" / "model.safetensors").items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(strategy: str, folder: Path) -> None:
+    long = [
+        "data=preferences/jsonl",
+        "data.train=pairs.jsonl",
+        "data.batch_size=8",
+        "max_epochs=-1",
+        "max_steps=100000",
+    ]
+    command = [
+        "stage=sft",
+        f"init_from={start(folder)}",
+        f"name=signal-{strategy}",
+        *long,
+        f"strategy={strategy}",
+        "trainer.devices=2",
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "RLHF_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "rlhf_lightning", *command], cwd=folder, env=env, stderr=subprocess.PIPE, text=True
+    )
+    place = folder / "outputs" / "sft" / f"signal-{strategy}"
+    deadline = time.monotonic() + 90
+    while not list(place.glob("*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(timeout=30)
+    assert child.returncode == 143, errors[-2000:]
+    assert "add resume=auto" in errors
+    (checkpoint,) = place.glob("*/checkpoints/last.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["global_step"] > 0
