@@ -11,12 +11,13 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from rlhf_lightning import config
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.launch import ranks_asked
 from rlhf_lightning.models.loading import load_config, resolve_model
+from rlhf_lightning.models.tiny import tiny_config
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 LOGITS = 2**27  # what token_logprobs holds at most
@@ -83,12 +84,7 @@ def read_shape(settings: dict[str, Any]) -> Shape:
         name = resolve_model(str(settings["init_from"] or model["name"]), settings["paths"]["cache"])
         found: Any = load_config(name).get_text_config()
     else:
-        build = model["build"]
-        found = LlamaConfig(
-            vocab_size=build["vocab_size"], hidden_size=build["hidden_size"], num_hidden_layers=build["layers"],
-            num_attention_heads=build["heads"], intermediate_size=build["hidden_size"] * 8 // 3 // 16 * 16,
-            tie_word_embeddings=True,
-        )  # fmt: skip
+        found = tiny_config(**model["build"])
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(found)
     linear = [m for n, m in lm.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]

@@ -37,7 +37,12 @@ def _leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "PL_GLOBAL_SEED",
         "PL_SEED_WORKERS",
     }
-    allowed = launcher | {"PYTORCH_NVML_BASED_CUDA_CHECK", "PYTEST_CURRENT_TEST", "TF_CPP_MIN_LOG_LEVEL"}
+    allowed = launcher | {
+        "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
+        "PYTORCH_NVML_BASED_CUDA_CHECK",
+        "PYTEST_CURRENT_TEST",
+        "TF_CPP_MIN_LOG_LEVEL",
+    }
     leaked = {k for k, v in os.environ.items() if before.get(k) != v and k not in allowed and not k.startswith("KMP_")}
     os.environ.clear()
     os.environ.update(before)

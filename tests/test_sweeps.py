@@ -170,6 +170,18 @@ def test_trials_by_other_launchers(rows: Path, launcher: str) -> None:
 
 
 @pytest.mark.slow
+def test_optuna_goes_on_after_a_failed_trial(rows: Path) -> None:
+    optuna = [
+        "hydra/sweeper=optuna",
+        "hydra/sweeper/sampler=grid",
+        "hydra.sweeper.n_jobs=1",
+        "hydra.sweeper.max_failure_rate=1.0",
+    ]
+    _, folder = sweep(rows, "grid", *optuna, "hydra.sweeper.direction=minimize", "optimizer.lr=choice(1e-3,1e30)")
+    assert sorted(row["status"].partition(":")[0] for row in table(folder)) == ["done", "failed"]
+
+
+@pytest.mark.slow
 def test_optuna_reads_two_objectives(rows: Path) -> None:
     _, folder = sweep(
         rows, "optuna", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1",

@@ -50,11 +50,10 @@ class Throughput(Callback):
             self.summary |= self.rates(trainer, pl_module, batch, elapsed, 1)
             self.first_step = trainer.global_step
             return
-        rows, tokens = self.counts(pl_module, batch)
-        ranks = data_ranks(trainer)[0]
+        rows, tokens = self.counts(trainer, pl_module, batch)
         self.seconds += elapsed
-        self.rows += rows * ranks
-        self.tokens += tokens * ranks
+        self.rows += rows
+        self.tokens += tokens
         steps = max(trainer.global_step - self.first_step, 1)
         self.summary |= {
             "perf/rows_per_s": self.rows / self.seconds,
@@ -68,7 +67,7 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, seconds: float, steps: int
     ) -> dict[str, float]:
         """Return the rates of one batch, used when a run has no second one."""
-        rows, tokens = self.counts(pl_module, batch)
+        rows, tokens = self.counts(trainer, pl_module, batch)
         return {
             "perf/rows_per_s": rows / seconds,
             "perf/tokens_per_s": tokens / seconds,
@@ -76,9 +75,10 @@ class Throughput(Callback):
             "perf/peak_memory_gb": peak_memory_gb(),
         }
 
-    def counts(self, pl_module: LightningModule, batch: Any) -> tuple[int, int]:
-        """Return rows and real (unpadded) tokens of a batch."""
+    def counts(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> tuple[int, int]:
+        """Return rows and real (unpadded) tokens of a batch, times the ranks that read others of about its size."""
+        ranks = data_ranks(trainer)[0]
         if isinstance(batch, GroupBatch):
-            return batch.groups, batch.tokens
-        seen = getattr(pl_module, "rollout_size", (len(getattr(batch, "prompt_ids", [])), 0))
-        return seen
+            return batch.groups * ranks, batch.tokens * ranks
+        rows, tokens = getattr(pl_module, "rollout_size", (len(getattr(batch, "prompt_ids", [])), 0))
+        return rows * ranks, tokens * ranks

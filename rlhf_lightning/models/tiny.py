@@ -24,6 +24,25 @@ CHAT_TEMPLATE = (
 )
 
 
+def tiny_config(
+    vocab_size: int, hidden_size: int, layers: int, heads: int, max_length: int, **more: Any
+) -> LlamaConfig:
+    """Return the configuration of the small Llama of these sizes."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 8 // 3 // 16 * 16,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=True,
+        # not 0.02: with 128 dimensions the residual stream would start far too quiet to learn in a minute
+        initializer_range=hidden_size**-0.5 / 2,
+        **more,
+    )
+
+
 def build_tiny(
     folder: str | Path,
     texts: Iterable[str],
@@ -44,21 +63,8 @@ def build_tiny(
     if (folder / "config.json").is_file():
         return str(folder)
     tokenizer: Any = _tokenizer(texts, vocab_size, max_length)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=hidden_size * 8 // 3 // 16 * 16,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=max_length,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
-        # not 0.02: with 128 dimensions the residual stream would start far too quiet to learn in a minute
-        initializer_range=hidden_size**-0.5 / 2,
-    )
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    config = tiny_config(len(tokenizer), hidden_size, layers, heads, max_length, **special)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "tiny"))
         model = LlamaForCausalLM(config)

@@ -75,6 +75,9 @@ def test_one_batch_gives_its_own_rates(groups: list[Group], monkeypatch: pytest.
 def test_rows_of_all_ranks_count(groups: list[Group], monkeypatch: pytest.MonkeyPatch) -> None:
     summary = run(Clock(monkeypatch), Stub(world_size=2), [pack(groups)] * 2, [1.0, 1.0]).summary
     assert summary["perf/rows_per_s"] == pytest.approx(6.0)
+    assert run(Clock(monkeypatch), Stub(world_size=2), [pack(groups)], [1.0]).summary[
+        "perf/rows_per_s"
+    ] == pytest.approx(6.0)
 
 
 def test_a_rollout_counts_responses_and_a_step_is_an_update(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from transformers import (
 
 from rlhf_lightning.data.groups import Group, pack
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.completion import ScalarModel
+from rlhf_lightning.models.completion import CompletionModel, ScalarModel
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.tiny import build_tiny
 
@@ -111,6 +111,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(built: Path) -> None:
         found.append([p.grad for p in model.parameters()])
     for plain, checkpointed in zip(*found, strict=True):
         torch.testing.assert_close(checkpointed, plain, rtol=0, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler makes warnings of its own
+def test_compiled_layers_give_the_same_gradients(built: Path) -> None:
+    batch = pack([Group([1, 30, 40], [[50, 2], [60, 61, 2]]), Group([1, 31], [[51, 52, 53, 2]])])
+    found = []
+    for on in (False, True):
+        model = load_causal_lm(str(built), compile=on)
+        assert any(m._compiled_call_impl is not None for m in model.modules()) == on
+        CompletionModel(model)(batch).logprobs.sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_an_unknown_precision_names_the_nearest(built: Path) -> None:
