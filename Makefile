@@ -45,8 +45,9 @@ $(VENV)/.bench: $(VENV)/.test
 	$(BIN)/pip install -q -c constraints.txt matplotlib
 	touch $@
 
-bench: $(VENV)/.bench ## time everything, beside TRL and alone (an hour): make bench DATA=path/to/hh_rlhf/train.jsonl.gz
+bench: $(VENV)/.bench ## time everything, beside TRL and alone (two hours): make bench DATA=path/to/hh_rlhf/train.jsonl.gz
 	$(BIN)/python benchmarks/compare.py --data $(DATA) --precision 32-true bf16-mixed
+	$(BIN)/python benchmarks/online.py grpo rloo --data $(DATA) --lengths "until EOS" --tolerance 1e-2
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/bigdata.py

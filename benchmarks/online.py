@@ -34,12 +34,16 @@ from rlhf_lightning import PromptData
 from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer, resolve_model
 from rlhf_lightning.ops.advantages import grpo, rloo
 
-# kind of trainer, prompts and samples an iteration, and the critic on our side; TRL's is always a model of its own
-WORKLOADS = {
+# kind of trainer, prompts and samples an iteration, and the critic on our side; TRL's is always a model of its own.
+# With the logits of sixteen whole rows its PPO and our process take more than 24 GB: it gets four rows at a time
+PARTS = {
+    "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "local_rollout_forward_batch_size": 4,
+}  # fmt: skip
+WORKLOADS: dict[str, dict[str, Any]] = {
     "grpo": {"kind": "grpo", "prompts": 4, "samples": 4, "critic": None},
     "rloo": {"kind": "rloo", "prompts": 4, "samples": 4, "critic": None},
-    "ppo": {"kind": "ppo", "prompts": 16, "samples": 1, "critic": "model"},
-    "ppo-value-head": {"kind": "ppo", "prompts": 16, "samples": 1, "critic": "value_head"},
+    "ppo": {"kind": "ppo", "prompts": 16, "samples": 1, "critic": "model", "theirs": PARTS},
+    "ppo-value-head": {"kind": "ppo", "prompts": 16, "samples": 1, "critic": "value_head", "theirs": PARTS},
 }
 SETTINGS = {"default": {}, "no checkpointing": {"gradient_checkpointing": False}}
 PROGRAM = "side_online.py"
@@ -126,7 +130,8 @@ def compare(name: str, setting: str, length: str, options: argparse.Namespace, c
     files = write_prompts(options, workload["prompts"], cache)
     spec = workload | {
         "model": options.model, "new_tokens": options.new_tokens, "beta": 0.05, "lr": 1e-6, "cache": cache,
-        "fixed": LENGTHS[length], "micro": options.microbatch_tokens, "options": SETTINGS[setting],
+        "fixed": LENGTHS[length], "micro": options.microbatch_tokens,
+        "options": SETTINGS[setting] | workload.get("theirs", {}),
         "pad_id": load_tokenizer(options.model).pad_token_id,
     }  # fmt: skip
     python = sys.executable

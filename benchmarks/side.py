@@ -104,7 +104,8 @@ def our_side(spec: dict[str, Any]) -> None:
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
             seconds = time.perf_counter() - self.began
             self.parts.append({
-                "loss": float(outputs["loss"]) / accumulate, "tokens": batch.tokens, "cells": batch.input_ids.numel(),
+                "loss": float(outputs["loss"]),  # a microbatch's share of the mean
+                "tokens": batch.tokens, "cells": batch.input_ids.numel(),
                 "counted": len(batch.targets), "flops": step_flops(module, batch),
             })  # fmt: skip
             if len(self.parts) == accumulate:

@@ -257,7 +257,7 @@ def their_ppo(spec: dict[str, Any]) -> None:
     def get_reward(model: Any, *args: Any) -> Any:
         found = clock.timed("values and reward", score)(model, *args)
         if model is trainer.reward_model:
-            seen["rewards"] = found[1].tolist()
+            seen.setdefault("rewards", []).extend(found[1].tolist())
         return found
 
     ppo_trainer.batch_generation, ppo_trainer.get_reward = batch_generation, get_reward
@@ -273,7 +273,7 @@ def their_ppo(spec: dict[str, Any]) -> None:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             clock.stop()
             loss, kl = (seen["logs"][name] for name in ("loss/policy_avg", "objective/kl"))
-            clock.report(loss, kl, seen["tokens"], seen["lengths"], seen["rewards"])
+            clock.report(loss, kl, seen["tokens"], seen["lengths"], seen.pop("rewards"))
             clock.start()
 
     rows = [{"input_ids": row["ids"]} for row in read_prompts(spec)]

@@ -208,7 +208,7 @@ def find_run(run: Path, stage: str, resume: str | None, digest: str) -> tuple[Pa
         if folder != run and not started:
             remove_start(run)
         checkpoint = folder / "checkpoints" / "last.ckpt"
-        done = (folder / "model" / MANIFEST).is_file() or stage == "evaluate"
+        done = (folder / "model" / MANIFEST).is_file() or stage in ("evaluate", "candidates")
         metrics = read_json(folder / "metrics.json") if done else None
         return folder, checkpoint if checkpoint.is_file() else None, metrics
     claim(run, mine)

@@ -32,13 +32,14 @@ ALLOWED = frozenset(
         "rlhf_lightning.modules.reward.RewardModel",
         "rlhf_lightning.modules.schedules.schedule",
         "rlhf_lightning.modules.sft.SFT",
+        "rlhf_lightning.preferences.candidates.Candidates",
         "rlhf_lightning.strategies.ShardedStrategy",
         "torch.optim.Adam",
         "torch.optim.AdamW",
         "torch.optim.SGD",
     }
 )
-STAGES = ("sft", "reward", "dpo", "ppo", "rloo", "grpo", "evaluate", "audit")
+STAGES = ("sft", "reward", "dpo", "ppo", "rloo", "grpo", "candidates", "evaluate", "audit")
 RUN_ONLY = (
     "paths", "resume", "run_id", "run_folder", "name", "callbacks", "logger", "allow_targets", "objectives",
     "on_failed_trial", "plan",
@@ -124,7 +125,12 @@ def data_keys(cfg: DictConfig) -> dict[str, str]:
     sources = {name: settings["data"].get(name) for name in ("train", "val", "ptx")}
     sources["preferences"] = settings["evaluate"]["preferences"] if cfg.stage == "evaluate" else None
     splits = {"train": "train", "val": "val", "ptx": "train", "preferences": "val"}
-    return {name: read_source(s, splits[name], name=name).key for name, s in sources.items() if s is not None}
+    windows = settings["data"].get("window") is not None
+    return {
+        name: read_source(s, splits[name], name=name, stream=windows and name == "train").key
+        for name, s in sources.items()
+        if s is not None
+    }
 
 
 def audited_data(cfg: DictConfig, choice: str) -> DictConfig:

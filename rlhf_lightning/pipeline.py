@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ def run_pipeline(cfg: DictConfig) -> None:
     """Run the stages of `cfg.pipeline` in order.
 
     Raises:
-        UserError: naming the stage that failed and how to go on.
+        UserError: naming the stage that failed and how to go on, or the stage that is a pipeline again.
     """
+    if inside := os.environ.get("RLHF_PIPELINE_STAGE"):  # an experiment passed on to it may choose a pipeline
+        raise UserError(f"stage {inside} of a pipeline became pipeline={config.plain(cfg)['pipeline']['name']}")
     run = Path(HydraConfig.get().runtime.output_dir)
     settings = config.plain(cfg)["pipeline"]
     given = passthrough(list(HydraConfig.get().overrides.task))
@@ -34,7 +37,9 @@ def run_pipeline(cfg: DictConfig) -> None:
     stages = settings["stages"]
     for number, (name, stage) in enumerate(stages.items()):
         folder = run / f"{number}_{name}"
-        overrides = stage_overrides(stage, folders, cfg.data_root) + given
+        overrides = stage_overrides(stage, folders, {"root": cfg.data_root, "init_from": cfg.init_from})
+        starts = "init_from" in (stage.get("set") or {})  # a stage that starts from another is not asked to start anew
+        overrides += [o for o in given if not (starts and o.startswith("init_from="))]
         parents = {k: v for k, v in folders.items() if f"{{{k}}}" in json.dumps(stage)}
         weights = {k: artifacts.parent_entry(k, v)["weights"] for k, v in parents.items()}
         digest = artifacts.fingerprint([overrides, weights, data_keys(overrides)])
@@ -58,18 +63,23 @@ def data_keys(overrides: list[str]) -> list[str]:
     return [read_source(value, key.removeprefix("data.")).key for key, value in found if Path(value).exists()]
 
 
-def stage_overrides(stage: dict[str, Any], folders: dict[str, str], root: str | None) -> list[str]:
-    """Return a stage's overrides with {name} replaced by the model folder of an earlier stage."""
+GIVEN = {  # what a stage may write as {name} and the user gives as a key
+    "root": "data_root: a value is needed, the folder with train.jsonl.gz and test.jsonl.gz",
+    "init_from": "init_from: a value is needed, the model this pipeline starts from",
+}
+
+
+def stage_overrides(stage: dict[str, Any], folders: dict[str, str], given: dict[str, str | None]) -> list[str]:
+    """Return a stage's overrides with {name} replaced by the model folder of an earlier stage, or by what was given."""
     values = [*stage.get("use", {}).items(), *config.flat(stage.get("set") or {}).items()]
-    known = folders | ({"root": str(root)} if root else {})
     found = []
     for key, value in values:
         if key:
             if isinstance(value, str):
-                if "{root}" in value and root is None:
-                    raise UserError("data_root: a value is needed, the folder with train.jsonl.gz and test.jsonl.gz")
-                for name, folder in known.items():
-                    value = value.replace(f"{{{name}}}", folder)
+                for name, folder in (folders | given).items():
+                    if f"{{{name}}}" in value and folder is None:
+                        raise UserError(GIVEN[name])
+                    value = value.replace(f"{{{name}}}", str(folder))
                 value = value if key in config.groups() else quoted(value)
             found.append(f"{key}={json.dumps(value) if not isinstance(value, str) else value}")
     # names of models to compare are new keys of an empty dict
@@ -78,7 +88,7 @@ def stage_overrides(stage: dict[str, Any], folders: dict[str, str], root: str | 
 
 def passthrough(overrides: list[str]) -> list[str]:
     """Return the user's overrides that every stage should see."""
-    own = ("pipeline", "resume", "name", "data_root", "run_folder", "hydra", "run_id")
+    own = ("pipeline", "sweep", "resume", "name", "data_root", "run_folder", "hydra", "run_id")
     return [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in own]
 
 
@@ -109,7 +119,7 @@ def run_part(name: str, folder: Path, overrides: list[str]) -> None:
     """Run one stage and stop the pipeline when it fails."""
     if (folder / "metrics.json").is_file():  # made by other settings or other parents
         folder.rename(folder.with_name(f"{folder.name}.old-{int(time.time())}"))
-    code = processes.run_child(folder, overrides)
+    code = processes.run_child(folder, overrides, {"RLHF_PIPELINE_STAGE": name})
     if code:
         raise UserError(
             f"stage {name} failed (exit code {code}); its log is {folder / 'run.log'}. Add resume=auto to the same "

@@ -9,16 +9,20 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
+
 
 def run_child(folder: Path, overrides: list[str], environment: Mapping[str, str] | None = None) -> int:
     """Run `rlhf` with `overrides` in the run folder `folder`, going on where it stopped before; return its exit code.
 
-    Signals are passed on.
+    The user's `--config-dir` and signals are passed on.
 
     Raises:
         KeyboardInterrupt: the child was interrupted.
     """
-    command = [sys.executable, "-m", "rlhf_lightning", *overrides, f"hydra.run.dir={quoted(str(folder))}"]
+    sources = HydraConfig.get().runtime.config_sources
+    configs = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
+    command = [sys.executable, "-m", "rlhf_lightning", *configs, *overrides, f"hydra.run.dir={quoted(str(folder))}"]
     child = subprocess.Popen([*command, "hydra.mode=RUN", "resume=here"], env=os.environ | dict(environment or {}))
     previous = signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from rlhf_lightning.callbacks.progress import LineProgress, progress_bar
 from rlhf_lightning.callbacks.stop import Stop
 from rlhf_lightning.callbacks.tensorboard import judged_by, write_hparams
 from rlhf_lightning.callbacks.throughput import Throughput
-from rlhf_lightning.data.sources import read_source
+from rlhf_lightning.data.sources import read_source, texts_of
 from rlhf_lightning.data.tokenize import report_skipped
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.launch import check_devices, decide_run
@@ -52,6 +51,8 @@ def run_stage(cfg: DictConfig) -> float | None:
     start = starting_point(cfg)
     if cfg.max_steps == 0 or cfg.seed < 0:
         raise UserError(f"max_steps={cfg.max_steps} must not be 0, seed={cfg.seed} not negative")
+    if cfg.data.get("window") and cfg.max_steps < 0 and cfg.stage not in ("evaluate", "audit"):
+        raise UserError("data.window reads rows without end: say how long the run is, with max_steps=<updates>")
     identity = {
         "config": config.identity(cfg),
         "parents": [artifacts.parent_entry(*p)["weights"] for p in config.parents(cfg, start)],
@@ -83,6 +84,12 @@ def run_stage(cfg: DictConfig) -> float | None:
     data.setup("fit")
     module = build_module(cfg, folder)
     throughput, trainer = build_trainer(cfg)
+    if cfg.stage == "candidates":
+        from rlhf_lightning.preferences.stage import run_candidates
+
+        if rank_zero_only.rank == 0:
+            report_skipped(data)
+        return run_candidates(run, trainer, module, data, cfg.monitor)  # type: ignore[arg-type]
     announce(cfg, run, folder, data, checkpoint)
     fit(trainer, module, data, checkpoint)
     return finish(cfg, run, folder, identity, trainer, module, data, throughput)
@@ -113,20 +120,12 @@ def build_start(cfg: DictConfig, run: Path) -> str:
         raise UserError(f"stage={cfg.stage} needs a model to start from: init_from=<folder or hub name>")
     settings = config.plain(cfg)
     source = settings["data"]["train"]
+    stream = settings["data"].get("window") is not None
     kinds = ["corpus", "demonstrations"] if source == "world" else [""]
     world = {"seed": cfg.seed} | (settings["data"].get("world") or {})
-    sources = [read_source(source, "train", 20_000, kind, {**world, "records": None}) for kind in kinds]
-    texts = (text for found in sources for _, row in found.rows() for text in strings(row))
+    sources = [read_source(source, "train", 20_000, kind, {**world, "records": None}, stream=stream) for kind in kinds]
+    texts = (text for found in sources for _, row in found.rows() for text in texts_of(row))
     return build_tiny(run / "init", texts, seed=cfg.seed, **settings["model"]["build"])
-
-
-def strings(value: Any) -> Iterator[str]:
-    """Yield every text inside a row, without what is no character; a row that holds such is refused later, by name."""
-    if isinstance(value, str):
-        yield value.encode(errors="ignore").decode()
-    elif isinstance(value, dict | list | tuple):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from strings(inner)
 
 
 def build_module(cfg: DictConfig, folder: str) -> LightningModule:
@@ -138,6 +137,9 @@ def build_module(cfg: DictConfig, folder: str) -> LightningModule:
     loader = partial(load_causal_lm, folder, **load)
     if cfg.stage == "reward":
         loader = partial(load_scalar_model, folder, seed=cfg.seed, **load)
+    if cfg.stage == "candidates":
+        options |= {"seed": cfg.seed, "sampler": config.instantiate(cfg.sampler, "sampler", allow)}
+        options["reward"] = load_reward(settings["reward_from"], load["dtype"]) if settings["reward_from"] else None
     if cfg.stage in ("ppo", "rloo", "grpo"):
         if not cfg.reward_from:
             raise UserError("reward_from is needed: a reward model folder, module:function, or world")
@@ -252,7 +254,7 @@ def finish(
         ],
         "fingerprint": artifacts.fingerprint(identity),
         "config": artifacts.fingerprint(identity["config"]),
-        "data": {split: rows.path.stem for split, rows in data.rows.items()},
+        "data": {split: rows.key for split, rows in data.rows.items()},
         "seed": cfg.seed,
         "metrics": metrics,
     }
@@ -276,7 +278,8 @@ def announce(cfg: DictConfig, run: Path, folder: str, data: Any, checkpoint: Pat
     report_skipped(data)
     sizes = ", ".join(f"{len(rows)} {split} rows" for split, rows in data.rows.items())
     console.print(f"[bold]{cfg.stage}[/bold] from {folder}", soft_wrap=True)
-    console.print(f"  {sizes}, {data.steps_per_epoch} steps an epoch; writing {run}", soft_wrap=True)
+    pace = f"windows of {data.window} rows" if data.window else f"{data.steps_per_epoch} steps an epoch"
+    console.print(f"  {sizes}, {pace}; writing {run}", soft_wrap=True)
     if checkpoint:
         step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
         console.print(f"  resuming at step {step}")
@@ -292,5 +295,5 @@ def quiet() -> None:
         "lightning.pytorch.trainer.connectors.checkpoint_connector",
     ):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*|Couldn't infer the batch indices.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")

@@ -42,6 +42,14 @@ def test_the_demo_runs_is_skipped_when_done_and_goes_on_where_something_changed(
     assert (run / "5_evaluate" / "metrics.json").is_file()
 
 
+def test_an_experiment_that_chooses_a_pipeline_does_not_start_it_again_in_each_stage(tmp_path: Path) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    mine = "# @package _global_\ndefaults:\n  - override /pipeline: demo\n"
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(mine)
+    done = rlhf(tmp_path, "--config-dir", "conf", "experiment=mine", *QUICK[1:], code=2)
+    assert "stage base of a pipeline" in done.stderr
+
+
 def test_the_first_failure_ends_it_and_names_the_stage(tmp_path: Path) -> None:
     done = rlhf(tmp_path, *QUICK, "+pipeline.stages.base.set.optimizer.lr=-1", code=2)
     assert "optimizer: Invalid learning rate: -1" in done.stderr

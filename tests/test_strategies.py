@@ -34,6 +34,16 @@ STAGES = {
     "grpo": ["grpo.max_new_tokens=6", "grpo.samples=2", "adapter=lora"],
 }
 ONLINE = ("ppo", "rloo", "grpo")
+BROKEN = """
+import os, time
+from pathlib import Path
+
+def broken(prompts, *rest):
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return [0.0] * len(prompts)
+    Path("broke").write_text(str(time.time()))
+    raise ValueError("rank 1 broke")
+"""
 REWARD = "def length(prompts, responses, metadata):\n    return [float(len(r) % 5) for r in responses]\n"
 
 
@@ -151,15 +161,10 @@ def test_resume_on_as_many_ranks_is_exact_and_on_others_is_not(strategy: str, fo
 
 
 def test_a_rank_that_fails_ends_the_run(folder: Path) -> None:
-    code = "import os\ndef broken(prompts, *rest):\n    assert os.environ.get('LOCAL_RANK', '0') == '0', 'rank 1 broke'\n    return [0.0] * len(prompts)\n"
-    (folder / "rewards2.py").write_text(code)
-    arguments = [
-        "stage=ppo",
-        f"init_from={start(folder)}",
-        "data.train=pairs.jsonl",
-        "name=broken",
-    ]
+    (folder / "rewards2.py").write_text(BROKEN)
+    arguments = ["stage=ppo", f"init_from={start(folder)}", "data.train=pairs.jsonl", "name=broken"]
     done = rlhf(folder, *arguments, "reward_from=rewards2:broken", *TWO, code=None)
+    assert time.time() - float((folder / "broke").read_text()) < 30
     assert "rank 1 broke" in done.stderr
     assert not os.path.exists(folder / "outputs" / "ppo" / "broken" / "model")
 

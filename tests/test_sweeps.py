@@ -193,3 +193,20 @@ def test_optuna_reads_two_objectives(rows: Path) -> None:
     assert len({row["optimizer.lr"] for row in found}) == 2
     best = (folder / "optimization_results.yaml").read_text()
     assert "multi-objective_optimization" in best or "solutions" in best
+
+
+@pytest.mark.slow
+def test_a_beta_sweep_measures_the_frontier(tmp_path: Path) -> None:
+    rlhf(tmp_path, "stage=sft", "data=world", "debug=fast", "name=start", *SMALL)
+    start = next((tmp_path / "outputs" / "sft" / "start").iterdir()) / "model"
+    given = ["debug=fast", "pipeline.stages.evaluate.set.evaluate.rows=4", "+pipeline.stages.dpo.set.dpo.beta=0.1,0.5"]
+    done = rlhf(tmp_path, "-m", "sweep=dpo_beta", f"init_from={start}", *given)
+    assert "2 trials, best by gold" in done.stdout
+    (table,) = (tmp_path / "outputs" / "sweeps").rglob("sweep.csv")
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert [row["pipeline.stages.dpo.set.dpo.beta"] for row in rows] == ["0.1", "0.5"]
+    assert all(float(row["kl"]) >= -1 and row["gold"] for row in rows)
+    parents = [json.loads((table.parent / n / "0_dpo/model/manifest.json").read_text())["parents"] for n in "01"]
+    assert [[parent["folder"] for parent in found] for found in parents] == [[str(start)], [str(start)]]
+    failed = rlhf(tmp_path, "-m", "sweep=dpo_beta", "debug=fast", "on_failed_trial=stop", code=2)
+    assert "init_from" in failed.stderr

@@ -11,7 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class Stop(Callback):
     """Ends training after the current batch on SIGTERM or Ctrl-C; the checkpoint callback then saves.
 
-    A validation under way is broken off, and none is begun: a scheduler that asks a process to end does not wait long.
+    A validation or prediction under way is broken off, and none is begun: a scheduler that asks a process to end does
+    not wait long.
     """
 
     def __init__(self) -> None:
@@ -26,6 +27,8 @@ class Stop(Callback):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, note)
 
+    on_predict_start = on_train_start
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -35,10 +38,18 @@ class Stop(Callback):
             trainer.limit_val_batches = 0
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if self.asked(trainer):
             raise KeyboardInterrupt
+
+    on_predict_batch_end = on_validation_batch_end
 
     def asked(self, trainer: Trainer) -> bool:
         """Return whether any rank was asked to end: only some get the signal, and they must end together."""

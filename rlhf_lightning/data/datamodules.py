@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from rlhf_lightning.data import records
-from rlhf_lightning.data.groups import Group, GroupBatch, Layout, pack
-from rlhf_lightning.data.planning import MicroBatch, PlannedLoader, StepPlan, token_budget
-from rlhf_lightning.data.sources import Source, read_source
-from rlhf_lightning.data.template import Template
-from rlhf_lightning.data.tokenize import TokenizedRows, tokenize
+from rlhf_lightning.data.base import RowData
+from rlhf_lightning.data.groups import Group, GroupBatch
+from rlhf_lightning.data.planning import MicroBatch
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.launch import data_ranks
-from rlhf_lightning.ops.seeding import generator
-
-CACHE = Path.home() / ".cache" / "rlhf_lightning"
 
 
 @dataclass
@@ -40,188 +30,7 @@ class PromptBatch:
         return replace(self, ptx=self.ptx.to(device, **kwargs)) if self.ptx is not None else self
 
 
-class _Batches(Dataset[Any]):
-    """Turns a planned microbatch into what `collate` makes of its rows."""
-
-    def __init__(self, collate: Callable[[MicroBatch], Any]) -> None:
-        self.collate = collate
-
-    def __getitem__(self, micro: MicroBatch) -> Any:
-        return self.collate(micro)
-
-
-class _Rows(LightningDataModule):
-    """What the three data modules share: reading, tokenizing once, planning whole optimizer steps.
-
-    Args:
-        tokenizer: a Hugging Face fast tokenizer.
-        train, val: a file, folder, hub name, list of rows, or "world" for the built-in world; `val=None` is no
-            validation.
-        batch_size: rows an optimizer step, over all ranks and accumulated microbatches.
-        max_length: longest prompt plus response in tokens.
-        row_tokens: token budget of a packed row.
-        seed: decides the order of rows.
-        template: "auto" (the tokenizer's chat template), "chatml", "human_assistant" or "plain".
-        turns: learn the "last" assistant turn or "all" of them.
-        on_bad_row: "error" stops at a bad row, "skip" counts it.
-        train_rows, val_rows: read only the first rows.
-        workers: processes that prepare batches.
-        cache_dir: where tokenized rows are kept, by content hash.
-        world: options of the built-in world, see docs/world.md.
-        accumulate: microbatches a step on each rank; must equal the Trainer's `accumulate_grad_batches`.
-    """
-
-    kind = ""
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        train: Any,
-        val: Any = None,
-        *,
-        batch_size: int = 8,
-        max_length: int = 1024,
-        row_tokens: int = 1024,
-        seed: int = 0,
-        template: str = "auto",
-        turns: str = "last",
-        on_bad_row: str = "error",
-        train_rows: int | None = None,
-        val_rows: int | None = None,
-        workers: int = 0,
-        cache_dir: str | Path = CACHE,
-        world: dict[str, Any] | None = None,
-        accumulate: int = 1,
-    ) -> None:
-        super().__init__()
-        for name, value in (("batch_size", batch_size), ("max_length", max_length), ("row_tokens", row_tokens)):
-            if not isinstance(value, int):
-                raise UserError(f"data.{name}={value} is not a whole number")
-        if batch_size < 1 or max_length < 2 or row_tokens < 1 or accumulate < 1:
-            raise UserError(
-                f"data.batch_size={batch_size}, data.max_length={max_length}, data.row_tokens={row_tokens} and "
-                f"accumulate={accumulate} must be positive"
-            )
-        if on_bad_row not in ("error", "skip"):
-            raise UserError(f"data.on_bad_row={on_bad_row!r} is not one of: error, skip")
-        self.tokenizer = tokenizer
-        self.sources = {"train": train, "val": val}
-        self.limits = {"train": train_rows, "val": val_rows}
-        self.batch_size, self.max_length, self.row_tokens = batch_size, max_length, row_tokens
-        self.seed, self.turns, self.on_bad_row = seed, turns, on_bad_row
-        self.workers, self.cache_dir, self.accumulate = workers, Path(cache_dir), accumulate
-        self.world = dict(world or {})
-        self.template = Template(tokenizer, template)
-        self.layout: Layout = "packed"  # the module sets "padded" for a decoder that cannot take packed groups
-        self.rows: dict[str, TokenizedRows] = {}
-        self.references: dict[str, np.ndarray] = {}
-
-    def limit_length(self, context: int | None) -> None:
-        """Cut prompt plus response at the tokens the model can read at all."""
-        self.max_length = min(self.max_length, context or self.max_length)
-
-    def raw_rows(self, split: str) -> Source:
-        """Return the untokenized rows of "train" or "val"."""
-        return read_source(self.sources[split], split, self.limits[split], self.kind, {"seed": self.seed} | self.world)
-
-    def setup(self, stage: str = "fit") -> None:
-        """Read and tokenize each split once; later starts open the cache."""
-        if self.trainer is not None and self.sources["val"] is None:
-            self.trainer.limit_val_batches = 0  # nothing to validate on
-        for split, source in self.sources.items():
-            if source is not None and split not in self.rows:
-                self.rows[split] = tokenize(
-                    self.raw_rows(split),
-                    self.to_group,
-                    cache_dir=self.cache_dir,
-                    parts=self.cache_key(),
-                    on_bad_row=self.on_bad_row,
-                    keep_raw=self.kind == "prompts",
-                )
-
-    def to_group(self, row: dict[str, Any]) -> Group:
-        """Return the group of a raw row, or raise a `RowError`."""
-        raise NotImplementedError
-
-    def cache_key(self) -> list[Any]:
-        """Everything besides the rows that decides their tokens."""
-        return [type(self).__name__, self.template.key, self.max_length, self.turns]
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of one pass over the training rows."""
-        return self._plan().steps
-
-    def _plan(self) -> StepPlan:
-        world, rank = self._ranks()
-        rows = self.rows["train"]
-        return StepPlan(rows.tokens, rows.counted, self.batch_size, self.accumulate, world, rank, seed=self.seed)
-
-    def _ranks(self) -> tuple[int, int]:
-        return data_ranks(self.trainer) if self.trainer else (1, 0)
-
-    def train_dataloader(self) -> PlannedLoader:
-        """Return the resumable loader of this rank."""
-        plan = self._plan()
-        if plan.batch_size < plan.parts:
-            raise UserError(
-                f"data.batch_size={plan.batch_size} rows cannot fill {plan.parts} microbatches a step "
-                f"(trainer.accumulate_grad_batches={self.accumulate} on {plan.parts // self.accumulate} devices)"
-            )
-        if not plan.steps:
-            raise UserError(
-                f"data.train has {len(self.rows['train'])} rows, fewer than {plan.parts} microbatches a step"
-            )
-        return PlannedLoader(_Batches(lambda micro: self.collate("train", micro)), plan, self.workers)
-
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return this rank's validation batches, in a fixed order, each within a token budget."""
-        if "val" not in self.rows:
-            return []
-        world, rank = self._ranks()
-        batches = token_budget(self.rows["val"].tokens, 4 * self.row_tokens)
-        batches += [batches[-1]] * (-len(batches) % world)  # every rank the same number
-        micros = [MicroBatch(tuple(batch), None, None, step=0) for batch in batches[rank::world]]
-        listed = _Listed(micros, lambda micro: self.collate("val", micro))
-        return DataLoader(listed, batch_size=None, generator=generator("loader"))
-
-    def group(self, split: str, row: int) -> Group:
-        """Return row `row` with its cached reference log-probabilities, where there are any."""
-        group = self.rows[split][row]
-        if split in self.references:
-            return replace(group, ref_logprobs=self.references[split][row][: len(group.responses)].tolist())
-        return group
-
-    def where(self, split: str, rows: Sequence[int]) -> str:
-        """Return where `rows` come from, for a message."""
-        source = self.sources[split] if isinstance(self.sources[split], str) else f"data.{split}"
-        return f"{source}, " + ", ".join(self.rows[split].where(row) for row in rows)
-
-    def set_reference(self, split: str, logprobs: np.ndarray) -> None:
-        """Attach reference log-probabilities (rows, K) to the groups of `split`."""
-        self.references[split] = logprobs
-
-    def collate(self, split: str, micro: MicroBatch) -> Any:
-        """Return the packed batch of a planned microbatch."""
-        groups = [self.group(split, row) for row in micro.rows]
-        return pack(groups, self.row_tokens, 0, self.layout, micro.per_token, micro.per_group)
-
-
-class _Listed(_Batches):
-    """A sized list of planned batches."""
-
-    def __init__(self, micros: Sequence[MicroBatch], collate: Callable[[MicroBatch], Any]) -> None:
-        super().__init__(collate)
-        self.micros = micros
-
-    def __len__(self) -> int:
-        return len(self.micros)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.collate(self.micros[index])
-
-
-class DemonstrationData(_Rows):
+class DemonstrationData(RowData):
     """Demonstrations for SFT: one response a prompt; preference rows give their chosen response."""
 
     kind = "demonstrations"
@@ -234,7 +43,7 @@ class DemonstrationData(_Rows):
         return Group(prompt, [response[:room]], [counted[:room]])
 
 
-class PreferenceData(_Rows):
+class PreferenceData(RowData):
     """Preferences for reward models and DPO: chosen and rejected, or a ranking of K responses."""
 
     kind = "preferences"
@@ -250,13 +59,14 @@ class PreferenceData(_Rows):
         return Group(prompt, responses, ranks=record.ranks, margin=record.margin, label=record.label)
 
 
-class PromptData(_Rows):
+class PromptData(RowData):
     """Prompts for PPO, RLOO, GRPO and evaluation; `ptx` names demonstrations for the pretraining-mix loss."""
 
     kind = "prompts"
 
     def __init__(self, *args: Any, ptx: Any = None, ptx_batch_size: int = 8, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.answered: set[int] = set()  # rows that `predict_dataloader` leaves out
         self.ptx: DemonstrationData | None = None
         if ptx is not None:
             self.ptx = DemonstrationData(
@@ -274,6 +84,16 @@ class PromptData(_Rows):
         super().setup(stage)
         if self.ptx is not None:
             self.ptx.setup(stage)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return this rank's batches of the training prompts, in order; the last may be empty, so all have as many."""
+        if self.windows is not None:
+            raise UserError("data.window is for training; candidates are written as they come, from any number of rows")
+        world, rank = self._ranks()
+        left = [row for row in range(len(self.rows["train"])) if row not in self.answered]
+        parts = [tuple(left[i : i + self.batch_size]) for i in range(0, len(left), self.batch_size)]
+        parts += [()] * (-len(parts) % world)
+        return self._listed("train", parts[rank::world])
 
     def to_group(self, row: dict[str, Any]) -> Group:
         record = records.prompt(row)

@@ -40,6 +40,7 @@ def read_source(
     kind: str = "prompts",
     world: Row | None = None,
     name: str | None = None,
+    stream: bool = False,
 ) -> Source:
     """Return the rows of `source`.
 
@@ -50,6 +51,8 @@ def read_source(
         kind: what the built-in world should make: demonstrations, preferences or prompts.
         world: options of the built-in world.
         name: the key of the configuration it comes from, for messages; `split` when None.
+        stream: read nothing before the rows are asked for: a file's content key is its name, size and time, and a hub
+            data set is not downloaded.
 
     Raises:
         UserError: when the source does not exist or is empty.
@@ -61,14 +64,14 @@ def read_source(
         return _world(kind, split, limit, dict(world or {}))
     path = Path(str(source)).expanduser()
     if path.is_dir():
-        return _limited(_folder(path, split), limit)
+        return _limited(_folder(path, split, stream), limit)
     if path.is_file():
-        return _limited(_file(path), limit)
+        return _limited(_file(path, stream), limit)
     if str(source).endswith(FORMATS) or str(source).startswith((".", "/", "~")):
         where = path.parent if path.parent.is_dir() else Path(".")
         hint = nearest(path.name, (p.name for p in where.iterdir()))
         raise UserError(f"data.{name or split}: there is no file {path}.{hint}")
-    return _limited(_hub(str(source), split), limit)
+    return _limited(_hub(str(source), split, stream), limit)
 
 
 def _limited(source: Source, limit: int | None) -> Source:
@@ -87,11 +90,12 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _file(path: Path) -> Source:
+def _file(path: Path, stream: bool) -> Source:
     if not str(path).endswith(FORMATS):
         raise UserError(f"{path}: unknown format; use one of {', '.join(FORMATS)}")
-    digest = hashlib.sha256()
-    _add_file(digest, path)
+    digest = hashlib.sha256(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}".encode() if stream else b"")
+    if not stream:
+        _add_file(digest, path)
     return Source(str(path), digest.hexdigest(), lambda: _numbered(_read(path)), lambda: _count(path))
 
 
@@ -152,7 +156,7 @@ def _json_lines(path: Path, text: io.TextIOWrapper) -> Iterator[Row]:
             raise UserError(f"{path}, row {number}: not JSON ({error.msg} at column {error.colno})") from error
 
 
-def _folder(path: Path, split: str) -> Source:
+def _folder(path: Path, split: str, stream: bool) -> Source:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         import datasets
 
@@ -169,7 +173,7 @@ def _folder(path: Path, split: str) -> Source:
         kinds = f"{', '.join(FORMATS)} file for {split}"
         held = f"; it holds {', '.join(p.name for p in files[:5])}" if files else ""
         raise UserError(f"data.{split}: the folder {path} holds no {kinds}{held}")
-    parts = [_file(p) for p in chosen]
+    parts = [_file(p, stream) for p in chosen]
 
     def rows() -> Iterator[tuple[str, Row]]:
         for part in parts:
@@ -201,11 +205,11 @@ def _add_file(digest: Any, path: Path) -> None:
             digest.update(block)
 
 
-def _hub(name: str, split: str) -> Source:
+def _hub(name: str, split: str, stream: bool) -> Source:
     import datasets
 
     try:
-        found = _pick(datasets.load_dataset(name), split, name)
+        found = _pick(datasets.load_dataset(name, streaming=stream), split, name)
     except UserError:
         raise
     except Exception as error:  # datasets raises a dozen types for "not reachable" and "not there"
@@ -213,6 +217,8 @@ def _hub(name: str, split: str) -> Source:
         raise UserError(
             f"data.{split}={name} is neither a file nor a folder here, and the hub did not give it: {reason}"
         ) from error
+    if stream:
+        return Source(name, _digest(f"{name}:{split}".encode()), lambda: _numbered(found), lambda: None)
     return Source(name, _content(found, split), lambda: _numbered(found), lambda: len(found))
 
 
@@ -230,3 +236,12 @@ def _world(kind: str, split: str, limit: int | None, options: Row) -> Source:
         lambda: _numbered(world.rows(kind, size, seed=seed, split=split, **options)),
         lambda: size,
     )
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """Yield every text inside a row, without what is no character; a row that holds such is refused later, by name."""
+    if isinstance(value, str):
+        yield value.encode(errors="ignore").decode()
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from texts_of(inner)

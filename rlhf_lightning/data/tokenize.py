@@ -47,19 +47,22 @@ Encoded = tuple[int, list[tuple[str, str]], dict[str, np.ndarray]]
 
 
 class TokenizedRows:
-    """Groups of a data set on disk; `tokens` and `counted` (rows,) are in memory for the planner.
+    """Groups of a data set, on disk or of one window; `tokens` and `counted` (rows,) are in memory for the planner.
 
-    `skipped` counts the rows left out, by reason.
+    `skipped` counts the rows left out, by reason; `key` names the content.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        held = {name: _mapped(path / name, kind) for name, kind in COLUMNS.items()}
-        self._rows, self._ids, self._flags = held["rows"], held["ids"], held["counted"]
-        self._responses, self._text = held["responses"], held["text"]
+    def __init__(self, columns: dict[str, np.ndarray], skipped: dict[str, int], key: str) -> None:
+        self.key, self.skipped = key, skipped
+        self._rows, self._ids, self._flags, self._responses, self._text = (columns[name] for name in COLUMNS)
         self.tokens: np.ndarray = self._rows["tokens"].astype(np.int64)
         self.counted: np.ndarray = self._rows["counted_tokens"].astype(np.int64)
-        self.skipped: dict[str, int] = json.loads((path / "skipped.json").read_text())
+
+    @classmethod
+    def open(cls, path: Path) -> TokenizedRows:
+        """Map the files of a folder of the cache."""
+        columns = {name: _mapped(path / name, kind) for name, kind in COLUMNS.items()}
+        return cls(columns, json.loads((path / "skipped.json").read_text()), path.stem)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -133,7 +136,7 @@ def tokenize(
     path = Path(cache_dir) / "tokens" / hashlib.sha256(text.encode()).hexdigest()[:32]
     if not path.is_dir():
         _write(path, source, to_group, on_bad_row, keep_raw)
-    rows = TokenizedRows(path)
+    rows = TokenizedRows.open(path)
     if not len(rows):
         shutil.rmtree(path)
         reasons = "; ".join(f"{count} rows: {reason}" for reason, count in rows.skipped.items())
@@ -179,7 +182,7 @@ def _encoded(source: Source, to_group: ToGroup, keep_raw: bool, total: int | Non
     chunks = iter(lambda: list(islice(rows, CHUNK)), [])
     workers = min(os.cpu_count() or 1, 16)
     if workers == 1 or (total or 0) < PARALLEL_ROWS:
-        yield from (_encode(to_group, keep_raw, chunk) for chunk in chunks)
+        yield from (encode(to_group, keep_raw, chunk) for chunk in chunks)
         return
     global _inherited
     _inherited = (to_group, keep_raw)  # forked children inherit it; a tokenizer need not be pickled
@@ -197,10 +200,11 @@ _inherited: tuple[ToGroup, bool]
 
 
 def _encode_inherited(chunk: list[tuple[str, Row]]) -> Encoded:
-    return _encode(*_inherited, chunk)
+    return encode(*_inherited, chunk)
 
 
-def _encode(to_group: ToGroup, keep_raw: bool, chunk: list[tuple[str, Row]]) -> Encoded:
+def encode(to_group: ToGroup, keep_raw: bool, chunk: list[tuple[str, Row]]) -> Encoded:
+    """Return what became of the (where, row) of `chunk`."""
     held: dict[str, Any] = {name: bytearray() if name == "text" else [] for name in COLUMNS}
     bad: list[tuple[str, str]] = []
     for where, row in chunk:

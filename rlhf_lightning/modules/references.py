@@ -13,6 +13,7 @@ from rich.progress import track
 
 from rlhf_lightning.data.groups import pack
 from rlhf_lightning.data.planning import token_budget
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.models.reference import Frozen
 from rlhf_lightning.ops.logprobs import sequence_sum
@@ -20,9 +21,11 @@ from rlhf_lightning.ops.logprobs import sequence_sum
 
 def attach_references(reference: Frozen[CompletionModel], data: Any) -> None:
     """Give every split of the data module `data` the log-probabilities (rows, K) of its responses."""
+    if data.window is not None:
+        raise UserError("dpo.reference=cached needs all rows at once, data.window reads them in parts; use online")
     weights = _weights_hash(reference.model)
     for split, rows in data.rows.items():
-        path = Path(data.cache_dir) / "reference" / f"{weights[:16]}-{rows.path.stem}.npy"
+        path = Path(data.cache_dir) / "reference" / f"{weights[:16]}-{rows.key}.npy"
         if not path.is_file():
             _write(path, _compute(reference, data, split))
         data.set_reference(split, np.load(path, allow_pickle=False))
