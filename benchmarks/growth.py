@@ -33,9 +33,9 @@ SIZES = {  # hidden size, layers, heads; a vocabulary of 8,192
 }  # fmt: skip
 AXES = {
     "context": ("tokens of one demonstration", True),
-    "responses": ("responses K of one prompt of 256 tokens, 64 tokens each", False),
-    "share": ("share of the prompt in a pair of 512 tokens", False),
-    "size": ("parameters of the model in millions, 1,024 tokens", True),
+    "responses": ("responses K, 64 tokens each,\nof one prompt of 256 tokens", False),
+    "share": ("share of the prompt\nin two pairs of 512 tokens", False),
+    "size": ("parameters in millions,\n1,024 tokens", True),
 }
 
 
@@ -168,6 +168,7 @@ def draw(found: list[dict[str, Any]], picture: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     figure, axes = plt.subplots(2, len(AXES), figsize=(4 * len(AXES), 6), constrained_layout=True)
     colours = {"packed": "tab:blue", "padded": "tab:orange"}
@@ -186,6 +187,10 @@ def draw(found: list[dict[str, Any]], picture: Path) -> None:
             if logarithmic:
                 axis.set_xscale("log", base=2 if column == 0 else 10)
                 axis.set_yscale("log")
+                for part in (axis.xaxis, axis.yaxis):
+                    part.set_major_formatter("{x:g}")
+                axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+                axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             else:
                 axis.set_ylim(bottom=0)
     if axes[0, 1].lines:

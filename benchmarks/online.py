@@ -35,15 +35,14 @@ from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer, res
 from rlhf_lightning.ops.advantages import grpo, rloo
 
 # kind of trainer, prompts and samples an iteration, and the critic on our side; TRL's is always a model of its own.
-# With the logits of sixteen whole rows its PPO and our process take more than 24 GB: it gets four rows at a time
-PARTS = {
-    "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "local_rollout_forward_batch_size": 4,
-}  # fmt: skip
+# Both sides train the two models of PPO in parts of about four responses, or they take more than 24 GB together
+PARTS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+PPO = {"kind": "ppo", "prompts": 16, "samples": 1, "micro": 1024, "theirs": PARTS}
 WORKLOADS: dict[str, dict[str, Any]] = {
     "grpo": {"kind": "grpo", "prompts": 4, "samples": 4, "critic": None},
     "rloo": {"kind": "rloo", "prompts": 4, "samples": 4, "critic": None},
-    "ppo": {"kind": "ppo", "prompts": 16, "samples": 1, "critic": "model", "theirs": PARTS},
-    "ppo-value-head": {"kind": "ppo", "prompts": 16, "samples": 1, "critic": "value_head", "theirs": PARTS},
+    "ppo": PPO | {"critic": "model"},
+    "ppo-value-head": PPO | {"critic": "value_head"},
 }
 SETTINGS = {"default": {}, "no checkpointing": {"gradient_checkpointing": False}}
 PROGRAM = "side_online.py"
@@ -113,9 +112,14 @@ def check(workload: dict[str, Any], steps: list[list[dict[str, Any]]], tolerance
     return expected
 
 
-def apart(steps: list[list[dict[str, Any]]], name: str) -> float:
-    """Return how many standard errors the two sides' mean lengths or rewards are apart."""
-    a, b = ([value for step in found for value in step[name]] for found in steps)
+def apart(steps: list[list[dict[str, Any]]], name: str, shorter_than: float = math.inf) -> float:
+    """Return how many standard errors the sides' mean lengths or rewards are apart, over responses of some length."""
+    a, b = (
+        [value for step in found for value, n in zip(step[name], step["lengths"], strict=True) if n < shorter_than]
+        for found in steps
+    )
+    if min(len(a), len(b)) < 2:
+        return 0.0
     error = math.sqrt(statistics.variance(a) / len(a) + statistics.variance(b) / len(b))
     gap = abs(statistics.mean(a) - statistics.mean(b))
     return gap / error if error else (0.0 if gap == 0 else math.inf)
@@ -130,7 +134,7 @@ def compare(name: str, setting: str, length: str, options: argparse.Namespace, c
     files = write_prompts(options, workload["prompts"], cache)
     spec = workload | {
         "model": options.model, "new_tokens": options.new_tokens, "beta": 0.05, "lr": 1e-6, "cache": cache,
-        "fixed": LENGTHS[length], "micro": options.microbatch_tokens,
+        "fixed": LENGTHS[length], "micro": workload.get("micro", options.microbatch_tokens),
         "options": SETTINGS[setting] | workload.get("theirs", {}),
         "pad_id": load_tokenizer(options.model).pad_token_id,
     }  # fmt: skip
@@ -151,7 +155,9 @@ def compare(name: str, setting: str, length: str, options: argparse.Namespace, c
                 bar.advance(task)
             expected = check(workload, steps, options.tolerance) or expected
     peaks = [side.ask("end")["peak_gb"] for side in sides]
-    gaps = {kind: apart(steps, kind) for kind in ("lengths", "rewards")}
+    # a response that was cut off is read without an EOS by TRL's PPO and with one here, as the reward model learned it
+    read_alike = options.new_tokens if spec["kind"] == "ppo" else math.inf
+    gaps = {"lengths": apart(steps, "lengths"), "rewards": apart(steps, "rewards", read_alike)}
     if max(gaps.values()) > 4:
         raise SystemExit(f"{name}: the sides sample differently, by {gaps} standard errors")
     result = {"workload": name, "trl": setting, "length": length, "peaks_gb": peaks, "gaps": gaps}
@@ -217,7 +223,7 @@ def main() -> None:
     parser.add_argument("--ppo-python", help="interpreter of an environment with trl 1.12.0")
     parser.add_argument("--max-prompt", type=int, default=256, help="leave out longer prompts")
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--microbatch-tokens", type=int, default=4096, help="ppo.microbatch_tokens of our side")
+    parser.add_argument("--microbatch-tokens", type=int, default=4096, help="of our side, except in PPO")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--tolerance", type=float, default=1e-3, help="of the first KL and loss")
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=SETTINGS, help="of TRL")

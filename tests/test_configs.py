@@ -121,6 +121,7 @@ ABOVE = {
     "modules": ["callbacks", "evaluation", "run", "pipeline", "config"],
     "callbacks": ["evaluation", "run", "pipeline", "config"],
     "evaluation": ["run", "pipeline"],
+    "preferences": ["run", "pipeline", "config"],
 }
 
 
