@@ -39,8 +39,9 @@ def run_pipeline(cfg: DictConfig) -> None:
         folder = run / f"{number}_{name}"
         overrides = stage_overrides(stage, folders, {"root": cfg.data_root, "init_from": cfg.init_from})
         starts = "init_from" in (stage.get("set") or {})  # a stage that starts from another is not asked to start anew
-        overrides += [o for o in given if not (starts and o.startswith("init_from="))]
-        parents = {k: v for k, v in folders.items() if f"{{{k}}}" in json.dumps(stage)}
+        overrides += [o for o in given if not (starts and o.lstrip("+").startswith("init_from="))]
+        known = folders | ({"init_from": cfg.init_from} if cfg.init_from else {})
+        parents = {k: v for k, v in known.items() if f"{{{k}}}" in json.dumps(stage)}
         weights = {k: artifacts.parent_entry(k, v)["weights"] for k, v in parents.items()}
         digest = artifacts.fingerprint([overrides, weights, data_keys(overrides)])
         if is_done(folder, digest):

@@ -51,7 +51,7 @@ def run_stage(cfg: DictConfig) -> float | None:
     start = starting_point(cfg)
     if cfg.max_steps == 0 or cfg.seed < 0:
         raise UserError(f"max_steps={cfg.max_steps} must not be 0, seed={cfg.seed} not negative")
-    if cfg.data.get("window") and cfg.max_steps < 0 and cfg.stage not in ("evaluate", "audit"):
+    if cfg.data.get("window") and cfg.max_steps < 0 and cfg.stage not in ("evaluate", "audit", "candidates"):
         raise UserError("data.window reads rows without end: say how long the run is, with max_steps=<updates>")
     identity = {
         "config": config.identity(cfg),

@@ -61,7 +61,7 @@ def run_trial(cfg: DictConfig) -> float | list[float] | None:
 
     write()
     try:
-        code = run_child(folder, overrides, shared_machine(cfg, hydra))
+        code = run_child(folder, overrides, shared_machine(cfg, hydra) | {"RLHF_TRIAL": str(hydra.job.num)})
     except KeyboardInterrupt:
         write(status="interrupted")
         raise
@@ -83,7 +83,8 @@ def run_trial(cfg: DictConfig) -> float | list[float] | None:
 
 def read_metrics(folder: Path) -> dict[str, Any] | None:
     """Return the metrics of a stage, or those of the last stage of a pipeline."""
-    stages = sorted(folder.glob("[0-9]*_*/metrics.json"), key=lambda path: int(path.parent.name.partition("_")[0]))
+    found = [path for path in folder.glob("[0-9]*_*/metrics.json") if ".old-" not in path.parent.name]
+    stages = sorted(found, key=lambda path: int(path.parent.name.partition("_")[0]))
     return artifacts.read_json(folder / "metrics.json" if not stages else stages[-1])
 
 
@@ -177,6 +178,7 @@ def summarize(folder: Path, trials: list[Trial]) -> None:
         link.symlink_to(best.folder.name, target_is_directory=True)
         os.replace(link, folder / "best")
         draw(folder / "sweep.png", trials, swept_keys(trials))
+        fill_hparams_tab(folder, trials, swept_keys(trials))
     keys = swept_keys(trials)
     objectives = list(dict.fromkeys(name for trial in trials for name in trial.objectives))
     table = Table(title=f"{len(trials)} trials, best by {objectives[0]}" if objectives else f"{len(trials)} trials")
@@ -196,6 +198,44 @@ def summarize(folder: Path, trials: list[Trial]) -> None:
         console.print(f"plot        {folder / 'sweep.png'}", soft_wrap=True)
         console.print(f"best        {folder / 'best'} -> trial {best.number}", soft_wrap=True)
     console.print(f"tensorboard --logdir {folder}", soft_wrap=True)
+
+
+def fill_hparams_tab(folder: Path, trials: list[Trial], keys: list[str]) -> None:
+    """Make the columns of TensorBoard's HParams tab in `folder` what was swept and what each trial is judged by.
+
+    Without a record of the sweep the tab would show the first keys of the alphabet, and nothing of a pipeline's end.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+
+    def writer(place: Path) -> SummaryWriter:
+        for old in place.glob("*.sweep"):
+            old.unlink()
+        return SummaryWriter(str(place), filename_suffix=".sweep")
+
+    columns, texts = {}, {}
+    for key in keys:
+        values = sorted({trial.overrides[key] for trial in trials if key in trial.overrides})
+        name = key.rpartition(".set.")[2]
+        columns[name] = 0.0 if all(map(is_number, values)) else values[0]
+        texts |= {} if columns[name] == 0.0 else {name: values}
+    metrics = dict.fromkeys((f"sweep/{name}" for trial in trials for name in trial.objectives), 0.0)
+    with writer(folder) as events:
+        events._get_file_writer().add_summary(hparams(columns, metrics, texts)[0])
+    for trial in trials:
+        for place in [*trial.folder.glob("tensorboard"), *trial.folder.glob("*/tensorboard")]:
+            with writer(place) as events:
+                for name, value in trial.objectives.items():
+                    events.add_scalar(f"sweep/{name}", value)
+
+
+def is_number(text: str) -> bool:
+    """Return whether a swept value is a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def draw(picture: Path, trials: list[Trial], keys: list[str]) -> None:
@@ -218,10 +258,7 @@ def draw(picture: Path, trials: list[Trial], keys: list[str]) -> None:
             draw_frontier(axis, done, keys, *pairs[0])
             continue
         values = [trial.overrides.get(key, str(trial.number)) for trial in done]
-        try:
-            places: list[Any] = [float(value) for value in values]
-        except ValueError:
-            places = values
+        places: list[Any] = [float(value) for value in values] if all(map(is_number, values)) else values
         points = sorted(zip(places, (trial.objectives.get(metric, math.nan) for trial in done), strict=True))
         axis.plot(*zip(*points, strict=True), "o-" if len(keys) == 1 else "o")
         axis.set(xlabel=key, ylabel=metric)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 from rlhf_lightning import sweeps
 from rlhf_lightning.__main__ import sweep_id
@@ -195,6 +197,16 @@ def test_optuna_reads_two_objectives(rows: Path) -> None:
     assert "multi-objective_optimization" in best or "solutions" in best
 
 
+def records(folder: Path) -> dict[str, Any]:
+    """Return what the HParams tab reads in a folder: its records and the last values of scalars, by tag."""
+    events = EventAccumulator(str(folder)).Reload()
+    found: dict[str, Any] = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+    for tag, metadata in events.summary_metadata.items():
+        if tag.startswith("_hparams_"):
+            found[tag] = plugin_data_pb2.HParamsPluginData.FromString(metadata.plugin_data.content)
+    return found
+
+
 @pytest.mark.slow
 def test_a_beta_sweep_measures_the_frontier(tmp_path: Path) -> None:
     rlhf(tmp_path, "stage=sft", "data=world", "debug=fast", "name=start", *SMALL)
@@ -206,6 +218,14 @@ def test_a_beta_sweep_measures_the_frontier(tmp_path: Path) -> None:
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert [row["pipeline.stages.dpo.set.dpo.beta"] for row in rows] == ["0.1", "0.5"]
     assert all(float(row["kl"]) >= -1 and row["gold"] for row in rows)
+    tab = records(table.parent)["_hparams_/experiment"].experiment
+    assert [info.name for info in tab.hparam_infos] == ["dpo.beta"]
+    assert [info.name.tag for info in tab.metric_infos] == ["sweep/gold", "sweep/kl"]
+    for row in rows:
+        found = records(table.parent / row["trial"] / "0_dpo" / "tensorboard")
+        assert found["_hparams_/session_start_info"].session_start_info.hparams["dpo.beta"].number_value > 0
+        assert "_hparams_/experiment" not in found
+        assert found["sweep/kl"] == pytest.approx(float(row["kl"]))
     parents = [json.loads((table.parent / n / "0_dpo/model/manifest.json").read_text())["parents"] for n in "01"]
     assert [[parent["folder"] for parent in found] for found in parents] == [[str(start)], [str(start)]]
     failed = rlhf(tmp_path, "-m", "sweep=dpo_beta", "debug=fast", "on_failed_trial=stop", code=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard.summary import hparams as summaries
 
 from rlhf_lightning.artifacts import write_jsonl
 from rlhf_lightning.data.groups import Group, pack
@@ -44,7 +46,8 @@ def judged_by(monitor: str, metrics: Mapping[str, Any]) -> str | None:
 def write_hparams(trainer: Trainer, hparams: dict[str, Any], metric: str | None, value: float) -> None:
     """Fill the HParams tab with a run's hyperparameters and its final metric.
 
-    TensorBoard lists only metrics that are in the first record, so the record is written once, at the end.
+    TensorBoard takes its columns from the first experiment record it finds and only lists metrics that are in it, so it
+    is written once, at the end, and by a trial of a sweep not at all: that record is the sweep's.
 
     Args:
         hparams: flat dict; what is not a primitive is written as text.
@@ -54,7 +57,11 @@ def write_hparams(trainer: Trainer, hparams: dict[str, Any], metric: str | None,
     if writer is None or metric is None:
         return
     kept = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in hparams.items()}
-    writer.add_hparams(kept, {f"hparams/{metric}": value}, run_name=".", global_step=trainer.global_step)
+    experiment, *session = summaries(kept, {f"hparams/{metric}": value})
+    for record in session if "RLHF_TRIAL" in os.environ else (experiment, *session):
+        writer._get_file_writer().add_summary(record)
+    writer.add_scalar(f"hparams/{metric}", value, trainer.global_step)
+    writer.flush()
 
 
 class Samples(Callback):

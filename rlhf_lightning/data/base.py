@@ -177,7 +177,7 @@ class RowData(LightningDataModule):
                 f"data.train has {len(self.rows['train'])} rows, fewer than {plan.parts} microbatches a step"
             )
         if self.windows is not None:
-            batches = self.steps_per_epoch * self.accumulate
+            batches = (self.steps_per_epoch + 1) * self.accumulate  # a run that reached its end can be made longer
             show, collate = partial(self.rows.__setitem__, "train"), partial(self.collate, "train")
             return WindowLoader(self.windows, self._plan, show, collate, batches)
         return PlannedLoader(_Batches(lambda micro: self.collate("train", micro)), plan, self.workers)

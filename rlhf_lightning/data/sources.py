@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,17 +209,26 @@ def _add_file(digest: Any, path: Path) -> None:
 def _hub(name: str, split: str, stream: bool) -> Source:
     import datasets
 
-    try:
+    @contextmanager
+    def readable() -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # datasets raises a dozen types for "not reachable" and "not there"
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise UserError(
+                f"data.{split}={name} is neither a file nor a folder here, and the hub did not give it: {reason}"
+            ) from error
+
+    def streamed() -> Iterator[tuple[str, Row]]:
+        with readable():
+            yield from _numbered(found)
+
+    with readable():
         found = _pick(datasets.load_dataset(name, streaming=stream), split, name)
-    except UserError:
-        raise
-    except Exception as error:  # datasets raises a dozen types for "not reachable" and "not there"
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(
-            f"data.{split}={name} is neither a file nor a folder here, and the hub did not give it: {reason}"
-        ) from error
     if stream:
-        return Source(name, _digest(f"{name}:{split}".encode()), lambda: _numbered(found), lambda: None)
+        return Source(name, _digest(f"{name}:{split}".encode()), streamed, lambda: None)
     return Source(name, _content(found, split), lambda: _numbered(found), lambda: len(found))
 
 

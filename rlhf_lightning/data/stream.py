@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -81,7 +82,8 @@ class WindowLoader:
         batches: int,
     ) -> None:
         self.windows, self.plan, self.show, self.collate, self.batches = windows, plan, show, collate, batches
-        self.number = self.row = self.taken = 0  # windows before this one, rows of the pass before it, batches of it
+        self.number = self.steps = 0  # windows before this one, and their steps
+        self.row = self.taken = 0  # rows of the pass before this window, batches of it
 
     def __len__(self) -> int:
         return self.batches
@@ -94,13 +96,14 @@ class WindowLoader:
             plan.epoch, plan.start = self.number, self.taken
             for micro in plan:
                 self.taken += 1
-                yield self.collate(micro)
-            self.number, self.taken = self.number + 1, 0
+                yield self.collate(replace(micro, step=self.steps + micro.step - self.number * plan.steps))
+            self.number, self.steps, self.taken = self.number + 1, self.steps + plan.steps, 0
 
     def state_dict(self) -> dict[str, int]:
         """Return the window and the batches taken from it."""
-        return {"window": self.number, "row": self.row, "taken": self.taken}
+        return {"window": self.number, "steps": self.steps, "row": self.row, "taken": self.taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue after the batches that were taken before the checkpoint."""
-        self.number, self.row, self.taken = state["window"], state["row"], state["taken"]
+        self.number, self.steps = state["window"], state["steps"]
+        self.row, self.taken = state["row"], state["taken"]

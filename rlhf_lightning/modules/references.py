@@ -22,7 +22,7 @@ from rlhf_lightning.ops.logprobs import sequence_sum
 def attach_references(reference: Frozen[CompletionModel], data: Any) -> None:
     """Give every split of the data module `data` the log-probabilities (rows, K) of its responses."""
     if data.window is not None:
-        raise UserError("dpo.reference=cached needs all rows at once, data.window reads them in parts; use online")
+        raise UserError("dpo.reference=cached needs all rows at once, data.window reads them in parts; use live")
     weights = _weights_hash(reference.model)
     for split, rows in data.rows.items():
         path = Path(data.cache_dir) / "reference" / f"{weights[:16]}-{rows.key}.npy"

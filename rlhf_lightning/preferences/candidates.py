@@ -16,6 +16,8 @@ from rlhf_lightning.models.sharding import shared
 from rlhf_lightning.modules.base import StageModule
 from rlhf_lightning.modules.rewards import FolderReward, MeanReward, Reward, score
 
+OF_OTHERS = {"ranking", "scores", "margin", "label", "annotator"}  # columns that say something of other responses
+
 
 class Candidates(StageModule):
     """Answers every prompt and scores the answers; each prediction is a row that preference data can be read from.
@@ -62,7 +64,7 @@ class Candidates(StageModule):
 
     @torch.no_grad()
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Return a row for every prompt: `row` (its number), prompt, responses, and what is known of each response.
+        """Return for every prompt its number `row`, and as `value` prompt, responses and what is known of each.
 
         A better score has a lower number in `ranking`; a batch without prompts keeps another rank company.
         """
@@ -71,13 +73,15 @@ class Candidates(StageModule):
         scores = self.scored(batch, drawn) if self.reward is not None and any(counts) else None
         rows = []
         for number, (text, extra, found) in enumerate(zip(batch.prompts, batch.metadata, drawn, strict=True)):
-            row = {"row": batch.index[number], "prompt": extra.get("messages", text)}
-            row |= {name: value for name, value in extra.items() if name != "messages"} | found
+            value = {"prompt": extra.get("messages") or text}
+            value |= {name: held for name, held in extra.items() if name not in OF_OTHERS | {"messages"}} | found
             if scores is not None:
                 of_row = scores[sum(counts[:number]) :][: counts[number]]
-                better = sorted(set(of_row), reverse=True)
-                row |= {"scores": of_row, "ranking": [better.index(value) for value in of_row]}
-            rows.append(row)
+                texts = [response.strip() for response in found["responses"]]
+                fair = [of_row[texts.index(same)] for same in texts]  # rounding must not rank a text above itself
+                better = sorted(set(fair), reverse=True)
+                value |= {"scores": of_row, "ranking": [better.index(score) for score in fair]}
+            rows.append({"row": batch.index[number], "value": value})
         return rows
 
     def draw(self, batch: PromptBatch) -> list[dict[str, Any]]:
@@ -95,7 +99,12 @@ class Candidates(StageModule):
 
     def given(self, batch: PromptBatch) -> list[dict[str, Any]]:
         """Return the responses that the rows have: a list `responses`, or a pair, the chosen one first."""
-        return [{"responses": self.responses_of(row)} for row in batch.index]
+        drawn = [{"responses": self.responses_of(row)} for row in batch.index]
+        for found, extra in zip(drawn, batch.metadata, strict=True):
+            for name in ("finished", "tokens"):  # where an earlier run wrote them
+                if isinstance(extra.get(name), list) and len(extra[name]) == len(found["responses"]):
+                    found[name] = extra[name]
+        return drawn
 
     def responses_of(self, number: int) -> list[str]:
         row = self.data.rows["train"].raw(number)

@@ -19,7 +19,7 @@ from rlhf_lightning.artifacts import atomic_path
 class ShardWriter(BasePredictionWriter):
     """Appends each batch's rows to `folder/<rank>.jsonl`, and leaves out of a run the rows that are there already.
 
-    A row is a dict whose `row` is its number in the data module's `train`.
+    A prediction is a dict: `row` is its number in the data module's `train`, `value` what becomes a line of the file.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -68,7 +68,7 @@ def places(folder: Path) -> dict[int, tuple[Path, int]]:
 
 
 def merge(folder: Path, target: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of all shards in order, each after it was written to `target`, which appears when all are."""
+    """Yield the values of all shards in order, each after it was written to `target`, which appears when all are."""
     found = places(folder)
     files = {path: path.open("rb") for path in {path for path, _ in found.values()}}
     try:
@@ -76,10 +76,9 @@ def merge(folder: Path, target: Path) -> Iterator[dict[str, Any]]:
             for number in sorted(found):
                 path, begin = found[number]
                 files[path].seek(begin)
-                row = json.loads(files[path].readline())
-                del row["row"]
-                written.write(json.dumps(row) + "\n")
-                yield row
+                value = json.loads(files[path].readline())["value"]
+                written.write(json.dumps(value) + "\n")
+                yield value
     finally:
         for file in files.values():
             file.close()

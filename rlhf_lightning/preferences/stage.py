@@ -22,14 +22,16 @@ from rlhf_lightning.preferences.shards import ShardWriter, merge, remove
 def run_candidates(run: Path, trainer: Trainer, module: Candidates, data: Any, monitor: str) -> float | None:
     """Answer or score every prompt of `data`, write candidates.jsonl and metrics.json, return the monitored metric."""
     shards, target = run / "shards", run / "candidates.jsonl"
-    trainer.callbacks.append(ShardWriter(shards))  # type: ignore[attr-defined]
+    trainer.callbacks.insert(0, ShardWriter(shards))  # type: ignore[attr-defined]  # before Stop drops the batch
     began = time.perf_counter()
     stops = [callback for callback in trainer.callbacks if isinstance(callback, Stop)]  # type: ignore[attr-defined]
     try:
         with artifacts.readable_os_errors(run):
             trainer.predict(module, data, return_predictions=False)
     except SystemExit:  # what Lightning makes of an interrupt
-        raise KeyboardInterrupt(128 + next((s.received for s in stops if s.received), 2)) from None
+        if not any(stop.received for stop in stops):
+            raise
+        raise KeyboardInterrupt(128 + next(stop.received for stop in stops if stop.received)) from None
     trainer.strategy.barrier()
     if not trainer.is_global_zero:
         return None
@@ -60,7 +62,7 @@ def measured(row: dict[str, Any]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     if "scores" in row:
         found |= {"score": row["scores"], "best_score": [max(row["scores"])]}
-    if "tokens" in row and "finished" in row:
+    if isinstance(row.get("tokens"), list) and isinstance(row.get("finished"), list):
         found |= {"length": row["tokens"], "ended_with_eos": [float(done) for done in row["finished"]]}
     return found
 

@@ -18,6 +18,7 @@ from rlhf_lightning.data.stream import Windows
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.loading import load_tokenizer
 from tests.modules.offline import start
+from tests.test_cli import SMALL, newest, rlhf
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,8 @@ def test_ranks_share_the_steps_and_have_as_many_batches(tokenizer: Any) -> None:
     alone = list(islice(places(*loader(tokenizer, rows(20))[::-1]), 10))
     shared = [list(islice(places(*loader(tokenizer, rows(20), ranks=(2, r))[::-1]), 10)) for r in range(2)]
     assert [sorted(a + b) for a, b in zip(*shared, strict=True)] == [sorted(step) for step in alone]
-    assert len(loader(tokenizer, rows(20), steps=7, accumulate=2)[0]) == 14
+    # one step more than the run: Lightning would take a run that ended with its loader for a finished one
+    assert len(loader(tokenizer, rows(20), steps=7, accumulate=2)[0]) == 16
 
 
 def test_only_one_window_is_read_before_the_first_batch(tokenizer: Any) -> None:
@@ -139,3 +141,14 @@ def test_what_does_not_go_with_windows_says_so(tokenizer: Any) -> None:
     data.setup("predict")
     with pytest.raises(UserError, match=r"data\.window is for training"):
         data.predict_dataloader()
+
+
+@pytest.mark.slow
+def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(20)))
+    given = ["stage=sft", "data.train=rows.jsonl", "data.window=8", "data.batch_size=4", "schedule=constant", *SMALL]
+    given.append("callbacks.checkpoint.every_n_steps=1")
+    rlhf(tmp_path, *given, "max_steps=2", "name=short")
+    rlhf(tmp_path, *given, "max_steps=4", f"resume={newest(tmp_path, 'sft')}", "name=longer")
+    (longer,) = (tmp_path / "outputs" / "sft" / "longer").iterdir()
+    assert json.loads((longer / "metrics.json").read_text())["global_step"] == 4

@@ -28,8 +28,10 @@ def dies(prompts, responses, metadata):
 
 
 def test_a_line_that_was_cut_off_is_not_a_row(tmp_path: Path) -> None:
-    (tmp_path / "0.jsonl").write_text('{"row": 2, "x": "é"}\n{"row": 0, "x": 1}\n{"row": 3, "x"')
-    (tmp_path / "1.jsonl").write_text('\n{"row": 1, "x": 5}\n')
+    (tmp_path / "0.jsonl").write_text(
+        '{"row": 2, "value": {"x": "é"}}\n{"row": 0, "value": {"x": 1}}\n{"row": 3, "value": {"x"'
+    )
+    (tmp_path / "1.jsonl").write_text('\n{"row": 1, "value": {"x": 5}}\n')
     assert sorted(places(tmp_path)) == [0, 1, 2]
     target = tmp_path / "merged" / "all.jsonl"
     assert [row["x"] for row in merge(tmp_path, target)] == [1, 5, "é"]
@@ -41,7 +43,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 18 prompts, rewards and an SFT model."""
     folder = tmp_path_factory.mktemp("candidates")
     rows = [
-        {"prompt": f"Say {i}.", "chosen": f"It is {i}." + " Yes." * (i % 3), "rejected": f"No, {i + 1}!", "topic": i}
+        {"prompt": f"Say {i}.", "chosen": f"It is {i}." + " Yes." * (i % 3), "rejected": f"No, {i + 1}!"}
+        | {"row": 40 - i, "annotator": "ada"}
         for i in range(18)
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -76,7 +79,8 @@ def alone(folder: Path) -> Path:
 def test_every_prompt_has_its_responses_scores_and_ranking(folder: Path, alone: Path) -> None:
     rows = read(alone)
     assert [row["prompt"][-1]["content"] for row in rows] == [f"Say {i}." for i in range(18)]
-    assert [row["topic"] for row in rows] == list(range(18))  # other columns stay
+    assert [row["row"] for row in rows] == list(range(40, 22, -1))  # other columns stay
+    assert not any("annotator" in row for row in rows)  # but for what was said of other responses
     for row in rows:
         assert row["scores"] == [float(len(text) % 7) for text in row["responses"]]
         assert [sum(b > a for b in row["scores"]) > 0 for a in row["scores"]] == [rank > 0 for rank in row["ranking"]]
