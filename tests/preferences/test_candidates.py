@@ -130,6 +130,15 @@ def test_the_file_trains_a_reward_model_which_scores_it(folder: Path, alone: Pat
 
 
 @slow
+def test_equal_texts_share_a_place_and_old_judgements_go(folder: Path) -> None:
+    row = {"prompt": "Say yes.", "responses": ["Yes.", "Yes. ", "Yes, sir"], "ranking": [2, 1, 0], "label": 0.2}
+    (folder / "same.jsonl").write_text(json.dumps(row | {"scores": [9, 9, 9], "margin": 3}) + "\n")
+    (found,) = read(candidates(folder, "same", "data.train=same.jsonl", "candidates.samples=0"))
+    assert (found["scores"], found["ranking"]) == ([4.0, 5.0, 1.0], [0, 0, 1])
+    assert not {"label", "margin"} & found.keys()
+
+
+@slow
 def test_mistakes_are_explained(folder: Path) -> None:
     model = f"init_from={newest(folder, 'sft')}/model"
     found = rlhf(folder, "stage=candidates", model, "data.train=pairs.jsonl", "candidates.samples=0", code=2)
