@@ -173,14 +173,19 @@ def test_trials_by_other_launchers(rows: Path, launcher: str) -> None:
 
 @pytest.mark.slow
 def test_optuna_goes_on_after_a_failed_trial(rows: Path) -> None:
-    optuna = [
-        "hydra/sweeper=optuna",
-        "hydra/sweeper/sampler=grid",
-        "hydra.sweeper.n_jobs=1",
-        "hydra.sweeper.max_failure_rate=1.0",
-    ]
-    _, folder = sweep(rows, "grid", *optuna, "hydra.sweeper.direction=minimize", "optimizer.lr=choice(1e-3,1e30)")
-    assert sorted(row["status"].partition(":")[0] for row in table(folder)) == ["done", "failed"]
+    _, folder = sweep(
+        rows, "random", "hydra/sweeper=optuna", "hydra/sweeper/sampler=random", "hydra.sweeper.sampler.seed=0",
+        "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1", "hydra.sweeper.max_failure_rate=1.0",
+        "hydra.sweeper.direction=minimize", "optimizer.lr=choice(1e-3,1e30)",
+    )  # fmt: skip
+    assert [row["status"].partition(":")[0] for row in table(folder)] == ["failed", "done", "failed"]
+
+
+def test_a_grid_that_no_seed_fixes_is_refused(rows: Path) -> None:
+    more = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "optimizer.lr=choice(1e-3,1e-2)"]
+    done = rlhf(rows, "-m", "stage=sft", "data=demonstrations/jsonl", "data.train=rows.jsonl", *more, code=None)
+    assert done.returncode == 2
+    assert "leave hydra/sweeper=optuna out" in done.stderr
 
 
 @pytest.mark.slow
