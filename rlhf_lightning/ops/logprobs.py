@@ -2,11 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+BLOCK = 2**22  # logits that are widened at a time; they stay in memory that the process has already
+
+
+class TargetLogprobs(torch.autograd.Function):
+    """log softmax(logits / temperature)[targets] in float32; makes no tensor as large as the logits but their gradient.
+
+    Not cross_entropy, which needs as little memory: with its rounding GRPO, which divides by the spread of rewards,
+    misses the known optimum (tests/modules/test_reach_optimum.py).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        normalizer = torch.cat([block.logsumexp(-1) for block in widened(logits, temperature)])
+        ctx.save_for_backward(logits, targets, normalizer)
+        ctx.temperature = temperature
+        return logits.gather(-1, targets[:, None]).squeeze(-1).to(normalizer.dtype) / temperature - normalizer
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits, targets, normalizer = ctx.saved_tensors
+        found = torch.empty_like(logits)
+        gradient = (gradient / ctx.temperature)[:, None]
+        begin = 0
+        for block in widened(logits, ctx.temperature):
+            rows = slice(begin, begin := begin + len(block))
+            shares = (block - normalizer[rows, None]).exp_().mul_(-gradient[rows])
+            found[rows] = shares.scatter_add_(-1, targets[rows, None], gradient[rows])
+        return found, None, None
+
+
+def widened(logits: Tensor, temperature: float) -> Iterator[Tensor]:
+    """Yield logits / temperature (rows, V) in at least float32, some rows at a time."""
+    for block in logits.split(max(BLOCK // logits.shape[-1], 1)):
+        block = block.float() if block.dtype in (torch.bfloat16, torch.float16) else block
+        yield block if temperature == 1 else block / temperature
+
+
+def entropies(logits: Tensor, temperature: float) -> Tensor:
+    """Return the entropy (M,) in nats of softmax(logits / temperature)."""
+    blocks = widened(logits, temperature)
+    return torch.cat([block.logsumexp(-1) - (torch.softmax(block, -1) * block).sum(-1) for block in blocks])
 
 
 def token_logprobs(
@@ -36,16 +81,11 @@ def token_logprobs(
 
     def chunk(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = head(states)
-        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        logits = logits if temperature == 1 else logits / temperature
-        # not cross_entropy, which needs less memory: with its rounding GRPO, which divides by the spread of rewards,
-        # misses the known optimum (tests/modules/test_reach_optimum.py)
-        normalizer = logits.logsumexp(-1)
-        logprobs = logits.gather(-1, ids[:, None]).squeeze(-1) - normalizer
+        logprobs = TargetLogprobs.apply(logits, ids, temperature)
         if not entropy:
             return logprobs, None
         with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
-            return logprobs, normalizer - (torch.softmax(logits, -1) * logits).sum(-1)
+            return logprobs, entropies(logits, temperature)
 
     if not len(targets):
         return chunk(hidden, targets)
@@ -58,8 +98,8 @@ def token_logprobs(
         checkpoint(chunk, h, t, use_reentrant=False) if save else chunk(h, t)
         for h, t in zip(hidden.split(size), targets.split(size), strict=True)
     ]
-    entropies = [e for _, e in parts if e is not None]
-    return torch.cat([p for p, _ in parts]), torch.cat(entropies) if entropy else None
+    found = [e for _, e in parts if e is not None]
+    return torch.cat([p for p, _ in parts]), torch.cat(found) if entropy else None
 
 
 def sequence_sum(values: Tensor, sequence_ids: Tensor, count: int) -> Tensor:
