@@ -51,8 +51,8 @@ def run_trial(cfg: DictConfig) -> float | list[float] | None:
     hydra = HydraConfig.get()
     if "GridSampler" in str(hydra.sweeper.get("sampler", "")):
         raise UserError(
-            "Optuna's grid sampler tries values in an order that no seed fixes, so a second start could not skip what is "
-            "done; leave hydra/sweeper=optuna out, and `-m key=a,b` tries every value"
+            "Optuna's grid sampler tries values in an order that no seed fixes, so a second start could not skip what "
+            "is done; leave hydra/sweeper=optuna out, and `-m key=a,b` tries every value"
         )
     folder, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
     record: dict[str, Any] = {"number": hydra.job.num, "overrides": overrides, "status": "running", "seconds": 0.0}

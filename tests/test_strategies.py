@@ -160,6 +160,16 @@ def test_resume_on_as_many_ranks_is_exact_and_on_others_is_not(strategy: str, fo
         torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=2e-5, msg=name)
 
 
+def test_the_dropout_of_every_rank_continues(folder: Path) -> None:
+    """Ranks draw different numbers of masks, for their rows differ in length; each goes on from its own state."""
+    two = [*TWO, "adapter=lora", "adapter.dropout=0.3", "callbacks.checkpoint.every_n_steps=1", "schedule=constant"]
+    whole = run(folder, "sft", "dropout", *two)
+    half = run(folder, "sft", "dropout-half", *two, "max_steps=2")
+    again = run(folder, "sft", "dropout-again", *two, f"resume={half}")
+    expected, found = (load_file(r / "model" / "model.safetensors") for r in (whole, again))
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
 def test_a_rank_that_fails_ends_the_run(folder: Path) -> None:
     (folder / "rewards2.py").write_text(BROKEN)
     arguments = ["stage=ppo", f"init_from={start(folder)}", "data.train=pairs.jsonl", "name=broken"]

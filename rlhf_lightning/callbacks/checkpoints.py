@@ -39,7 +39,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class RandomState(Callback):
-    """Keeps the random states of Python, NumPy and torch, so that dropout continues where it was.
+    """Keeps the random states of Python, NumPy and torch of every rank, so that dropout continues where it was.
 
     They are restored when the first batch starts: data loaders and sanity checks draw before that.
     """
@@ -53,14 +53,12 @@ class RandomState(Callback):
         self.ranks = f"{trainer.world_size} x {kind}"
 
     def state_dict(self) -> dict[str, Any]:
-        kind, keys, place, has_gauss, cached = np.random.get_state()
-        return {
-            "ranks": self.ranks,
-            "python": random.getstate(),
-            "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), place, has_gauss, cached],
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
+        """Return the states of all ranks; Lightning asks every rank at the same time."""
+        states: list[Any] = [random_state()]
+        if torch.distributed.is_initialized():
+            states *= torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(states, states[0])
+        return {"ranks": self.ranks, "states": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.restored = state_dict
@@ -68,20 +66,36 @@ class RandomState(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.restored is None:
             return
-        state, self.restored = self.restored, None
-        if state.get("ranks", self.ranks) != self.ranks and trainer.is_global_zero:
+        saved, self.restored = self.restored, None
+        if saved["ranks"] != self.ranks and trainer.is_global_zero:
             log.warning(
                 "%s goes on with what %s began: the same rows and samples, but sums in another order, so the "
                 "result is not bit-exact",
                 self.ranks,
-                state["ranks"],
+                saved["ranks"],
             )
-        random.setstate(state["python"])
-        kind, keys, place, has_gauss, cached = state["numpy"]
-        np.random.set_state((kind, keys.numpy().astype(np.uint32), place, has_gauss, cached))
-        torch.set_rng_state(state["torch"].cpu())
-        if state["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+        restore_random_state(saved["states"][trainer.global_rank % len(saved["states"])])
+
+
+def random_state() -> dict[str, Any]:
+    """Return the states of this process's generators as tensors and plain values."""
+    kind, keys, place, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), place, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Set the generators to what :func:`random_state` returned."""
+    random.setstate(state["python"])
+    kind, keys, place, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), place, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
 class StepCheckpoint(Callback):

@@ -52,6 +52,23 @@ def test_uniform_logits_have_the_logarithm_of_the_vocabulary() -> None:
     torch.testing.assert_close(entropy, torch.full_like(entropy, math.log(VOCABULARY)))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_gradients_are_those_of_finite_differences(
+    rows: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the logits are read in several blocks."""
+    monkeypatch.setattr("rlhf_lightning.ops.logprobs.BLOCK", rows * VOCABULARY)
+    hidden, head, targets = problem()
+
+    def both(states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        found, entropy = token_logprobs(states, lambda h: h @ weight.T, targets, temperature, entropy=True)
+        assert entropy is not None
+        return found, entropy
+
+    assert torch.autograd.gradcheck(both, (hidden, head.weight))
+
+
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 10, 11, 100])
 def test_chunks_do_not_change_values_or_gradients(rows: int, entropy: bool) -> None:
