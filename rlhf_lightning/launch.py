@@ -51,16 +51,34 @@ def store() -> Any:
 
 
 def agreed(key: str, decide: Callable[[], str]) -> str:
-    """Return what the first rank decides; where nobody else was started, that is us."""
+    """Return what the first rank decides; where nobody else was started, that is us.
+
+    Raises:
+        UserError: on every rank, when `decide` raised one on the first, or the first one is gone.
+    """
     found = ranks()
     if found is None:
         return decide()
+    from torch.distributed import DistError
+
     key = f"rlhf/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{key}"
     if found[0] == 0:
-        value = decide()
-        store().set(key, value)
-        return value
-    return store().get(key).decode()
+        try:
+            told = {"value": decide()}
+        except UserError as error:
+            told = {"error": str(error)}
+        store().set(key, json.dumps(told))
+        for rank in range(1, found[1]):  # the store may live in this process, which must not end before all have read
+            store().get(f"{key}/{rank}")
+    else:
+        try:
+            told = json.loads(store().get(key))
+            store().set(f"{key}/{found[0]}", "read")
+        except DistError as error:
+            raise UserError("the first rank ended before the run began, or never came; its log says why") from error
+    if "error" in told:
+        raise UserError(told["error"])
+    return told["value"]
 
 
 def arguments_of_rank(arguments: list[str]) -> list[str]:

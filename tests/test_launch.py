@@ -82,23 +82,46 @@ def test_torchrun(folder: Path) -> None:
     assert len(list((folder / "outputs" / "sft" / "torchrun").iterdir())) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.dist
-def test_the_tasks_of_a_slurm_job(folder: Path) -> None:
+def slurm(folder: Path, *arguments: str) -> tuple[list[int], str]:
+    """Run two tasks as a SLURM job would start them; return their exit codes and what they said."""
     job = {
         "SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NAME": "rlhf", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
         "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1",
     }  # fmt: skip
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "rlhf_lightning", *STEP, *TWO, "name=slurm"], cwd=folder, text=True,
-            env=environment(folder, **job, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)), stderr=subprocess.PIPE,
+            [sys.executable, "-m", "rlhf_lightning", *arguments], cwd=folder, text=True, stdout=subprocess.PIPE,
+            env=environment(folder, **job, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)), stderr=subprocess.STDOUT,
         )
         for rank in (0, 1)
     ]  # fmt: skip
-    errors = [rank.communicate(timeout=200)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "".join(errors)[-3000:]
+    said = [rank.communicate(timeout=200)[0] for rank in ranks]
+    return [rank.returncode for rank in ranks], "".join(said)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_tasks_of_a_slurm_job(folder: Path) -> None:
+    codes, said = slurm(folder, *STEP, *TWO, "name=slurm")
+    assert codes == [0, 0], said[-3000:]
     check(folder, "slurm")
+    codes, said = slurm(folder, *STEP, *TWO, "name=slurm", "resume=auto")
+    assert codes == [0, 0], said[-3000:]
+    assert "already done" in said
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [(["resume=nowhere"], "there is no checkpoint nowhere"), (["stage=ppo", "reward_from=world"], "needs a model to start from")],
+)
+def test_a_mistake_ends_every_task_with_its_message(wrong: list[str], message: str, folder: Path) -> None:
+    """Also one that only the first task finds, which holds the store that the other one asks."""
+    codes, said = slurm(folder, *STEP, *TWO, "name=mistake", *wrong)
+    assert codes == [2, 2], said[-3000:]
+    assert said.count(message) == 2
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow
