@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf_lightning import config
 from rlhf_lightning.artifacts import remove_start, write_failure
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.launch import arguments_of_rank
+from rlhf_lightning.launch import arguments_of_rank, is_lost_peer
 
 SELECTORS = ("stage", "pipeline", "experiment", "sweep")
 QUESTIONS = {"--help", "-h", "--hydra-help", "--version", "--info", "-i"}
@@ -130,6 +130,8 @@ def main() -> None:
         code = stop.args[0] if stop.args else 130
         fail("interrupted; add resume=auto to the same command to go on", code)
     except Exception as error:
+        if is_lost_peer(error):
+            fail("another rank has ended; its own message says why", 1)
         reason = write_failure(error)
         if reason is None:
             raise

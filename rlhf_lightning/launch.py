@@ -81,6 +81,12 @@ def agreed(key: str, decide: Callable[[], str]) -> str:
     return told["value"]
 
 
+def is_lost_peer(error: Exception) -> bool:
+    """Return whether `error` is what a rank sees when another one has ended."""
+    words = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+    return any(word in str(error) for word in words)
+
+
 def arguments_of_rank(arguments: list[str]) -> list[str]:
     """Return what to add to the command line of this rank, and give all ranks one run id.
 
@@ -100,6 +106,14 @@ def arguments_of_rank(arguments: list[str]) -> list[str]:
     now = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
     os.environ["RLHF_RUN_ID"] = agreed("run_id", lambda: os.environ.get("RLHF_RUN_ID", now))
     return [f"hydra.job.name=run_rank{found[0]}", "hydra.output_subdir=null"] if found[0] else []
+
+
+def own_launcher() -> list[Any]:
+    """Return the Trainer's plugins for a SLURM job of one task, which launches its ranks itself like a workstation."""
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+    return [LightningEnvironment()] if ranks() is None and SLURMEnvironment.detect() else []
 
 
 def ranks_asked(trainer: dict[str, Any]) -> int | None:

@@ -58,10 +58,10 @@ def torchrun(
     )
 
 
-def check(folder: Path, name: str) -> None:
+def check(folder: Path, name: str, other: str = "run_rank1.log") -> None:
     """One run folder, a log a rank, one model: that of one process."""
     (run,) = (folder / "outputs" / "sft" / name).iterdir()
-    assert sorted(path.name for path in run.glob("*.log")) == ["run.log", "run_rank1.log"]
+    assert sorted(path.name for path in run.glob("*.log")) == ["run.log", other]
     if not (folder / "outputs" / "sft" / "alone").exists():
         rlhf(folder, *STEP, "name=alone")
     (alone,) = (folder / "outputs" / "sft" / "alone").iterdir()
@@ -82,18 +82,19 @@ def test_torchrun(folder: Path) -> None:
     assert len(list((folder / "outputs" / "sft" / "torchrun").iterdir())) == 1
 
 
-def slurm(folder: Path, *arguments: str) -> tuple[list[int], str]:
-    """Run two tasks as a SLURM job would start them; return their exit codes and what they said."""
+def slurm(folder: Path, *arguments: str, tasks: int = 2) -> tuple[list[int], str]:
+    """Run the tasks of a job as SLURM would start them; return their exit codes and what they said."""
     job = {
-        "SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NAME": "rlhf", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
-        "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1",
+        "SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NAME": "rlhf", "SLURM_NTASKS": str(tasks),
+        "SLURM_NTASKS_PER_NODE": str(tasks), "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1",
     }  # fmt: skip
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "rlhf_lightning", *arguments], cwd=folder, text=True, stdout=subprocess.PIPE,
             env=environment(folder, **job, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)), stderr=subprocess.STDOUT,
         )
-        for rank in (0, 1)
+        for rank in range(tasks)
     ]  # fmt: skip
     said = [rank.communicate(timeout=200)[0] for rank in ranks]
     return [rank.returncode for rank in ranks], "".join(said)
@@ -112,9 +113,20 @@ def test_the_tasks_of_a_slurm_job(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
+def test_a_slurm_job_of_one_task_launches_its_own_ranks(folder: Path) -> None:
+    codes, said = slurm(folder, *STEP, *TWO, "name=task", tasks=1)
+    assert codes == [0], said[-3000:]
+    check(folder, "task", "train_ddp_process_1.log")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [(["resume=nowhere"], "there is no checkpoint nowhere"), (["stage=ppo", "reward_from=world"], "needs a model to start from")],
+    [
+        (["resume=nowhere"], "there is no checkpoint nowhere"),
+        (["stage=ppo", "reward_from=world"], "needs a model to start from"),
+    ],
 )
 def test_a_mistake_ends_every_task_with_its_message(wrong: list[str], message: str, folder: Path) -> None:
     """Also one that only the first task finds, which holds the store that the other one asks."""

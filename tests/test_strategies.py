@@ -176,6 +176,7 @@ def test_a_rank_that_fails_ends_the_run(folder: Path) -> None:
     done = rlhf(folder, *arguments, "reward_from=rewards2:broken", *TWO, code=None)
     assert time.time() - float((folder / "broke").read_text()) < 30
     assert "rank 1 broke" in done.stderr
+    assert "Traceback" not in done.stderr
     assert not os.path.exists(folder / "outputs" / "ppo" / "broken" / "model")
 
 
