@@ -291,9 +291,10 @@ def quiet() -> None:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     for name in (
-        "lightning.pytorch.utilities.rank_zero",
-        "lightning.pytorch.trainer.connectors.checkpoint_connector",
+        "utilities.rank_zero",
+        "trainer.connectors.checkpoint_connector",
+        "trainer.connectors.signal_connector",
     ):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*|Couldn't infer the batch indices.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
