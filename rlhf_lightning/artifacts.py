@@ -9,10 +9,12 @@ import os
 import platform
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,21 @@ def parent_entry(role: str, folder: str) -> dict[str, Any]:
     manifest = read_manifest(folder) if local else None
     weights = manifest.get("weights") if manifest else hash_weights(folder)
     return {"role": role, "folder": str(Path(folder).resolve()) if local else str(folder), "weights": weights}
+
+
+def code_key(spec: Any) -> str | None:
+    """Return a digest of the file of a reward `module:function`, found like an import but not imported; else None.
+
+    What that file imports does not count.
+    """
+    module, _, name = str(spec).partition(":")
+    found, path = None, [str(Path.cwd()), *sys.path]
+    for part in module.split(".") if name else []:
+        found = PathFinder.find_spec(part, path)
+        path = list(found.submodule_search_locations or []) if found else []
+    if found is None or not found.origin or not Path(found.origin).is_file():
+        return None
+    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()
 
 
 def find_run(run: Path, stage: str, resume: str | None, digest: str) -> tuple[Path, Path | None, dict[str, Any] | None]:

@@ -10,6 +10,7 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf_lightning.artifacts import code_key
 from rlhf_lightning.errors import UserError, nearest
 
 # Every callable a configuration may name. Exact names, not prefixes: torch.load lives under torch, too.
@@ -115,6 +116,14 @@ def parents(cfg: DictConfig, start: str | None) -> list[tuple[str, str]]:
     if cfg.stage == "evaluate":
         found += settings["evaluate"]["models"].items()
     return [(role, str(place)) for role, place in found if place and (role == "init" or Path(str(place)).is_dir())]
+
+
+def code_keys(cfg: DictConfig) -> dict[str, str]:
+    """Return a digest of every reward that is a function: a run goes on with what it began with."""
+    settings = plain(cfg)
+    rewards = settings["reward_from"]
+    specs = [*(rewards if isinstance(rewards, list) else [rewards]), settings.get("gold_from")]
+    return {str(spec): key for spec in specs if spec and (key := code_key(spec))}
 
 
 def data_keys(cfg: DictConfig) -> dict[str, str]:

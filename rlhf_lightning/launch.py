@@ -84,7 +84,7 @@ def agreed(key: str, decide: Callable[[], str]) -> str:
 def is_lost_peer(error: Exception) -> bool:
     """Return whether `error` is what a rank sees when another one has ended."""
     words = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-    return any(word in str(error) for word in words)
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)  # not a server's OSError
 
 
 def arguments_of_rank(arguments: list[str]) -> list[str]:

@@ -58,10 +58,12 @@ def run_pipeline(cfg: DictConfig) -> None:
 
 
 def data_keys(overrides: list[str]) -> list[str]:
-    """Return the content keys of the data files among a stage's overrides."""
+    """Return the content keys of the data files and reward functions among a stage's overrides."""
     pairs = [override.partition("=") for override in overrides]
     found = [(key, value.strip("'")) for key, _, value in pairs if key in ("data.train", "data.val", "data.ptx")]
-    return [read_source(value, key.removeprefix("data.")).key for key, value in found if Path(value).exists()]
+    keys = [read_source(value, key.removeprefix("data.")).key for key, value in found if Path(value).exists()]
+    codes = [artifacts.code_key(value.strip("'")) for key, _, value in pairs if key in ("reward_from", "gold_from")]
+    return keys + [key for key in codes if key]
 
 
 GIVEN = {  # what a stage may write as {name} and the user gives as a key

@@ -57,6 +57,7 @@ def run_stage(cfg: DictConfig) -> float | None:
         "config": config.identity(cfg),
         "parents": [artifacts.parent_entry(*p)["weights"] for p in config.parents(cfg, start)],
         "data": config.data_keys(cfg),
+        "code": config.code_keys(cfg),
     }
     run, checkpoint, finished = decide_run(
         run, cfg.stage, cfg.resume and str(cfg.resume), artifacts.fingerprint(identity)

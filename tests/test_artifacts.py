@@ -214,3 +214,15 @@ def test_a_model_that_cannot_be_written_keeps_the_older_one(tiny_lm: LlamaForCau
     assert artifacts.hash_weights(folder) == before
     assert artifacts.read_manifest(folder)["stage"] == "sft"  # type: ignore[index]
     assert names(tmp_path) == ["model"]
+
+
+def test_a_reward_function_is_known_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "judges").mkdir()
+    (tmp_path / "judges" / "strict.py").write_text("raise SystemExit('is not imported')")
+    first = artifacts.code_key("judges.strict:judge")
+    assert first is not None
+    (tmp_path / "judges" / "strict.py").write_text("raise SystemExit('nor is this')")
+    assert artifacts.code_key("judges.strict:judge") not in (first, None)
+    for other in ("world", None, str(tmp_path), "judges.lenient:judge", "nowhere.at.all:judge", "sys:exit"):
+        assert artifacts.code_key(other) is None
