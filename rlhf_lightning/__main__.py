@@ -131,7 +131,9 @@ def main() -> None:
         fail("interrupted; add resume=auto to the same command to go on", code)
     except Exception as error:
         if is_lost_peer(error):
-            fail("another rank has ended; its own message says why", 1)
+            logging.getLogger("rlhf_lightning").info("lost another rank", exc_info=error)
+            first = str(error).strip().splitlines()[0]
+            fail(f"another rank has ended, or the network failed: {first[:200]}; the log has the rest", 1)
         reason = write_failure(error)
         if reason is None:
             raise

@@ -13,7 +13,7 @@ from typing import Any
 from rlhf_lightning import artifacts
 from rlhf_lightning.errors import UserError
 
-WAIT = 300.0  # seconds a rank waits for the first one
+WAIT = 600.0  # seconds that ranks wait for each other
 
 
 def ranks() -> tuple[int, int] | None:
@@ -45,7 +45,10 @@ def store() -> Any:
         return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=waiting)
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-    environment = SLURMEnvironment()
+    try:
+        environment = SLURMEnvironment()
+    except RuntimeError as error:  # it wants --ntasks-per-node instead of --ntasks
+        raise UserError(str(error)) from error
     port = environment.main_port + 10_000  # beyond the range of ports that Lightning takes for process groups
     return TCPStore(environment.main_address, port, is_master=found[0] == 0, wait_for_workers=False, timeout=waiting)
 
@@ -62,29 +65,35 @@ def agreed(key: str, decide: Callable[[], str]) -> str:
     from torch.distributed import DistError
 
     key = f"rlhf/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{key}"
-    if found[0] == 0:
-        try:
-            told = {"value": decide()}
-        except UserError as error:
-            told = {"error": str(error)}
-        store().set(key, json.dumps(told))
-        for rank in range(1, found[1]):  # the store may live in this process, which must not end before all have read
-            store().get(f"{key}/{rank}")
-    else:
-        try:
+    try:
+        if found[0] == 0:
+            try:
+                told = {"value": decide()}
+            except UserError as error:
+                told = {"error": str(error)}
+            store().set(key, json.dumps(told))
+            for rank in range(
+                1, found[1]
+            ):  # the store may live in this process, which must not end before all have read
+                store().get(f"{key}/{rank}")
+        else:
             told = json.loads(store().get(key))
             store().set(f"{key}/{found[0]}", "read")
-        except DistError as error:
-            raise UserError("the first rank ended before the run began, or never came; its log says why") from error
+    except DistError as error:
+        raise UserError(
+            f"the {found[1]} ranks did not meet: one has ended, and its own message says why, or was not started "
+            f"within {WAIT:.0f} seconds (srun starts the tasks of a SLURM job)"
+        ) from error
     if "error" in told:
         raise UserError(told["error"])
     return told["value"]
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Return whether `error` is what a rank sees when another one has ended."""
-    words = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)  # not a server's OSError
+    """Return whether `error` is what a rank sees when another one has ended or cannot be reached."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+    several = "MASTER_ADDR" in os.environ  # which Lightning and torchrun set
+    return several and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def arguments_of_rank(arguments: list[str]) -> list[str]:
@@ -108,12 +117,18 @@ def arguments_of_rank(arguments: list[str]) -> list[str]:
     return [f"hydra.job.name=run_rank{found[0]}", "hydra.output_subdir=null"] if found[0] else []
 
 
-def own_launcher() -> list[Any]:
-    """Return the Trainer's plugins for a SLURM job of one task, which launches its ranks itself like a workstation."""
+def environment() -> list[Any]:
+    """Return the Trainer's plugins under SLURM, elsewhere none.
+
+    A job of one task launches its ranks itself like a workstation. A job is not requeued by Lightning, which would
+    save in the middle of a step.
+    """
     from lightning.fabric.plugins.environments.lightning import LightningEnvironment
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-    return [LightningEnvironment()] if ranks() is None and SLURMEnvironment.detect() else []
+    if "TORCHELASTIC_RUN_ID" in os.environ or not SLURMEnvironment.detect():
+        return []
+    return [SLURMEnvironment(auto_requeue=False) if ranks() else LightningEnvironment()]
 
 
 def ranks_asked(trainer: dict[str, Any]) -> int | None:
@@ -130,6 +145,11 @@ def check_devices(trainer: dict[str, Any]) -> None:
     if found is not None and asked is not None and found[1] != asked:
         raise UserError(
             f"{found[1]} ranks were started, but trainer.devices times trainer.num_nodes is {asked}; make them equal"
+        )
+    if found is None and trainer["num_nodes"] > 1 and os.environ.get("SLURM_NTASKS") == "1":
+        raise UserError(
+            f"trainer.num_nodes={trainer['num_nodes']} in a SLURM job of one task; ask for one task a device, with "
+            "--nodes and --ntasks-per-node, and start it with srun"
         )
 
 

@@ -29,7 +29,7 @@ from rlhf_lightning.callbacks.throughput import Throughput
 from rlhf_lightning.data.sources import read_source, texts_of
 from rlhf_lightning.data.tokenize import report_skipped
 from rlhf_lightning.errors import UserError, nearest
-from rlhf_lightning.launch import check_devices, decide_run, own_launcher
+from rlhf_lightning.launch import check_devices, decide_run, environment
 from rlhf_lightning.models.loading import (
     context_length,
     load_causal_lm,
@@ -197,7 +197,7 @@ def build_trainer(cfg: DictConfig) -> tuple[Throughput | None, Trainer]:
         callbacks=callbacks,
         logger=config.instantiate(cfg.logger, "logger", allow) if cfg.logger else False,
         strategy=strategy,
-        plugins=[AtomicCheckpointIO(), *own_launcher()],
+        plugins=[AtomicCheckpointIO(), *environment()],
         enable_progress_bar=not isinstance(bar, LineProgress),
         val_check_interval=steps * cfg.trainer.accumulate_grad_batches if steps else None,
         check_val_every_n_epoch=None if steps else 1,

@@ -70,6 +70,8 @@ def run_trial(cfg: DictConfig) -> float | list[float] | None:
     except KeyboardInterrupt:
         write(status="interrupted")
         raise
+    if (ranks() or (0, 1))[0] > 0:
+        return None  # the first rank's task judges the trial
     metrics = read_metrics(folder) if code == 0 else None
     names = list(cfg.objectives or [(metrics or {}).get("monitor") or cfg.monitor])
     missing = [name for name in names if metrics is not None and name not in metrics]

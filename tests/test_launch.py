@@ -152,6 +152,50 @@ def test_a_sweep_is_not_started_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> 
         launch.arguments_of_rank(["sweep=dpo_beta"])
 
 
+@pytest.mark.parametrize(
+    ("error", "several", "expected"),
+    [
+        (RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:4711"), True, True),
+        (RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:4711"), False, False),
+        (RuntimeError("the size of tensor a must match"), True, False),
+        (ConnectionResetError("Connection reset by peer"), True, False),
+    ],
+)
+def test_a_lost_rank_is_told_from_other_errors(
+    error: Exception, several: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    if several:
+        monkeypatch.setenv("MASTER_ADDR", "host0")
+    assert launch.is_lost_peer(error) == expected
+
+
+def test_several_nodes_need_a_task_a_device() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_NTASKS", "1")
+        with pytest.raises(UserError, match="--ntasks-per-node"):
+            launch.check_devices({"devices": 8, "num_nodes": 2})
+        launch.check_devices({"devices": 8, "num_nodes": 1})
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_task_that_nobody_starts_is_missed(folder: Path) -> None:
+    code = (
+        "import rlhf_lightning.launch as launch, rlhf_lightning.__main__ as program; launch.WAIT = 2.0; program.main()"
+    )
+    lonely = environment(
+        folder, SLURM_JOB_ID=str(free_port()), SLURM_JOB_NAME="rlhf", SLURM_NTASKS="2", SLURM_PROCID="0",
+        SLURM_NODELIST="127.0.0.1", SLURM_NTASKS_PER_NODE="2",
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, *STEP, *TWO], cwd=folder, env=lonely, text=True, capture_output=True, timeout=100
+    )
+    assert done.returncode == 2
+    assert "srun" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_plain_start_agrees_with_itself() -> None:
     assert launch.ranks() is None
     assert launch.agreed("key", lambda: "mine") == "mine"

@@ -74,7 +74,9 @@ class RandomState(Callback):
                 self.ranks,
                 saved["ranks"],
             )
-        restore_random_state(saved["states"][trainer.global_rank % len(saved["states"])])
+        together = getattr(trainer.strategy, "tensor_parallel_size", 1)  # these ranks drop the same activations
+        first = trainer.global_rank - trainer.global_rank % together
+        restore_random_state(saved["states"][first % len(saved["states"])])
 
 
 def random_state() -> dict[str, Any]:

@@ -17,7 +17,7 @@ class TargetLogprobs(torch.autograd.Function):
     """log softmax(logits / temperature)[targets] in float32; makes no tensor as large as the logits but their gradient.
 
     Not cross_entropy, which needs as little memory: with its rounding GRPO, which divides by the spread of rewards,
-    misses the known optimum (tests/modules/test_reach_optimum.py).
+    misses the known optimum (tests/modules/test_reach_optimum.py). It has a first derivative only.
     """
 
     @staticmethod

@@ -123,24 +123,27 @@ def test_random_state_is_restored_at_the_first_batch_only() -> None:
     callback: Any = RandomState()
     callback.load_state_dict(saved)
     seed(5)
-    trainer = SimpleNamespace(is_global_zero=True, global_rank=0)
+    trainer = SimpleNamespace(is_global_zero=True, global_rank=0, strategy=None)
     callback.on_train_batch_start(trainer, None, None, 0)
     assert (random.random(), np.random.standard_normal(), torch.rand(3).tolist()) == expected
     callback.on_train_batch_start(trainer, None, None, 1)
     assert torch.rand(3).tolist() != expected[2]
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
-def test_every_rank_goes_on_from_its_own_random_state(rank: int) -> None:
+@pytest.mark.parametrize(("rank", "together", "expected"), [(0, 1, 0), (1, 1, 1), (2, 1, 0), (1, 2, 0), (3, 2, 0)])
+def test_every_rank_goes_on_from_its_own_random_state(rank: int, together: int, expected: int) -> None:
+    """With more ranks than before some share a state, and so do ranks that share every layer."""
     states = []
     for value in (1, 2):
         seed(value)
         states += RandomState().state_dict()["states"]
     callback: Any = RandomState()
     callback.load_state_dict({"ranks": callback.ranks, "states": states})
-    callback.on_train_batch_start(SimpleNamespace(is_global_zero=rank == 0, global_rank=rank), None, None, 0)
+    strategy = SimpleNamespace(tensor_parallel_size=together)
+    trainer = SimpleNamespace(is_global_zero=rank == 0, global_rank=rank, strategy=strategy)
+    callback.on_train_batch_start(trainer, None, None, 0)
     found = torch.rand(3)
-    seed(1 + rank % 2)  # with more ranks than before, some share a state
+    seed(1 + expected)
     assert torch.equal(found, torch.rand(3))
 
 

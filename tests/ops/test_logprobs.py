@@ -126,6 +126,21 @@ def test_no_gradient_no_recomputation() -> None:
     assert calls == [1, 3, 3, 3]  # the first call only asks for the size of the vocabulary
 
 
+def test_gradients_of_half_precision_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the plain formula, whose rounding is that of the last cast to bfloat16."""
+    monkeypatch.setattr("rlhf_lightning.ops.logprobs.BLOCK", 4 * VOCABULARY)
+    rng = torch.Generator().manual_seed(5)
+    logits = (4 * torch.randn(11, VOCABULARY, generator=rng)).bfloat16().requires_grad_()
+    targets = torch.randint(0, VOCABULARY, (11,), generator=rng)
+    weights = torch.linspace(-1, 2, 11)
+    plain = torch.log_softmax(logits.float() / 0.7, -1).gather(-1, targets[:, None]).squeeze(-1)
+    (expected,) = torch.autograd.grad((weights * plain).sum(), logits)
+    found, _ = token_logprobs(logits, lambda h: h, targets, 0.7)
+    (gradient,) = torch.autograd.grad((weights * found).sum(), logits)
+    assert gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(gradient, expected, rtol=2**-8, atol=1e-6)
+
+
 def test_half_precision_is_widened_before_the_softmax() -> None:
     hidden, head, targets = problem(dtype=torch.bfloat16)
     logprobs, _ = token_logprobs(hidden, head, targets)
