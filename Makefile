@@ -33,7 +33,7 @@ check: $(VENV)/.test ## ruff and pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: $(VENV)/.test ## every tier this machine can run
-	$(BIN)/pytest -n 2 --dist worksteal -q --must-run slow,dist,oracle
+	$(BIN)/pytest -n 2 --dist worksteal -q --hypothesis-profile=ci --must-run slow,dist,oracle
 
 test-fast: $(VENV)/.test ## the unit tier only
 	$(BIN)/pytest -q -m "not slow and not dist and not oracle"
