@@ -72,9 +72,8 @@ def agreed(key: str, decide: Callable[[], str]) -> str:
             except UserError as error:
                 told = {"error": str(error)}
             store().set(key, json.dumps(told))
-            for rank in range(
-                1, found[1]
-            ):  # the store may live in this process, which must not end before all have read
+            # the store may live in this process, which must not end before all have read
+            for rank in range(1, found[1]):
                 store().get(f"{key}/{rank}")
         else:
             told = json.loads(store().get(key))
