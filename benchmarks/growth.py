@@ -61,9 +61,9 @@ def measure(point: dict[str, Any], steps: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-    from rlhf_lightning.data.groups import Group, pack
     from rlhf_lightning.models.attention import GROUP_SDPA
     from rlhf_lightning.models.completion import CompletionModel, ScalarModel
+    from rlhf_lightning.ops.groups import Group, pack
     from rlhf_lightning.ops.ranking import pairwise_ranking
 
     torch.manual_seed(0)

@@ -80,7 +80,7 @@ def our_side(spec: dict[str, Any]) -> None:
 
     from rlhf_lightning import DPO, SFT, RewardModel
     from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
-    from rlhf_lightning.run import quiet
+    from rlhf_lightning.stages.train import quiet
 
     quiet()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

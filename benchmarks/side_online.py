@@ -62,7 +62,7 @@ class Clock:
 def our_reward(spec: dict[str, Any]) -> Any:
     if spec["kind"] != "ppo":
         return lambda prompts, responses, metadata: [vowel_share(text) for text in responses]
-    from rlhf_lightning.modules.rewards import FolderReward
+    from rlhf_lightning.rewards.loading import FolderReward
 
     return FolderReward(spec["reward"])
 
@@ -111,7 +111,7 @@ def our_module(spec: dict[str, Any], clock: Clock) -> Any:
 def our_side(spec: dict[str, Any]) -> None:
     from lightning.pytorch import Callback, Trainer
 
-    from rlhf_lightning.run import quiet
+    from rlhf_lightning.stages.train import quiet
 
     quiet()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

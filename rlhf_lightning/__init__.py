@@ -15,11 +15,11 @@ _HOME = {
     "DemonstrationData": "data.datamodules",
     "PreferenceData": "data.datamodules",
     "PromptData": "data.datamodules",
-    "Group": "data.groups",
-    "GroupBatch": "data.groups",
-    "pack": "data.groups",
+    "Group": "ops.groups",
+    "GroupBatch": "ops.groups",
+    "pack": "ops.groups",
     "Template": "data.template",
-    "Sampler": "models.sampling",
+    "Sampler": "generation.local",
 }
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -17,10 +17,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_lightning import config
-from rlhf_lightning.artifacts import remove_start, write_failure
+from rlhf_lightning.distributed import is_lost_peer
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.launch import arguments_of_rank, is_lost_peer
+from rlhf_lightning.files import write_failure
+from rlhf_lightning.runtime import config
+from rlhf_lightning.runtime.launch import arguments_of_rank
+from rlhf_lightning.runtime.run_folder import remove_start
 
 SELECTORS = ("stage", "pipeline", "experiment", "sweep")
 QUESTIONS = {"--help", "-h", "--hydra-help", "--version", "--info", "-i"}
@@ -32,19 +34,19 @@ def app(cfg: DictConfig) -> float | list[float] | None:
     try:
         config.check_types(cfg, list(HydraConfig.get().overrides.task))
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            from rlhf_lightning.sweeps import run_trial
+            from rlhf_lightning.runtime.sweeps import run_trial
 
             return run_trial(cfg)
         if cfg.plan and cfg.pipeline:
             raise UserError("plan is for one stage: rlhf stage=<stage> ... plan=true")
         if cfg.pipeline:
-            from rlhf_lightning.pipeline import run_pipeline
+            from rlhf_lightning.runtime.pipeline import run_pipeline
 
             return run_pipeline(cfg)
         if cfg.stage not in config.STAGES:
             raise UserError(f"choose what to run with stage= one of {', '.join(config.STAGES)}")
         if cfg.plan:
-            from rlhf_lightning.plan import run_plan
+            from rlhf_lightning.runtime.memory import run_plan
 
             if not (place := Path(HydraConfig.get().runtime.output_dir) / "run.json").exists():
                 remove_start(place.parent)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf_lightning.data.groups import Group
 from rlhf_lightning.models.loading import resolve_model
+from rlhf_lightning.ops.groups import Group
 from tests.must_run import pytest_addoption, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
 
 SHARED = Path(os.environ.get("RLHF_SHARED", Path(__file__).parents[2] / "shared"))

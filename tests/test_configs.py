@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_module
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from rlhf_lightning import config
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.runtime import config
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(str(f.relative_to(ROOT / "conf").with_suffix("")) for f in (ROOT / "conf").rglob("*.yaml"))

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_lightning import launch
 from rlhf_lightning.errors import UserError
+from rlhf_lightning import distributed
+from rlhf_lightning.runtime import launch
 from tests.test_cli import SMALL, rlhf
 
 STEP = ["stage=sft", "data=demonstrations/jsonl", "data.train=rows.jsonl", "max_steps=2", "data.batch_size=8", *SMALL]
@@ -167,7 +168,7 @@ def test_a_lost_rank_is_told_from_other_errors(
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     if several:
         monkeypatch.setenv("MASTER_ADDR", "host0")
-    assert launch.is_lost_peer(error) == expected
+    assert distributed.is_lost_peer(error) == expected
 
 
 def test_several_nodes_need_a_task_a_device() -> None:
@@ -182,7 +183,7 @@ def test_several_nodes_need_a_task_a_device() -> None:
 @pytest.mark.dist
 def test_a_task_that_nobody_starts_is_missed(folder: Path) -> None:
     code = (
-        "import rlhf_lightning.launch as launch, rlhf_lightning.__main__ as program; launch.WAIT = 2.0; program.main()"
+        "import rlhf_lightning.distributed as distributed, rlhf_lightning.__main__ as program; distributed.WAIT = 2.0; program.main()"
     )
     lonely = environment(
         folder, SLURM_JOB_ID=str(free_port()), SLURM_JOB_NAME="rlhf", SLURM_NTASKS="2", SLURM_PROCID="0",

@@ -12,12 +12,13 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from rlhf_lightning import config, plan
-from rlhf_lightning.data.groups import Group, pack
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.tiny import build_tiny
+from rlhf_lightning.ops.groups import Group, pack
+from rlhf_lightning.runtime import config
+from rlhf_lightning.runtime import memory as plan
 from tests.test_cli import rlhf
 
 
@@ -66,7 +67,7 @@ def test_devices_share_rows_and_sharding_shares_weights() -> None:
     )
     assert (one.tokens, four.tokens, four.shards) == (8 * 1024, 2 * 1024, 1)
     assert plan.read_job(settings("stage=sft", "trainer.accumulate_grad_batches=8")).tokens == 1024
-    strategy = {"_target_": "rlhf_lightning.strategies.ShardedStrategy"}
+    strategy = {"_target_": "rlhf_lightning.runtime.strategies.ShardedStrategy"}
     given = settings("stage=sft", "trainer.devices=4")
     assert plan.read_job(given | {"strategy": strategy}).shards == 4
 

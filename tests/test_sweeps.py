@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from rlhf_lightning import sweeps
 from rlhf_lightning.__main__ import sweep_id
+from rlhf_lightning.runtime import sweeps
 from tests.test_cli import SMALL, rlhf
 
 

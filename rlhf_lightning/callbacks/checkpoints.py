@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from rlhf_lightning.artifacts import atomic_path
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.files import atomic_path
 
 log = logging.getLogger(__name__)
 

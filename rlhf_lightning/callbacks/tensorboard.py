@@ -14,10 +14,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams as summaries
 
-from rlhf_lightning.artifacts import write_jsonl
-from rlhf_lightning.data.groups import Group, pack
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.sampling import Sampler
+from rlhf_lightning.files import write_jsonl
+from rlhf_lightning.generation.local import Sampler
+from rlhf_lightning.ops.groups import Group, pack
 
 log = logging.getLogger(__name__)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")

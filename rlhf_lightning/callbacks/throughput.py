@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlhf_lightning.data.groups import GroupBatch
-from rlhf_lightning.launch import data_ranks
+from rlhf_lightning.distributed import data_ranks
+from rlhf_lightning.ops.groups import GroupBatch
 
 
 def peak_memory_gb() -> float:

@@ -12,14 +12,14 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from rlhf_lightning.data.groups import Group, Layout, pack
 from rlhf_lightning.data.planning import MicroBatch, PlannedLoader, StepPlan, token_budget
 from rlhf_lightning.data.sources import Source, read_source
 from rlhf_lightning.data.stream import WindowLoader, Windows
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.data.tokenize import TokenizedRows, tokenize
+from rlhf_lightning.distributed import data_ranks
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.launch import data_ranks
+from rlhf_lightning.ops.groups import Group, Layout, pack
 from rlhf_lightning.ops.seeding import generator
 
 CACHE = Path.home() / ".cache" / "rlhf_lightning"

@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader
 
 from rlhf_lightning.data import records
 from rlhf_lightning.data.base import RowData
-from rlhf_lightning.data.groups import Group, GroupBatch
 from rlhf_lightning.data.planning import MicroBatch
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.ops.groups import Group, GroupBatch
 
 
 @dataclass

@@ -19,10 +19,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from rlhf_lightning.data.groups import Group
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.sources import Row, Source
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.ops.groups import Group
 
 FORMAT = 3  # part of every cache key; raise it when the columns change
 PARALLEL_ROWS = 5_000  # fewer rows are quicker without starting processes

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_lightning.data.groups import Group, GroupBatch, Layout, pack
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.attention import GROUP_SDPA, find_runs, runs_mask
+from rlhf_lightning.ops.groups import Group, GroupBatch, Layout, pack
 from rlhf_lightning.ops.logprobs import token_logprobs
 from rlhf_lightning.ops.masking import group_attention_mask
 

@@ -14,12 +14,12 @@ from torch.nn.utils import clip_grad_value_
 from torch.optim import Optimizer
 
 from rlhf_lightning.data.checks import check_rows
-from rlhf_lightning.data.groups import GroupBatch, Layout
+from rlhf_lightning.distributed import data_ranks
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.launch import data_ranks
 from rlhf_lightning.models.adapters import add_lora, merge_lora
 from rlhf_lightning.models.completion import choose_layout, plain
 from rlhf_lightning.models.sharding import by_mesh, shard, total_norm, whole_state
+from rlhf_lightning.ops.groups import GroupBatch, Layout
 from rlhf_lightning.ops.statistics import wilson_interval
 
 log = logging.getLogger(__name__)

@@ -7,14 +7,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf_lightning.data.groups import GroupBatch
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.models.adapters import adapter_off
 from rlhf_lightning.models.completion import CompletionModel
-from rlhf_lightning.models.reference import Frozen
+from rlhf_lightning.models.frozen import Frozen
 from rlhf_lightning.modules.base import StageModule
+from rlhf_lightning.modules.cached_reference import attach_references
 from rlhf_lightning.modules.invariants import apart, is_exact
-from rlhf_lightning.modules.references import attach_references
+from rlhf_lightning.ops.groups import GroupBatch
 from rlhf_lightning.ops.logprobs import sequence_sum
 from rlhf_lightning.ops.losses import PREFERENCE_LOSSES, PreferenceLoss, preference_loss
 from rlhf_lightning.ops.ranking import ranked_pairs

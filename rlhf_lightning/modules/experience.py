@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.data.datamodules import PromptBatch
-from rlhf_lightning.data.groups import Group, GroupBatch
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.generation.local import Sampler, Samples
 from rlhf_lightning.models.adapters import adapter_off
 from rlhf_lightning.models.completion import CompletionModel, ScalarModel, choose_layout
-from rlhf_lightning.models.reference import Frozen
-from rlhf_lightning.models.sampling import Sampler, Samples
+from rlhf_lightning.models.frozen import Frozen
 from rlhf_lightning.models.sharding import most, shared
 from rlhf_lightning.modules.base import StageModule, decay_groups
 from rlhf_lightning.modules.invariants import apart, is_exact
-from rlhf_lightning.modules.rewards import FolderReward, MeanReward, Reward, score
 from rlhf_lightning.modules.rollout import Rollout
+from rlhf_lightning.ops.groups import Group, GroupBatch
 from rlhf_lightning.ops.kl import KLController
+from rlhf_lightning.rewards.loading import FolderReward, MeanReward, Reward, score
 
 Estimator = Literal["gae", "rloo", "grpo"]
 
@@ -31,7 +31,7 @@ class Experience(StageModule):
     """The half of PPO that makes a rollout: policy, critic, frozen reference and reward, and what they say.
 
     Args:
-        reward: callable, see :mod:`rlhf_lightning.modules.rewards`.
+        reward: callable, see :mod:`rlhf_lightning.rewards.loading`.
         gold: the true reward where it is known; only logged.
         load_critic: returns a sequence classifier as critic (usually the reward model); None is a value head on the
             policy's trunk. Used by estimator "gae" only.
@@ -44,7 +44,7 @@ class Experience(StageModule):
         reward_clip: clip scores to +- this; reward_scale: divide scores by their running standard deviation.
         critic_lr: learning rate of the critic; None is the policy's.
         sampler: called with (lm, eos_ids, max_new_tokens, temperature) before every rollout; what it returns is called
-            as :class:`rlhf_lightning.models.sampling.Sampler` is. A generation server may stand here.
+            as :class:`rlhf_lightning.generation.local.Sampler` is. A generation server may stand here.
         seed: with iteration, row and sample number it decides every sampled token.
         Others: see :class:`StageModule`.
     """

@@ -10,12 +10,12 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from rlhf_lightning.data.datamodules import PromptBatch
-from rlhf_lightning.data.groups import GroupBatch
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.modules.experience import Estimator, Experience
 from rlhf_lightning.modules.invariants import apart, is_exact
 from rlhf_lightning.modules.rollout import Rollout
 from rlhf_lightning.ops.advantages import explained_variance, gae, grpo, rloo, whiten
+from rlhf_lightning.ops.groups import GroupBatch
 from rlhf_lightning.ops.kl import KLEstimator, kl_estimate, token_rewards
 from rlhf_lightning.ops.losses import ppo_policy_loss, ppo_value_loss
 from rlhf_lightning.ops.seeding import generator

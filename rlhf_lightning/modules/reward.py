@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import BinaryCalibrationError
 
-from rlhf_lightning.data.groups import GroupBatch
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.completion import ScalarModel, plain
 from rlhf_lightning.modules.base import StageModule
+from rlhf_lightning.ops.groups import GroupBatch
 from rlhf_lightning.ops.ranking import centering, pairwise_ranking, plackett_luce
 
 

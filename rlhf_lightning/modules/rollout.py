@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rlhf_lightning.data.groups import Group, GroupBatch, Layout, pack
 from rlhf_lightning.data.planning import token_budget
+from rlhf_lightning.ops.groups import Group, GroupBatch, Layout, pack
 
 
 @dataclass

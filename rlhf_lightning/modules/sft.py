@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf_lightning.data.groups import GroupBatch
 from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.modules.base import StageModule
+from rlhf_lightning.ops.groups import GroupBatch
 
 
 class SFT(StageModule):

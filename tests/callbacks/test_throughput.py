@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from rlhf_lightning.callbacks import throughput
 from rlhf_lightning.callbacks.progress import LineProgress, duration, progress_bar
 from rlhf_lightning.callbacks.throughput import Throughput, peak_memory_gb
-from rlhf_lightning.data.groups import Group, pack
+from rlhf_lightning.ops.groups import Group, pack
 
 
 class Clock:

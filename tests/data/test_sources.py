@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf_lightning.data.groups import Group
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.sources import read_source
 from rlhf_lightning.data.tokenize import tokenize
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.ops.groups import Group
 
 ROWS = [{"prompt": "a", "response": "x"}, {"prompt": "b", "response": "y"}, {"prompt": "c", "response": "z"}]
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from rlhf_lightning.data import sources, tokenize
-from rlhf_lightning.data.groups import Group
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.sources import Source, read_source
 from rlhf_lightning.data.tokenize import CHUNK
 from rlhf_lightning.data.tokenize import tokenize as tokenized
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.ops.groups import Group
 
 GROUPS = [
     Group([1, 5], []),

@@ -12,13 +12,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from rlhf_lightning import DPO, PPO, SFT, DemonstrationData, PreferenceData, PromptData, RewardModel, Sampler
-from rlhf_lightning.artifacts import write_model
 from rlhf_lightning.data.planning import MicroBatch
+from rlhf_lightning.models.folder import write_model
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.tiny import build_tiny
-from rlhf_lightning.modules.rewards import Reward
 from rlhf_lightning.modules.schedules import schedule
 from rlhf_lightning.ops.statistics import mean_interval
+from rlhf_lightning.rewards.loading import Reward
 from rlhf_lightning.world import gold, rows
 
 BATCH, HELD_OUT, NEW_TOKENS = 64, 400, 40

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning import PreferenceData, RewardModel
-from rlhf_lightning.data.groups import Group, pack
 from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer
 from rlhf_lightning.modules.schedules import schedule
+from rlhf_lightning.ops.groups import Group, pack
 from rlhf_lightning.ops.ranking import pairwise_ranking
 from rlhf_lightning.ops.seeding import generator
 from tests.conftest import quiet_lightning

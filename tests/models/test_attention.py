@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from rlhf_lightning.data.groups import Group, pack
 from rlhf_lightning.models.attention import GROUP_SDPA, Run, find_runs, group_sdpa, runs_mask
 from rlhf_lightning.models.completion import CompletionModel, choose_layout, hidden_states
 from rlhf_lightning.models.loading import load_causal_lm
+from rlhf_lightning.ops.groups import Group, pack
 from rlhf_lightning.ops.masking import group_attention_mask
 from tests.conftest import tiny_config
 

@@ -20,9 +20,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from rlhf_lightning.data.groups import Group, pack
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.completion import CompletionModel, ScalarModel, choose_layout
+from rlhf_lightning.ops.groups import Group, pack
 from tests.conftest import tiny_config
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

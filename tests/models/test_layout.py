@@ -29,9 +29,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from rlhf_lightning.data.groups import Group, GroupBatch, pack
 from rlhf_lightning.models.adapters import add_lora
 from rlhf_lightning.models.completion import CompletionModel, ScalarModel, choose_layout
+from rlhf_lightning.ops.groups import Group, GroupBatch, pack
 from rlhf_lightning.ops.logprobs import sequence_sum
 from rlhf_lightning.ops.ranking import pairwise_ranking
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.data import records
-from rlhf_lightning.data.groups import Group, pack
 from rlhf_lightning.data.sources import read_source
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.models.adapters import add_lora
 from rlhf_lightning.models.completion import CompletionModel, choose_layout
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
+from rlhf_lightning.ops.groups import Group, pack
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")]
 

@@ -20,11 +20,11 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from rlhf_lightning.data.groups import Group, pack
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.completion import CompletionModel, ScalarModel
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.tiny import build_tiny
+from rlhf_lightning.ops.groups import Group, pack
 
 TEXTS = [f"the {animal} sat on the mat {i} times" for i in range(40) for animal in ("cat", "dog", "owl")]
 

@@ -33,9 +33,9 @@ def measure(rank: int, folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from rlhf_lightning.generation.local import Sampler
     from rlhf_lightning.models.completion import CompletionModel
     from rlhf_lightning.models.loading import decoder_layers
-    from rlhf_lightning.models.sampling import Sampler
     from rlhf_lightning.models.sharding import shard
 
     init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)

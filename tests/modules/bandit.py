@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf_lightning.data.datamodules import PromptBatch
-from rlhf_lightning.data.groups import Group, GroupBatch
 from rlhf_lightning.modules.ppo import PPO
 from rlhf_lightning.modules.rollout import Rollout
+from rlhf_lightning.ops.groups import Group, GroupBatch
 from tests.conftest import tiny_config
 
 VOCAB, GOOD = 16, 7

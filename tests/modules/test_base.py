@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from rlhf_lightning import DPO, SFT, DemonstrationData, PreferenceData, RewardModel
-from rlhf_lightning.data.groups import Group, pack
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.modules.base import decay_groups
+from rlhf_lightning.ops.groups import Group, pack
 from tests.conftest import quiet_lightning
 from tests.modules.offline import demonstrations, fit, lm, sgd, start
 

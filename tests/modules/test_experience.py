@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.sampling import Samples
+from rlhf_lightning.generation.local import Samples
 from rlhf_lightning.modules.ppo import PPO
 from rlhf_lightning.modules.rollout import Rollout
 from tests.conftest import quiet_lightning

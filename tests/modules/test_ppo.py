@@ -12,9 +12,9 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from rlhf_lightning.data.groups import Group, pack
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.modules.schedules import schedule
+from rlhf_lightning.ops.groups import Group, pack
 from tests.conftest import quiet_lightning
 from tests.modules.bandit import (
     GOOD,

@@ -21,9 +21,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_lightning import DPO
 from rlhf_lightning.data.datamodules import PromptBatch
-from rlhf_lightning.data.groups import Group, pack
 from rlhf_lightning.modules.ppo import PPO
 from rlhf_lightning.modules.schedules import schedule
+from rlhf_lightning.ops.groups import Group, pack
 from tests.conftest import quiet_lightning
 from tests.modules import bandit, offline
 

@@ -11,10 +11,10 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_lightning import PreferenceData, RewardModel
-from rlhf_lightning.artifacts import write_model
-from rlhf_lightning.data.groups import Group, pack
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.folder import write_model
 from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer
+from rlhf_lightning.ops.groups import Group, pack
 from tests.conftest import quiet_lightning
 from tests.modules.offline import adam, classifier, fit, preferences, sgd, start
 

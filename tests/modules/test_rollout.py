@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_lightning.data.groups import Group, GroupBatch, Layout
 from rlhf_lightning.modules.rollout import Rollout
+from rlhf_lightning.ops.groups import Group, GroupBatch, Layout
 
 GROUPS = [
     Group([1, 5, 6, 7, 8, 9], [[8, 9, 2], [10]]),

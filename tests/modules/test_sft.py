@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rlhf_lightning import SFT, DemonstrationData
-from rlhf_lightning.data.groups import Group, pack
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
+from rlhf_lightning.ops.groups import Group, pack
 from tests.conftest import quiet_lightning
 from tests.modules.offline import adam, demonstrations, fit, lm, response_logprob, sgd, start
 

@@ -11,8 +11,8 @@ from typing import Any
 from datasets import Dataset
 
 from rlhf_lightning import PPO, PromptData
+from rlhf_lightning.generation.local import Samples
 from rlhf_lightning.models.loading import load_causal_lm
-from rlhf_lightning.models.sampling import Samples
 from rlhf_lightning.modules.rollout import Rollout
 from tests.modules.offline import fit
 from tests.oracle.side_by_side import STEPS, Curve, arguments, conversation, start, tokenizer

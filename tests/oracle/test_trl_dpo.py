@@ -10,8 +10,8 @@ import pytest
 from peft import LoraConfig
 
 from rlhf_lightning import DPO, PreferenceData
-from rlhf_lightning.data.groups import Group, pack
 from rlhf_lightning.models.loading import load_causal_lm
+from rlhf_lightning.ops.groups import Group, pack
 from tests.oracle.side_by_side import (
     BATCH,
     Curve,

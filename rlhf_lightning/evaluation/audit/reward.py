@@ -1,0 +1,72 @@
+"""Checks of a reward on the responses of the data, or on the model's own answers where the rows are prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.data import records
+from rlhf_lightning.data.checks import Check, Note
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.evaluation.audit.data import DataChecks
+from rlhf_lightning.evaluation.audit.model import ModelChecks
+from rlhf_lightning.rewards.loading import load_reward, score
+
+
+class RewardChecks:
+    """The reward that `reward_from` names."""
+
+    def __init__(self, settings: dict[str, Any], rows: DataChecks, model: ModelChecks) -> None:
+        self.rows, self.model = rows, model
+        self.reward = load_reward(settings["reward_from"], settings["model"]["load"]["dtype"])
+
+    def checks(self) -> Iterator[Check]:
+        """Yield the checks."""
+        yield "rewards are numbers that differ", self.differ
+        yield "the same text gets the same reward", self.same
+
+    def texts(self) -> list[tuple[str, str, dict[str, Any]]]:
+        """Return (prompt, response, other columns) of what there is to score."""
+        data, drawn = self.model.data, self.model.drawn
+        if data.kind == "prompts" and drawn is not None:
+            asked = [records.prompt(data.rows["train"].raw(row)) for row in range(len(drawn.responses))]
+            answers = [data.template.decode(ids) for ids in drawn.responses]
+            extras = [{**row.metadata, "finished": done} for row, done in zip(asked, drawn.finished, strict=True)]
+            return [(row.text, text, extra) for row, text, extra in zip(asked, answers, extras, strict=True)]
+        found = []
+        for _, prompt, responses, columns in self.rows.conversations():
+            text = next(m["content"] for m in reversed(prompt) if m["role"] == "user")
+            found += [(text, response, columns | {"finished": True}) for response in responses]
+        return found
+
+    def scores(self, texts: list[tuple[str, str, dict[str, Any]]]) -> Tensor:
+        """Return one reward a text."""
+        return score(self.reward, *map(list, zip(*texts, strict=True)))  # type: ignore[arg-type]
+
+    def differ(self) -> str:
+        """Rewards are finite and not all the same; a note where they follow the length."""
+        texts = self.texts()
+        scores = self.scores(texts)
+        spread = scores.std(correction=0).item()
+        if spread == 0:
+            raise UserError(f"all {len(scores)} rewards are {scores[0].item():.3g}: there is nothing to learn from")
+        lengths = torch.tensor([float(len(text)) for _, text, _ in texts])
+        tied = torch.corrcoef(torch.stack([lengths, scores]))[0, 1].item() if lengths.std() > 0 else 0.0
+        text = f"{len(scores)} texts, mean {scores.mean().item():.3g}, deviation {spread:.3g}"
+        text += f", correlation with length {tied:.2f}"
+        return Note(text) if abs(tied) > 0.7 else text
+
+    def same(self) -> str:
+        """The order of texts and their company in a batch change nothing."""
+        texts = self.texts()
+        backwards, half = texts[::-1], len(texts) // 2
+        again = torch.cat([self.scores(part) for part in (backwards[:half], backwards[half:]) if part])
+        scores = self.scores(texts)
+        gaps = (again.flip(0) - scores).abs()
+        if gaps.max() > 1e-3 * max(1.0, scores.abs().max().item()):
+            text = texts[int(gaps.argmax())][1][:200]
+            raise UserError(f"in another batch the reward of {text!r} is another one, by {gaps.max().item():.2g}")
+        return f"{len(scores)} texts, in another order and other batches: {gaps.max().item():.1g} apart"

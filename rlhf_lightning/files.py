@@ -1,0 +1,162 @@
+"""Files and folders that are written whole or not at all, JSON, and content digests."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.errors import UserError
+
+
+def fingerprint(value: Any) -> str:
+    """Return the SHA-256 of plain containers, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_digest(*paths: Path) -> str:
+    """Return the SHA-256 over the contents of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def readable_os_errors(path: str | Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into a message; what was there before stays as it was."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = write_failure(error)
+        if reason is None:
+            raise
+        parent = next(p for p in [Path(path), *Path(path).parents] if p.exists())
+        free = shutil.disk_usage(parent).free
+        raise UserError(
+            f"cannot write {path}: {reason} ({free / 2**20:.0f} MiB free); what was saved before is intact"
+        ) from error
+
+
+def write_failure(error: BaseException) -> str | None:
+    """Return why the operating system refused to write, when a full disk or a missing permission is behind `error`."""
+    number = _os_error(error)
+    denied = isinstance(error, OSError) and number in (errno.EACCES, errno.EROFS)
+    return os.strerror(number) if number is not None and (denied or number in (errno.ENOSPC, errno.EDQUOT)) else None
+
+
+def _os_error(error: BaseException | None) -> int | None:
+    """Return the operating system's error behind `error`: torch and safetensors wrap it in types of their own."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.errno
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            return int(found[1])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; on success it is synced and renamed to `path`, else removed."""
+    path = Path(path)
+    with readable_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`; on success it is synced and takes the name of `folder`, else removed.
+
+    An older folder of that name is replaced only when the new one is complete.
+    """
+    folder = Path(folder)
+    with readable_os_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+        older = folder.with_name(f"{temporary.name}.old")
+        try:
+            yield temporary
+            for file in temporary.iterdir():
+                file.chmod(0o644)  # safetensors makes files only their owner can read
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            temporary.chmod(0o755)
+            if folder.exists():
+                folder.rename(older)  # quick, unlike removing it: hardly a moment without a folder of this name
+            os.replace(temporary, folder)
+            _sync_folder(folder.parent)
+            shutil.rmtree(older, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def build_once(folder: str | Path, build: Callable[[Path], None]) -> None:
+    """Fill `folder` with `build` unless it is there; of several processes the quickest wins."""
+    folder = Path(folder)
+    if folder.is_dir():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, suffix=".tmp"))
+    try:
+        build(temporary)
+        os.replace(temporary, folder)
+    except OSError:
+        if not folder.is_dir():  # not merely another process that was quicker
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_jsonl(path: str | Path, rows: list[dict[str, Any]]) -> None:
+    """Write one JSON object a line, atomically; control characters are escaped."""
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """Return the content of a JSON file, or None when there is none."""
+    path = Path(path)
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}); remove it to go on") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,273 @@
+"""Sampling responses: shared prefill, finished sequences leave the batch, and draws that do not depend on batching."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import DynamicCache
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.generation.cache import growing_cache
+from rlhf_lightning.models.completion import plain
+from rlhf_lightning.models.sharding import call, most
+from rlhf_lightning.ops.seeding import generator
+
+_CHECKED: WeakSet[nn.Module] = WeakSet()  # models whose decoding has been compared with a full forward pass
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Responses of P prompts with n samples each, prompt by prompt: token ids, and whether each ended by itself."""
+
+    responses: list[list[int]]
+    finished: list[bool]
+
+
+@dataclass
+class _Live:
+    """The sequences still being extended, one row each."""
+
+    slot: Tensor  # (B,) place in the result
+    token: Tensor  # (B,) last sampled token
+    length: Tensor  # (B,) position of that token
+    mask: Tensor  # (B, past) which cached positions are real
+
+
+class Sampler:
+    """Samples responses from a causal language model.
+
+    Every token of sample k of prompt i is drawn by inverting the distribution function at a uniform number that
+    depends on `(seed_parts, id of i, k, t)` only, so batch size, order and early stops never change a sample.
+
+    Args:
+        lm: a Hugging Face causal LM or a peft model around one.
+        eos_ids: tokens that end a response; they are part of it.
+        max_new_tokens: longest response.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k, top_p: restrict the distribution (0 and 1.0 leave it whole). PPO needs it whole.
+        batch_tokens: most prompt plus response tokens in a decoding batch.
+    """
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        eos_ids: Iterable[int],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        batch_tokens: int = 32_768,
+    ) -> None:
+        self.lm = lm
+        self.eos = torch.tensor(sorted(set(eos_ids)))
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.top_k, self.top_p, self.batch_tokens = top_k, top_p, batch_tokens
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int = 1,
+        seed_parts: Sequence[int | str] = (0,),
+        ids: Sequence[int] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Samples:
+        """Return n responses to each prompt.
+
+        Args:
+            prompts: P lists of token ids.
+            seed_parts: with `ids` (default: the prompt's place) decides every draw.
+            progress: called with the number of prompts done after each batch.
+        """
+        ids = list(range(len(prompts))) if ids is None else ids
+        responses: list[list[int]] = [[] for _ in range(len(prompts) * n)]
+        finished = [False] * len(responses)
+        training = self.lm.training
+        self.lm.eval()
+        try:
+            self._check_cache()
+            batches = self._batches(prompts, n)
+            for number in range(most(self.lm, len(batches))):
+                if number >= len(batches):  # other ranks have one more, and forward passes are collective
+                    self._accompany()
+                    continue
+                batch = batches[number]
+                uniforms = torch.stack(
+                    [
+                        torch.rand(self.max_new_tokens, generator=generator(*seed_parts, ids[p], k))
+                        for p in batch
+                        for k in range(n)
+                    ]
+                )
+                self._decode([prompts[p] for p in batch], batch, n, uniforms, responses, finished)
+                if progress:
+                    progress(len(batch))
+        finally:
+            self.lm.train(training)
+        return Samples(responses, finished)
+
+    def _check_cache(self) -> None:
+        """Raise a UserError when decoding with a cache is not what a full forward pass says, as for state spaces."""
+        if self.lm in _CHECKED:
+            return
+        inner = plain(self.lm)
+        vocab = inner.config.get_text_config().vocab_size
+        prompts = [[(5 * i + 3) % vocab for i in range(4)], [(3 * i + 1) % vocab for i in range(2)]]
+        following = [7 % vocab, 11 % vocab]
+        try:
+            _, cache, live = self._prefill(prompts, 1, torch.arange(2), inner.device)
+            live.token = torch.tensor(following, device=inner.device)
+            found = self._step(cache, live).float().log_softmax(-1)
+            apart = 0.0
+            for row, (prompt, token) in enumerate(zip(prompts, following, strict=True)):
+                ids = torch.tensor([[*prompt, token]], device=inner.device)
+                expected = call(self.lm, input_ids=ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
+                apart = max(apart, (found[row] - expected).abs().max().item())
+            reason = f"log-probabilities are off by {apart:.2g}"
+        except (IndexError, AttributeError, TypeError, ValueError, NotImplementedError) as error:
+            apart, reason = math.inf, f"{type(error).__name__}: {str(error)[:120]}"
+        if apart > (1e-2 if inner.dtype in (torch.float32, torch.float64) else 0.5):
+            raise UserError(f"{type(inner).__name__} cannot be sampled from with a cache ({reason})")
+        _CHECKED.add(self.lm)
+
+    def _batches(self, prompts: Sequence[Sequence[int]], n: int) -> list[list[int]]:
+        """Group prompts of similar length so that a decoding batch stays within its token budget."""
+        order = sorted(range(len(prompts)), key=lambda p: (-len(prompts[p]), p))
+        batches: list[list[int]] = []
+        for p in order:
+            longest = len(prompts[batches[-1][0]]) if batches else 0
+            if batches and (len(batches[-1]) + 1) * n * (longest + self.max_new_tokens) <= self.batch_tokens:
+                batches[-1].append(p)
+            else:
+                batches.append([p])
+        return batches
+
+    def _decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        batch: Sequence[int],
+        n: int,
+        uniforms: Tensor,
+        responses: list[list[int]],
+        finished: list[bool],
+    ) -> None:
+        device = plain(self.lm).device
+        eos, uniforms = self.eos.to(device), uniforms.to(device)
+        slots = torch.tensor([p * n + k for p in batch for k in range(n)])
+        # room for the longest response every prompt may have within the context
+        context = getattr(plain(self.lm).config.get_text_config(), "max_position_embeddings", None)
+        limits = torch.tensor(
+            [min(self.max_new_tokens, (context or 10**9) - len(p)) for p in prompts for _ in range(n)],
+            device=device,
+        ).clamp_min(1)
+        logits, cache, live = self._prefill(prompts, n, slots, device)
+        drawn = torch.zeros((len(slots), self.max_new_tokens), dtype=torch.long, device=device)
+        ends = torch.zeros(len(slots), dtype=torch.long, device=device)
+        ended = torch.zeros(len(slots), dtype=torch.bool, device=device)
+        rows = torch.arange(len(slots), device=device)  # live rows, as places in `drawn`
+        for t in range(self.max_new_tokens):
+            live.token = self._draw(logits, uniforms[rows, t])
+            drawn[rows, t] = live.token
+            ends[rows] = t + 1
+            stop = torch.isin(live.token, eos)
+            ended[rows] = stop
+            keep = ~stop & (t + 1 < limits[rows])
+            if not keep.any():
+                break
+            most(self.lm, 1)
+            if not keep.all():
+                kept = keep.nonzero().squeeze(1)
+                cache.batch_select_indices(kept)
+                rows = rows[kept]
+                live = _Live(live.slot, live.token[kept], live.length[kept], live.mask[kept])
+            logits = self._step(cache, live)
+        while most(self.lm, 0):
+            self._pass()
+        for place, slot in enumerate(slots.tolist()):
+            responses[slot] = drawn[place, : int(ends[place])].tolist()
+            finished[slot] = bool(ended[place])
+
+    def _accompany(self) -> None:
+        """Make the passes of a batch that only other ranks have."""
+        self._pass()
+        while most(self.lm, 0):
+            self._pass()
+
+    def _pass(self) -> None:
+        """Make the smallest pass there is: those of a sharded model are collective."""
+        call(self.lm, input_ids=torch.zeros((1, 1), dtype=torch.long, device=plain(self.lm).device), use_cache=False)
+
+    def _prefill(
+        self, prompts: Sequence[Sequence[int]], n: int, slots: Tensor, device: torch.device
+    ) -> tuple[Tensor, DynamicCache, _Live]:
+        """Read every prompt once, left-padded, and repeat its cache for the n samples."""
+        width = max(len(p) for p in prompts)
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+        mask = torch.arange(width, device=device)[None, :] >= (width - lengths)[:, None]
+        cache = growing_cache(plain(self.lm).config.get_text_config())
+        output = call(
+            self.lm,
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=(mask.long().cumsum(1) - 1).clamp_min(0),
+            cache=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        if n > 1:
+            cache.batch_repeat_interleave(n)
+        repeat = torch.arange(len(prompts), device=device).repeat_interleave(n)
+        live = _Live(slots, ids[repeat, -1], (lengths - 1)[repeat], mask[repeat])
+        return output.logits[:, -1][repeat], cache, live
+
+    def _step(self, cache: DynamicCache, live: _Live) -> Tensor:
+        """Return the logits (B, V) after the last sampled token of every live row."""
+        live.mask = torch.cat([live.mask, live.mask.new_ones(len(live.mask), 1)], dim=1)
+        live.length = live.length + 1
+        output = call(
+            self.lm,
+            input_ids=live.token[:, None],
+            attention_mask=live.mask.long(),
+            position_ids=live.length[:, None],
+            cache=cache,
+            use_cache=True,
+        )
+        return output.logits[:, -1]
+
+    def _draw(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """Return one token (B,) from each row of logits (B, V)."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        logits = logits.float() / self.temperature
+        if self.top_k:
+            smallest = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < smallest, float("-inf"))
+        if self.top_p < 1:
+            ordered, places = logits.softmax(-1).sort(dim=-1, descending=True)
+            outside = ordered.cumsum(-1) - ordered >= self.top_p
+            logits = logits.masked_fill(outside.scatter(1, places, outside), float("-inf"))
+        return invert(torch.exp(logits - logits.amax(-1, keepdim=True)), uniforms)
+
+
+def invert(weights: Tensor, uniforms: Tensor, block: int = 256) -> Tensor:
+    """Return for each row the first place where the cumulative share of `weights` (B, V) exceeds its uniform number.
+
+    Only sums of blocks are cumulated over the vocabulary, and then the weights of one block; a place of weight 0 is
+    never taken.
+    """
+    blocks = pad(weights, (0, -weights.shape[-1] % block)).unflatten(-1, (-1, block))
+    sums = blocks.sum(-1, dtype=torch.float64)
+    ends = sums.cumsum(-1)
+    target = uniforms.double()[:, None] * ends[:, -1:]
+    chosen = torch.searchsorted(ends, target, right=True).clamp_max(ends.shape[-1] - 1)
+    inside = blocks.gather(1, chosen[..., None].expand(-1, -1, block)).squeeze(1).double().cumsum(-1)
+    rest = (target - (ends - sums).gather(1, chosen)).minimum(inside[:, -1:].nextafter(inside.new_zeros(())))
+    found = (chosen * block + torch.searchsorted(inside, rest, right=True)).squeeze(1)
+    return found.clamp_max(weights.shape[-1] - 1)  # weights that are no numbers are found, and named, with the loss

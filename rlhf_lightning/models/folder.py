@@ -1,0 +1,66 @@
+"""What a stage writes and the next one reads: a Hugging Face model folder with a manifest of where it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.files import atomic_folder, read_json
+
+MANIFEST = "manifest.json"
+
+
+def hash_weights(folder: str | Path) -> str | None:
+    """Return the SHA-256 over the safetensors and config files of a model folder; None for a hub name."""
+    path = Path(folder)
+    if not path.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted([*path.glob("*.safetensors"), *path.glob("config.json")]):
+        digest.update(file.name.encode())
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any] | None:
+    """Return the manifest of a model folder, or None when it has none."""
+    return read_json(Path(folder) / MANIFEST)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide a result."""
+    found = {"python": platform.python_version()}
+    for name in ("rlhf-lightning", "torch", "lightning", "transformers", "tokenizers", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def write_model(folder: str | Path, model: Any, tokenizer: Any, manifest: dict[str, Any]) -> None:
+    """Save a Hugging Face model, its tokenizer and `manifest` as `folder`, all or nothing."""
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary, safe_serialization=True)
+        tokenizer.save_pretrained(temporary)
+        complete = manifest | {
+            "weights": hash_weights(temporary),
+            "versions": versions(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        (temporary / MANIFEST).write_text(json.dumps(complete, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def parent_entry(role: str, folder: str) -> dict[str, Any]:
+    """Return a manifest's record of a model this stage started from."""
+    local = Path(folder).is_dir()
+    manifest = read_manifest(folder) if local else None
+    weights = manifest.get("weights") if manifest else hash_weights(folder)
+    return {"role": role, "folder": str(Path(folder).resolve()) if local else str(folder), "weights": weights}

@@ -1,0 +1,94 @@
+"""Starting ranks: the arguments, plugins and run folder of each, under Lightning, torchrun and SLURM."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.distributed import agreed, ranks
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.runtime.run_folder import find_run, remove_start
+
+
+def arguments_of_rank(arguments: list[str]) -> list[str]:
+    """Return what to add to the command line of this rank, and give all ranks one run id.
+
+    Further ranks write no `.hydra` of their own and a log of their own.
+
+    Raises:
+        UserError: a sweep, whose trials start their own ranks.
+    """
+    found = ranks()
+    if found is None:
+        return []
+    given = {"-m", "--multirun"} & set(arguments) or any(a.startswith("sweep=") for a in arguments)
+    if any(a.startswith("pipeline=") for a in arguments):
+        raise UserError("start a pipeline with the plain command: every stage launches its own ranks")
+    if given and "hydra.mode=RUN" not in arguments:
+        raise UserError("start a sweep with the plain command: every trial launches its own ranks")
+    now = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    os.environ["RLHF_RUN_ID"] = agreed("run_id", lambda: os.environ.get("RLHF_RUN_ID", now))
+    return [f"hydra.job.name=run_rank{found[0]}", "hydra.output_subdir=null"] if found[0] else []
+
+
+def environment() -> list[Any]:
+    """Return the Trainer's plugins under SLURM, elsewhere none.
+
+    A job of one task launches its ranks itself like a workstation. A job is not requeued by Lightning, which would
+    save in the middle of a step.
+    """
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+    if "TORCHELASTIC_RUN_ID" in os.environ or not SLURMEnvironment.detect():
+        return []
+    return [SLURMEnvironment(auto_requeue=False) if ranks() else LightningEnvironment()]
+
+
+def ranks_asked(trainer: dict[str, Any]) -> int | None:
+    """Return the number of ranks that the settings of a Trainer ask for, None where it is found out at the start."""
+    asked = trainer["devices"]
+    if not isinstance(asked, list) and not str(asked).isdigit():
+        return None
+    return (len(asked) if isinstance(asked, list) else int(asked)) * trainer["num_nodes"]
+
+
+def check_devices(trainer: dict[str, Any]) -> None:
+    """Raise a UserError when the settings ask for another number of ranks than were started."""
+    found, asked = ranks(), ranks_asked(trainer)
+    if found is not None and asked is not None and found[1] != asked:
+        raise UserError(
+            f"{found[1]} ranks were started, but trainer.devices times trainer.num_nodes is {asked}; make them equal"
+        )
+    if found is None and trainer["num_nodes"] > 1 and os.environ.get("SLURM_NTASKS") == "1":
+        raise UserError(
+            f"trainer.num_nodes={trainer['num_nodes']} in a SLURM job of one task; ask for one task a device, with "
+            "--nodes and --ntasks-per-node, and start it with srun"
+        )
+
+
+def decide_run(
+    run: Path, stage: str, resume: str | None, digest: str
+) -> tuple[Path, Path | None, dict[str, Any] | None]:
+    """Return what :func:`find_run` finds on the first rank; every other rank inherits the decision.
+
+    Ranks that Lightning launches find it in their environment, ranks of torchrun and SLURM ask for it.
+    """
+    from lightning.pytorch.utilities import rank_zero_only  # heavy, and the command imports this file
+
+    if rank_zero_only.rank > 0 and "RLHF_RUN" in os.environ:
+        checkpoint = os.environ["RLHF_CHECKPOINT"]
+        return Path(os.environ["RLHF_RUN"]), Path(checkpoint) if checkpoint else None, None
+
+    def decide() -> str:
+        place, checkpoint, finished = find_run(run, stage, resume, digest)
+        return json.dumps([str(place), str(checkpoint or ""), finished])
+
+    place, checkpoint, finished = json.loads(agreed("run", decide))
+    if Path(place) != run:
+        remove_start(run)
+    os.environ |= {"RLHF_RUN": place, "RLHF_CHECKPOINT": checkpoint}
+    return Path(place), Path(checkpoint) if checkpoint else None, finished

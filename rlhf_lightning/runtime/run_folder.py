@@ -1,0 +1,79 @@
+"""Run folders: started once, found again by what decides their result, finished when their output is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.files import read_json, readable_os_errors
+from rlhf_lightning.models.folder import MANIFEST
+
+
+def find_run(run: Path, stage: str, resume: str | None, digest: str) -> tuple[Path, Path | None, dict[str, Any] | None]:
+    """Return the run folder, the checkpoint to resume from, and the metrics when the run is already finished.
+
+    With resume=here it is this folder, with resume=auto this one or the newest sibling of the same configuration.
+    """
+    mine = {"fingerprint": digest, "stage": stage}
+    started = read_json(run / "run.json")
+    if resume is None:
+        claim(run, mine)
+        return run, None, None
+    if resume not in ("auto", "here"):
+        path = Path(resume)
+        path = path if path.suffix == ".ckpt" else path / "checkpoints" / "last.ckpt"
+        if not path.is_file():
+            raise UserError(f"resume={resume}: there is no checkpoint {path}; use resume=auto or a run folder")
+        other = (read_json(path.parents[1] / "run.json") or {}).get("stage", stage)
+        if other != stage:
+            raise UserError(f"resume={resume} is a run of stage={other}, not of stage={stage}")
+        claim(run, mine)
+        return run, path, None
+    if started and started.get("fingerprint") != digest:
+        raise UserError(
+            f"{run} was started with another configuration or other models; choose another folder to start anew"
+        )
+    siblings = sorted((p for p in run.parent.iterdir() if p != run), reverse=True) if resume == "auto" else []
+    for folder in [run, *siblings]:
+        found = read_json(folder / "run.json") if folder.is_dir() else None
+        if not isinstance(found, dict) or found.get("fingerprint") != digest:
+            continue
+        if folder != run and not started:
+            remove_start(run)
+        checkpoint = folder / "checkpoints" / "last.ckpt"
+        done = (folder / "model" / MANIFEST).is_file() or stage in ("evaluate", "candidates")
+        metrics = read_json(folder / "metrics.json") if done else None
+        return folder, checkpoint if checkpoint.is_file() else None, metrics
+    claim(run, mine)
+    return run, None, None
+
+
+def claim(run: Path, value: dict[str, Any]) -> None:
+    """Write `run.json`, or refuse when another start was there first."""
+    with readable_os_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=run, suffix=".tmp")
+        with os.fdopen(handle, "w", encoding="utf-8") as opened:
+            json.dump(value, opened)
+        try:
+            os.link(name, run / "run.json")  # fails when it exists, whoever is quicker
+        except FileExistsError:
+            raise UserError(
+                f"{run} already holds a run; add resume=auto to continue it, or choose another folder"
+            ) from None
+        finally:
+            os.unlink(name)
+
+
+def remove_start(run: Path) -> None:
+    """Remove what Hydra wrote for a start that continues another run, and the folder when nothing else is in it."""
+    shutil.rmtree(run / ".hydra", ignore_errors=True)
+    for file in run.glob("run*.log"):
+        file.unlink(missing_ok=True)
+    if run.is_dir() and not any(run.iterdir()):
+        run.rmdir()

@@ -1,0 +1,213 @@
+"""Sampling: greedy equals Hugging Face, draws follow the model and do not depend on batching."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.generation.local import Sampler, Samples, invert
+from rlhf_lightning.models.adapters import add_lora, merge_lora
+from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
+from tests.conftest import tiny_config
+
+EOS = {2}
+PROMPTS = [[1, 5, 6, 7, 8, 9, 10], [1], [1, 20, 21], [1, 30], [1, 40, 41, 42, 43]]
+
+
+def loud(**changes: object) -> LlamaForCausalLM:
+    """Return a random Llama whose next-token distributions are far from uniform."""
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(tiny_config(initializer_range=0.3, **changes)).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight[2] *= 1.5  # EOS comes up now and then
+    return model
+
+
+def next_logits(model: LlamaForCausalLM, ids: list[int]) -> Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, -1]
+
+
+def reference_greedy(model: LlamaForCausalLM, prompt: list[int], eos: set[int], new: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, eos_token_id=sorted(eos),
+        pad_token_id=0,
+    )  # fmt: skip
+    return output[0, len(prompt) :].tolist()
+
+
+def test_greedy_equals_generate() -> None:
+    model = loud()
+    found = Sampler(model, EOS, 24, temperature=0)(PROMPTS)
+    assert found.responses == [reference_greedy(model, p, EOS, 24) for p in PROMPTS]
+    assert found.finished == [r[-1] == 2 for r in found.responses]
+
+
+def test_greedy_equals_generate_on_a_real_model(stories_model: Path) -> None:
+    model, tokenizer = load_causal_lm(str(stories_model)), load_tokenizer(str(stories_model))
+    texts = ("Once upon a time", "Lily had a red ball. One day,", "The dog")
+    prompts = [tokenizer(text).input_ids for text in texts]
+    eos = {tokenizer.eos_token_id}
+    found = Sampler(model, eos, 40, temperature=0)(prompts)
+    assert found.responses == [reference_greedy(model.eval(), p, eos, 40) for p in prompts]  # type: ignore[arg-type]
+
+
+def test_a_hybrid_model_is_sampled_and_a_state_space_model_is_refused() -> None:
+    """Their caches hold more than keys and values; what a cache gets wrong would otherwise be sampled silently."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+    hybrid = Lfm2ForCausalLM(
+        Lfm2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+                   layer_types=["conv", "full_attention"])
+    )  # fmt: skip
+    (response,) = Sampler(hybrid, {2}, 5, temperature=0)([[1, 5, 6]]).responses
+    ids = [1, 5, 6]
+    for token in response:
+        assert token == hybrid.eval()(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item()
+        ids.append(token)
+    with pytest.raises(UserError, match="MambaForCausalLM cannot be sampled from with a cache"):
+        Sampler(MambaForCausalLM(MambaConfig(**sizes, state_size=8)), {2}, 5)([[1, 5, 6]])
+
+
+def test_samples_do_not_depend_on_batching() -> None:
+    model = loud()
+    whole = Sampler(model, EOS, 12)(PROMPTS, n=3, seed_parts=(4, "train", 9))
+    assert Sampler(model, EOS, 12, batch_tokens=1)(PROMPTS, n=3, seed_parts=(4, "train", 9)) == whole
+    order = [3, 0, 4]
+    part = Sampler(model, EOS, 12)([PROMPTS[i] for i in order], n=3, seed_parts=(4, "train", 9), ids=order)
+    assert part.responses == [whole.responses[3 * i + k] for i in order for k in range(3)]
+    first = Sampler(model, EOS, 12)(PROMPTS, n=1, seed_parts=(4, "train", 9))
+    assert first.responses == whole.responses[::3]
+    other = Sampler(model, EOS, 12)(PROMPTS, n=3, seed_parts=(5, "train", 9))
+    assert other.responses != whole.responses
+
+
+def test_the_samples_of_a_prompt_differ() -> None:
+    found = Sampler(loud(), EOS, 8)([PROMPTS[0]], n=8)
+    assert len({tuple(r) for r in found.responses}) > 4
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+def test_frequencies_follow_the_distribution(temperature: float) -> None:
+    model, n = loud(), 4000
+    found = Sampler(model, EOS, 1, temperature)([PROMPTS[0]], n=n)
+    counts = torch.bincount(torch.tensor([r[0] for r in found.responses]), minlength=64).double()
+    expected = (next_logits(model, PROMPTS[0]).double() / temperature).softmax(-1) * n
+    often = expected >= 5
+    statistic = ((counts - expected)[often] ** 2 / expected[often]).sum().item()
+    degrees = int(often.sum()) - 1
+    assert degrees >= 5
+    assert statistic < degrees + 4 * (2 * degrees) ** 0.5  # four standard deviations of chi-squared
+    assert counts[~often].sum() < expected[~often].sum() + 4 * expected[~often].sum().sqrt() + 1
+
+
+@pytest.mark.parametrize(("size", "block"), [(1, 4), (4, 4), (13, 4), (700, 256)])
+def test_inverting_by_blocks_equals_one_cumulative_sum(size: int, block: int) -> None:
+    """Shares of 0, also of whole blocks and at both ends, are never drawn; uniforms close to 0 and 1 are no exception."""
+    rng = torch.Generator().manual_seed(size)
+    # multiples of 1/64 add up without rounding, so both ways agree exactly
+    weights = torch.randint(0, 3, (300, size), generator=rng) / 64
+    weights[:, : size // 2] *= (torch.rand(300, 1, generator=rng) < 0.5) & (size > 1)
+    weights[torch.arange(300), torch.randint(0, size, (300,), generator=rng)] += 1 / 64
+    uniforms = torch.rand(300, generator=rng)
+    uniforms[:20], uniforms[20:40] = 0.0, 1 - 2**-24
+    found = invert(weights, uniforms, block)
+    for row, place in enumerate(found.tolist()):
+        sums = [0.0, *torch.cumsum(weights[row].double(), 0).tolist()]
+        assert sums[place] <= uniforms[row].item() * sums[-1] < sums[place + 1]
+
+
+def test_later_tokens_condition_on_earlier_ones() -> None:
+    """The likeliest continuation after each sampled token is the one a fresh forward pass gives."""
+    model = loud()
+    found = Sampler(model, set(), 6, top_k=1)(PROMPTS, n=2)
+    for i, response in enumerate(found.responses):
+        ids = list(PROMPTS[i // 2])
+        for token in response:
+            assert token == next_logits(model, ids).argmax().item()
+            ids.append(token)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}])
+def test_narrowest_choices_are_greedy(options: dict[str, float]) -> None:
+    model = loud()
+    greedy = Sampler(model, EOS, 10, temperature=0)(PROMPTS)
+    assert Sampler(model, EOS, 10, **options)(PROMPTS) == greedy  # type: ignore[arg-type]
+
+
+def test_top_k_and_top_p_stay_inside_their_sets() -> None:
+    model = loud()
+    probabilities, order = next_logits(model, PROMPTS[0]).softmax(-1).sort(descending=True)
+    drawn = {r[0] for r in Sampler(model, EOS, 1, top_k=3)([PROMPTS[0]], n=300).responses}
+    assert drawn == set(order[:3].tolist())
+    inside = int((probabilities.cumsum(-1) < 0.8).sum()) + 1  # up to and including the token that crosses 0.8
+    drawn = {r[0] for r in Sampler(model, EOS, 1, top_p=0.8)([PROMPTS[0]], n=1500).responses}
+    assert drawn == set(order[:inside].tolist())
+
+
+def test_end_is_part_of_the_response_and_stored() -> None:
+    found = Sampler(loud(), EOS, 16)(PROMPTS, n=6)
+    assert {True, False} == set(found.finished)
+    for response, finished in zip(found.responses, found.finished, strict=True):
+        assert (response[-1] == 2) == finished
+        assert 2 not in response[:-1]
+        assert finished or len(response) == 16
+
+
+def test_all_may_end_at_the_first_token() -> None:
+    found = Sampler(loud(), range(64), 16)(PROMPTS)
+    assert found.finished == [True] * 5
+    assert [len(r) for r in found.responses] == [1] * 5
+
+
+def test_responses_stop_at_the_context() -> None:
+    model = loud(max_position_embeddings=12)
+    found = Sampler(model, set(), 8)([[1] * 5, [1] * 10, [1] * 11, [1] * 12])
+    assert [len(r) for r in found.responses] == [7, 2, 1, 1]
+    assert not any(found.finished)
+
+
+def test_no_prompts() -> None:
+    assert Sampler(loud(), EOS, 4)([]) == Samples([], [])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_runs_without_dropout_and_restores_the_mode(training: bool) -> None:
+    model = loud(attention_dropout=0.9)
+    model.train(training)
+    found = Sampler(model, EOS, 10, temperature=0)(PROMPTS)
+    assert model.training is training
+    assert found == Sampler(model.eval(), EOS, 10, temperature=0)(PROMPTS)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_mode_is_restored_after_an_error() -> None:
+    model = loud().train()
+    with pytest.raises(IndexError):
+        Sampler(model, EOS, 4)([[1, 10_000]])
+    assert model.training
+
+
+def test_works_through_an_adapter() -> None:
+    model = add_lora(loud(), r=4, alpha=8)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    merged = merge_lora(model)
+    found = Sampler(model, EOS, 10, temperature=0)(PROMPTS)
+    assert found == Sampler(merged, EOS, 10, temperature=0)(PROMPTS)
+    assert found != Sampler(loud(), EOS, 10, temperature=0)(PROMPTS)
+
+
+def test_progress_counts_every_prompt() -> None:
+    done: list[int] = []
+    Sampler(loud(), EOS, 4, batch_tokens=24)(PROMPTS, progress=done.append)
+    assert sum(done) == len(PROMPTS)
+    assert len(done) > 1
