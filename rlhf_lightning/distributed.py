@@ -93,6 +93,6 @@ def is_lost_peer(error: Exception) -> bool:
 
 
 def data_ranks(trainer: Any) -> tuple[int, int]:
-    """Return the number of ranks that read different rows, and this one's place among them."""
-    found = getattr(trainer.strategy, "distributed_sampler_kwargs", None)  # strategies of one device have none
-    return (found["num_replicas"], found["rank"]) if found else (1, 0)
+    """Return this process's rank among those that read different rows, and their number."""
+    kwargs = getattr(trainer.strategy, "distributed_sampler_kwargs", None)  # strategies of one device have none
+    return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)

@@ -77,7 +77,7 @@ class Throughput(Callback):
 
     def counts(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> tuple[int, int]:
         """Return rows and real (unpadded) tokens of a batch, times the ranks that read others of about its size."""
-        ranks = data_ranks(trainer)[0]
+        _, ranks = data_ranks(trainer)
         if isinstance(batch, GroupBatch):
             return batch.groups * ranks, batch.tokens * ranks
         rows, tokens = getattr(pl_module, "rollout_size", (len(getattr(batch, "prompt_ids", [])), 0))

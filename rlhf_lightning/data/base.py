@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from rlhf_lightning.data.planning import MicroBatch, PlannedLoader, StepPlan, token_budget
+from rlhf_lightning.data.planning import MicroBatch, PlannedLoader, StepPlan
 from rlhf_lightning.data.sources import Source, read_source
 from rlhf_lightning.data.stream import WindowLoader, Windows
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.data.tokenize import TokenizedRows, tokenize
 from rlhf_lightning.distributed import data_ranks
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.ops.groups import Group, Layout, pack
+from rlhf_lightning.ops.groups import Group, GroupList, token_budget
 from rlhf_lightning.ops.seeding import generator
 
 CACHE = Path.home() / ".cache" / "rlhf_lightning"
@@ -38,11 +35,13 @@ class _Batches(Dataset[Any]):
 class RowData(LightningDataModule):
     """What the three data modules share: reading, tokenizing once, planning whole optimizer steps.
 
+    Loaders yield a :class:`GroupList` per microbatch, which the module packs.
+
     Args:
         tokenizer: a Hugging Face fast tokenizer.
-        train, val: a file, folder, hub name, list of rows, or "world" for the built-in world; `val=None` is no
-            validation.
-        batch_size: rows an optimizer step, over all ranks and accumulated microbatches.
+        train, val: a file, folder, hub name, list of rows, a :class:`Source`, or "world" for the built-in world;
+            `val=None` is no validation.
+        batch_size: rows per optimizer step, over all ranks and accumulated microbatches.
         max_length: longest prompt plus response in tokens.
         row_tokens: token budget of a packed row.
         seed: decides the order of rows.
@@ -52,10 +51,11 @@ class RowData(LightningDataModule):
         train_rows, val_rows: read only the first rows.
         window: training rows read, tokenized and shuffled at a time, for data that is not to be kept on disk; None
             reads all rows once. A run over windows is as long as the Trainer's `max_steps`.
-        workers: processes that prepare batches.
+        num_workers: processes that prepare batches.
         cache_dir: where tokenized rows are kept, by content hash.
         world: options of the built-in world, see docs/world.md.
-        accumulate: microbatches a step on each rank; must equal the Trainer's `accumulate_grad_batches`.
+        accumulate: microbatches per step on each rank; must equal the Trainer's `accumulate_grad_batches`.
+        context: tokens the model can read; a larger `max_length` is cut to it.
     """
 
     kind = ""
@@ -76,10 +76,11 @@ class RowData(LightningDataModule):
         train_rows: int | None = None,
         val_rows: int | None = None,
         window: int | None = None,
-        workers: int = 0,
+        num_workers: int = 0,
         cache_dir: str | Path = CACHE,
         world: dict[str, Any] | None = None,
         accumulate: int = 1,
+        context: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("max_length", max_length), ("row_tokens", row_tokens)):
@@ -92,47 +93,45 @@ class RowData(LightningDataModule):
             )
         if on_bad_row not in ("error", "skip"):
             raise UserError(f"data.on_bad_row={on_bad_row!r} is not one of: error, skip")
-        if window is not None and (window < 1 or window % batch_size or workers):
+        if window is not None and (window < 1 or window % batch_size or num_workers):
             raise UserError(
-                f"data.window={window} must be a multiple of data.batch_size={batch_size}, with data.workers=0"
+                f"data.window={window} must be a multiple of data.batch_size={batch_size}, with data.num_workers=0"
             )
         self.window, self.windows = window, None
         self.tokenizer = tokenizer
-        self.sources = {"train": train, "val": val}
+        self.given = {"train": train, "val": val}
         self.limits = {"train": train_rows, "val": val_rows}
-        self.batch_size, self.max_length, self.row_tokens = batch_size, max_length, row_tokens
+        self.batch_size, self.row_tokens = batch_size, row_tokens
+        self.max_length = min(max_length, context or max_length)
         self.seed, self.turns, self.on_bad_row = seed, turns, on_bad_row
-        self.workers, self.cache_dir, self.accumulate = workers, Path(cache_dir), accumulate
+        self.num_workers, self.cache_dir, self.accumulate = num_workers, Path(cache_dir), accumulate
         self.world = dict(world or {})
         self.template = Template(tokenizer, template)
-        self.layout: Layout = "packed"  # the module sets "padded" for a decoder that cannot take packed groups
+        self.sources: dict[str, Source] = {}
         self.rows: dict[str, TokenizedRows] = {}
-        self.references: dict[str, np.ndarray] = {}
 
-    def limit_length(self, context: int | None) -> None:
-        """Cut prompt plus response at the tokens the model can read at all."""
-        self.max_length = min(self.max_length, context or self.max_length)
-
-    def raw_rows(self, split: str) -> Source:
-        """Return the untokenized rows of "train" or "val"."""
-        stream = split == "train" and self.window is not None
-        world = {"seed": self.seed} | self.world
-        return read_source(self.sources[split], split, self.limits[split], self.kind, world, stream=stream)
+    def source(self, split: str) -> Source:
+        """Return where the rows of "train" or "val" come from."""
+        if split not in self.sources:
+            stream = split == "train" and self.window is not None
+            world = {"seed": self.seed} | self.world
+            self.sources[split] = read_source(
+                self.given[split], split, self.limits[split], self.kind, world, stream=stream
+            )
+        return self.sources[split]
 
     def setup(self, stage: str = "fit") -> None:
         """Read and tokenize each split once; later starts open the cache."""
-        if self.trainer is not None and self.sources["val"] is None:
-            self.trainer.limit_val_batches = 0  # nothing to validate on
-        for split, source in self.sources.items():
-            if source is None or split in self.rows:
+        for split, given in self.given.items():
+            if given is None or split in self.rows:
                 continue
             if split == "train" and self.window is not None:
                 raw = self.kind == "prompts"
-                self.windows = Windows(self.raw_rows(split), self.to_group, self.window, self.on_bad_row, raw)
+                self.windows = Windows(self.source(split), self.to_group, self.window, self.on_bad_row, raw)
                 self.rows[split] = next(self.windows.after(0))[1]  # what is looked at before the first step
             else:
                 self.rows[split] = tokenize(
-                    self.raw_rows(split),
+                    self.source(split),
                     self.to_group,
                     cache_dir=self.cache_dir,
                     parts=self.cache_key(),
@@ -157,12 +156,14 @@ class RowData(LightningDataModule):
         return self.trainer.max_steps
 
     def _plan(self, rows: TokenizedRows | None = None) -> StepPlan:
-        world, rank = self._ranks()
+        rank, world_size = self._ranks()
         rows = self.rows["train"] if rows is None else rows
-        return StepPlan(rows.tokens, rows.counted, self.batch_size, self.accumulate, world, rank, seed=self.seed)
+        return StepPlan(
+            rows.tokens, rows.loss_tokens, self.batch_size, self.accumulate, rank, world_size, seed=self.seed
+        )
 
     def _ranks(self) -> tuple[int, int]:
-        return data_ranks(self.trainer) if self.trainer else (1, 0)
+        return data_ranks(self.trainer) if self.trainer else (0, 1)
 
     def train_dataloader(self) -> PlannedLoader | WindowLoader:
         """Return the resumable loader of this rank."""
@@ -178,18 +179,21 @@ class RowData(LightningDataModule):
             )
         if self.windows is not None:
             batches = (self.steps_per_epoch + 1) * self.accumulate  # a run that reached its end can be made longer
-            show, collate = partial(self.rows.__setitem__, "train"), partial(self.collate, "train")
-            return WindowLoader(self.windows, self._plan, show, collate, batches)
-        return PlannedLoader(_Batches(lambda micro: self.collate("train", micro)), plan, self.workers)
+            return WindowLoader(self.windows, self._plan, self._collate_window, batches)
+        return PlannedLoader(_Batches(lambda micro: self.collate("train", micro)), plan, self.num_workers)
+
+    def _collate_window(self, rows: TokenizedRows, micro: MicroBatch) -> Any:
+        self.rows["train"] = rows  # the window that row numbers belong to
+        return self.collate("train", micro)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return this rank's validation batches, in a fixed order, each within a token budget."""
         if "val" not in self.rows:
             return []
-        world, rank = self._ranks()
+        rank, world_size = self._ranks()
         batches = token_budget(self.rows["val"].tokens, 4 * self.row_tokens)
-        batches += [batches[-1]] * (-len(batches) % world)  # every rank the same number
-        return self._listed("val", batches[rank::world])
+        batches += [batches[-1]] * (-len(batches) % world_size)  # every rank the same number
+        return self._listed("val", batches[rank::world_size])
 
     def _listed(self, split: str, batches: Sequence[Sequence[int]]) -> DataLoader[Any]:
         """Return a loader of the given rows, batch by batch."""
@@ -197,26 +201,18 @@ class RowData(LightningDataModule):
         listed = _Listed(micros, lambda micro: self.collate(split, micro))
         return DataLoader(listed, batch_size=None, generator=generator("loader"))
 
-    def group(self, split: str, row: int) -> Group:
-        """Return row `row` with its cached reference log-probabilities, where there are any."""
-        group = self.rows[split][row]
-        if split in self.references:
-            return replace(group, ref_logprobs=self.references[split][row][: len(group.responses)].tolist())
-        return group
-
     def where(self, split: str, rows: Sequence[int]) -> str:
         """Return where `rows` come from, for a message."""
-        source = self.sources[split] if isinstance(self.sources[split], str) else f"data.{split}"
-        return f"{source}, " + ", ".join(self.rows[split].where(row) for row in rows)
+        return f"{self.source(split).name}, " + ", ".join(self.rows[split].where(row) for row in rows)
 
-    def set_reference(self, split: str, logprobs: np.ndarray) -> None:
-        """Attach reference log-probabilities (rows, K) to the groups of `split`."""
-        self.references[split] = logprobs
+    def group(self, split: str, row: int) -> Group:
+        """Return the group of a row."""
+        return self.rows[split][row]
 
-    def collate(self, split: str, micro: MicroBatch) -> Any:
-        """Return the packed batch of a planned microbatch."""
+    def collate(self, split: str, micro: MicroBatch) -> GroupList:
+        """Return the groups of a planned microbatch with its weights."""
         groups = [self.group(split, row) for row in micro.rows]
-        return pack(groups, self.row_tokens, 0, self.layout, micro.per_token, micro.per_group)
+        return GroupList(groups, self.row_tokens, micro.per_token, micro.per_group)
 
 
 class _Listed(_Batches):

@@ -24,27 +24,27 @@ LOOKED_AT = 256
 """Rows whose tokens are read at every start; `stage=audit` reads all."""
 
 
-def counted_tokens(data: Any, split: str) -> str:
-    """Every row has a token that enters the loss."""
-    counted = data.rows[split].counted
-    empty = np.flatnonzero(counted == 0)
+def loss_mask_is_not_empty(data: Any, split: str) -> str:
+    """Every row has a token in the loss mask."""
+    tokens = data.rows[split].loss_tokens
+    empty = np.flatnonzero(tokens == 0)
     if len(empty):
         more = f" (and {len(empty) - 1} more rows)" if len(empty) > 1 else ""
         raise UserError(
             f"{data.where(split, [int(empty[0])])}: no token of the response is learned{more}; look at the row, and at "
             "data.max_length and data.turns"
         )
-    return f"{len(counted)} rows, {counted.min()} to {counted.max()} counted tokens each"
+    return f"{len(tokens)} rows, {tokens.min()} to {tokens.max()} tokens in the loss mask of each"
 
 
 def ends_are_learned(data: Any, split: str, rows: int = LOOKED_AT) -> str:
-    """Some answer to a conversation ends with EOS, and that token counts; else the model never learns to stop."""
+    """Some response ends with EOS, and that token is in the loss mask; else the model never learns to stop."""
     ended = cut = 0
     for row in range(min(rows, len(data.rows[split]))):
         group = data.rows[split][row]
         if len(group.prompt) > 1:  # a raw text has no prompt but its start token, and may well go on
-            counted = group.counted or [[True] * len(response) for response in group.responses]
-            learned = [y[-1] in data.template.eos_ids and c[-1] for y, c in zip(group.responses, counted, strict=True)]
+            masks = group.loss_mask or [[True] * len(response) for response in group.responses]
+            learned = [y[-1] in data.template.eos_ids and m[-1] for y, m in zip(group.responses, masks, strict=True)]
             ended, cut = ended + sum(learned), cut + len(learned) - sum(learned)
     if cut and not ended:
         raise UserError(
@@ -77,6 +77,6 @@ def check_rows(data: Any, vocabulary: int) -> None:
     for part in filter(None, (data, getattr(data, "ptx", None))):
         for split in part.rows:
             if part.kind != "prompts":
-                counted_tokens(part, split)
+                loss_mask_is_not_empty(part, split)
                 ends_are_learned(part, split)
             ids_fit(part, split, vocabulary)

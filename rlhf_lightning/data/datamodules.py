@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from rlhf_lightning.data import records
 from rlhf_lightning.data.base import RowData
 from rlhf_lightning.data.planning import MicroBatch
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.ops.groups import Group, GroupBatch
-
-
-@dataclass
-class PromptBatch:
-    """Prompts to answer: token ids, the text of the last user turn, the row's other columns, the row numbers."""
-
-    prompt_ids: list[list[int]]
-    prompts: list[str]
-    metadata: list[dict[str, Any]]
-    index: list[int]
-    ptx: GroupBatch | None = None
-
-    def to(self, device: torch.device | str, **kwargs: Any) -> PromptBatch:
-        """Return the batch with its tensors on `device`."""
-        return replace(self, ptx=self.ptx.to(device, **kwargs)) if self.ptx is not None else self
+from rlhf_lightning.ops.groups import Group, GroupList
 
 
 class DemonstrationData(RowData):
@@ -37,10 +22,10 @@ class DemonstrationData(RowData):
 
     def to_group(self, row: dict[str, Any]) -> Group:
         record = records.demonstration(row)
-        prompt, response, counted = self.template.demonstration(record.content, turns=self.turns)
+        prompt, response, loss_mask = self.template.demonstration(record.content, turns=self.turns)
         records.check_length(len(prompt), self.max_length)
         room = self.max_length - len(prompt)
-        return Group(prompt, [response[:room]], [counted[:room]])
+        return Group(prompt, [response[:room]], [loss_mask[:room]])
 
 
 class PreferenceData(RowData):
@@ -60,13 +45,26 @@ class PreferenceData(RowData):
 
 
 class PromptData(RowData):
-    """Prompts for PPO, RLOO, GRPO and evaluation; `ptx` names demonstrations for the pretraining-mix loss."""
+    """Prompts for PPO, RLOO, GRPO, candidates and evaluation.
+
+    Args:
+        ptx: demonstrations for the pretraining-mix loss, a source like `train`; `ptx_batch_size` rows per step.
+        done: called when the prediction loader is made, on every rank; its row numbers are left out.
+        Others: see :class:`RowData`.
+    """
 
     kind = "prompts"
 
-    def __init__(self, *args: Any, ptx: Any = None, ptx_batch_size: int = 8, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        ptx: Any = None,
+        ptx_batch_size: int = 8,
+        done: Callable[[], Collection[int]] = frozenset,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.answered: set[int] = set()  # rows that `predict_dataloader` leaves out
+        self.done = done
         self.ptx: DemonstrationData | None = None
         if ptx is not None:
             self.ptx = DemonstrationData(
@@ -74,11 +72,6 @@ class PromptData(RowData):
                 row_tokens=self.row_tokens, on_bad_row=self.on_bad_row, cache_dir=self.cache_dir, world=self.world,
                 template=self.template.name,
             )  # fmt: skip
-
-    def limit_length(self, context: int | None) -> None:
-        super().limit_length(context)
-        if self.ptx is not None:
-            self.ptx.limit_length(context)
 
     def setup(self, stage: str = "fit") -> None:
         super().setup(stage)
@@ -89,11 +82,12 @@ class PromptData(RowData):
         """Return this rank's batches of the training prompts, in order; the last may be empty, so all have as many."""
         if self.windows is not None:
             raise UserError("data.window is for training; candidates are written as they come, from any number of rows")
-        world, rank = self._ranks()
-        left = [row for row in range(len(self.rows["train"])) if row not in self.answered]
+        rank, world_size = self._ranks()
+        done = self.done()
+        left = [row for row in range(len(self.rows["train"])) if row not in done]
         parts = [tuple(left[i : i + self.batch_size]) for i in range(0, len(left), self.batch_size)]
-        parts += [()] * (-len(parts) % world)
-        return self._listed("train", parts[rank::world])
+        parts += [()] * (-len(parts) % world_size)
+        return self._listed("train", parts[rank::world_size])
 
     def to_group(self, row: dict[str, Any]) -> Group:
         record = records.prompt(row)
@@ -101,19 +95,19 @@ class PromptData(RowData):
         records.check_length(len(prompt), self.max_length)
         return Group(prompt, [])
 
-    def collate(self, split: str, micro: MicroBatch) -> PromptBatch:
-        rows = self.rows[split]
-        found = [records.prompt(rows.raw(row)) for row in micro.rows]
-        ptx = None
+    def group(self, split: str, row: int) -> Group:
+        """Return the prompt of a row as a group without responses, with what rewards read."""
+        record = records.prompt(self.rows[split].raw(row))
+        return replace(self.rows[split][row], text=record.text, metadata=record.metadata)
+
+    def collate(self, split: str, micro: MicroBatch) -> GroupList:
+        batch = super().collate(split, micro)
         if self.ptx is not None and split == "train":
-            self.ptx.layout = self.layout
             plan = self.ptx._plan()
             plan.epoch, plan.start = divmod(micro.step, max(plan.steps, 1))
-            ptx = self.ptx.collate("train", next(iter(plan)))
-        return PromptBatch(
-            prompt_ids=[list(rows[row].prompt) for row in micro.rows],
-            prompts=[record.text for record in found],
-            metadata=[record.metadata for record in found],
-            index=list(micro.rows),
-            ptx=ptx,
-        )
+            batch.ptx = self.ptx.collate("train", next(iter(plan)))
+        return batch
+
+
+KINDS = {f"{cls.__module__}.{cls.__qualname__}": cls.kind for cls in (DemonstrationData, PreferenceData, PromptData)}
+"""Data module -> the kind of rows it reads."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,33 +29,33 @@ class MicroBatch:
 class StepPlan(Sampler[MicroBatch]):
     """Yields the microbatches of one rank, epoch by epoch, from a permutation that only `seed` and epoch decide.
 
-    A step takes `batch_size` rows of the permutation and splits them over `world * accumulate` microbatches of about
-    equal token counts. Rank and accumulation change who computes a row, never which rows a step learns from, and every
-    rank has the same number of microbatches. The rows left over at the end of an epoch form a smaller last step; they
-    are dropped only when they are fewer than the microbatches to fill.
+    A step takes `batch_size` rows of the permutation and splits them over `world_size * accumulate` microbatches of
+    about equal token counts. Rank and accumulation change who computes a row, never which rows a step learns from,
+    and every rank has the same number of microbatches. The rows left over at the end of an epoch form a smaller last
+    step; they are dropped only when they are fewer than the microbatches to fill.
 
     Args:
         tokens: (rows,) token count of each row, for balance.
-        counted: (rows,) counted tokens of each row, for the weights.
-        batch_size: rows a step, over all ranks.
-        accumulate: microbatches a step on each rank (Lightning's `accumulate_grad_batches`).
-        world, rank: number of ranks and this one.
+        loss_tokens: (rows,) tokens in the loss mask of each row, for the weights.
+        batch_size: rows per step, over all ranks.
+        accumulate: microbatches per step on each rank (Lightning's `accumulate_grad_batches`).
+        rank, world_size: this rank and the number of ranks.
         shuffle: permute the rows every epoch.
     """
 
     def __init__(
         self,
         tokens: np.ndarray,
-        counted: np.ndarray,
+        loss_tokens: np.ndarray,
         batch_size: int,
         accumulate: int = 1,
-        world: int = 1,
         rank: int = 0,
+        world_size: int = 1,
         shuffle: bool = True,
         seed: int = 0,
     ) -> None:
-        self.tokens, self.counted = tokens, counted
-        self.parts = accumulate * world
+        self.tokens, self.loss_tokens = tokens, loss_tokens
+        self.parts = accumulate * world_size
         self.accumulate, self.rank, self.shuffle, self.seed = accumulate, rank, shuffle, seed
         self.batch_size = max(min(batch_size, len(tokens)), 1)
         full, rest = divmod(len(tokens), self.batch_size)
@@ -74,11 +74,11 @@ class StepPlan(Sampler[MicroBatch]):
             order = torch.randperm(rows, generator=generator(self.seed, "epoch", self.epoch)).numpy()
         for step in range(self.start // self.accumulate, self.steps):
             chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
-            counted = max(float(self.counted[chosen].sum()), 1.0)
+            loss_tokens = max(float(self.loss_tokens[chosen].sum()), 1.0)
             parts = self._split(chosen)[self.rank * self.accumulate : (self.rank + 1) * self.accumulate]
             for number, part in enumerate(parts):
                 if step * self.accumulate + number >= self.start:
-                    weights = (self.parts / counted, self.parts / len(chosen))
+                    weights = (self.parts / loss_tokens, self.parts / len(chosen))
                     yield MicroBatch(tuple(int(row) for row in part), *weights, step=self.epoch * self.steps + step)
 
     def _split(self, chosen: np.ndarray) -> list[list[int]]:
@@ -128,16 +128,3 @@ class PlannedLoader(DataLoader[Any]):
         self.plan.epoch = state["epoch"] + finished
         self.plan.start = 0 if finished else state["taken"]
         self.began = False
-
-
-def token_budget(tokens: Sequence[int] | np.ndarray, budget: int) -> list[list[int]]:
-    """Split rows, in length order, into lists whose token sum stays within `budget` (one row at least)."""
-    batches: list[list[int]] = []
-    load = budget + 1
-    for row in np.argsort(-np.asarray(tokens), kind="stable").tolist():
-        if load + tokens[row] > budget or not batches:
-            batches.append([])
-            load = 0
-        batches[-1].append(row)
-        load += int(tokens[row])
-    return batches

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.errors import UserError, nearest
+from rlhf_lightning.files import file_digest
 
 Row = dict[str, Any]
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
@@ -46,7 +47,7 @@ def read_source(
     """Return the rows of `source`.
 
     Args:
-        source: a path, a folder, a hub data set name, a list of dicts, or "world".
+        source: a path, a folder, a hub data set name, a list of dicts, "world", or a Source, which is returned.
         split: "train" or "val"; selects the split of a hub data set, a folder or the world.
         limit: read only the first rows.
         kind: what the built-in world should make: demonstrations, preferences or prompts.
@@ -58,6 +59,8 @@ def read_source(
     Raises:
         UserError: when the source does not exist or is empty.
     """
+    if isinstance(source, Source):
+        return source
     if isinstance(source, list):
         key = _digest(json.dumps(source, sort_keys=True, default=str).encode())
         return _limited(Source("the given rows", key, lambda: _numbered(source), lambda: len(source)), limit)
@@ -94,10 +97,12 @@ def _digest(content: bytes) -> str:
 def _file(path: Path, stream: bool) -> Source:
     if not str(path).endswith(FORMATS):
         raise UserError(f"{path}: unknown format; use one of {', '.join(FORMATS)}")
-    digest = hashlib.sha256(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}".encode() if stream else b"")
-    if not stream:
-        _add_file(digest, path)
-    return Source(str(path), digest.hexdigest(), lambda: _numbered(_read(path)), lambda: _count(path))
+    key = (
+        _digest(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}".encode())
+        if stream
+        else file_digest(path)
+    )
+    return Source(str(path), key, lambda: _numbered(_read(path)), lambda: _count(path))
 
 
 def _read(path: Path) -> Iterator[Row]:
@@ -194,16 +199,8 @@ def _pick(found: Any, split: str, name: str) -> Any:
 
 def _content(found: Any, split: str) -> str:
     """Return the key of a `datasets.Dataset`: split, size, and the content of its Arrow files."""
-    digest = hashlib.sha256(f"{split}:{found.num_rows}".encode())
-    for file in found.cache_files:
-        _add_file(digest, Path(file["filename"]))
-    return digest.hexdigest()
-
-
-def _add_file(digest: Any, path: Path) -> None:
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    content = file_digest(*(Path(file["filename"]) for file in found.cache_files))
+    return _digest(f"{split}:{found.num_rows}:{content}".encode())
 
 
 def _hub(name: str, split: str, stream: bool) -> Source:

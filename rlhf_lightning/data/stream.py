@@ -68,8 +68,7 @@ class WindowLoader:
     Args:
         windows: where the rows come from.
         plan: makes the plan of a window's rows.
-        show: told each window before its batches are made.
-        collate: makes a batch.
+        collate: makes a batch of a window's rows.
         batches: of the whole run.
     """
 
@@ -77,11 +76,10 @@ class WindowLoader:
         self,
         windows: Windows,
         plan: Callable[[TokenizedRows], StepPlan],
-        show: Callable[[TokenizedRows], None],
-        collate: Callable[[MicroBatch], Any],
+        collate: Callable[[TokenizedRows, MicroBatch], Any],
         batches: int,
     ) -> None:
-        self.windows, self.plan, self.show, self.collate, self.batches = windows, plan, show, collate, batches
+        self.windows, self.plan, self.collate, self.batches = windows, plan, collate, batches
         self.number = self.steps = 0  # windows before this one, and their steps
         self.row = self.taken = 0  # rows of the pass before this window, batches of it
 
@@ -91,12 +89,11 @@ class WindowLoader:
     def __iter__(self) -> Iterator[Any]:
         for row, rows in self.windows.after(self.row):
             self.row = row
-            self.show(rows)
             plan = self.plan(rows)
             plan.epoch, plan.start = self.number, self.taken
             for micro in plan:
                 self.taken += 1
-                yield self.collate(replace(micro, step=self.steps + micro.step - self.number * plan.steps))
+                yield self.collate(rows, replace(micro, step=self.steps + micro.step - self.number * plan.steps))
             self.number, self.steps, self.taken = self.number + 1, self.steps + plan.steps, 0
 
     def state_dict(self) -> dict[str, int]:

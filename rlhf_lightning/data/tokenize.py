@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -22,22 +21,23 @@ from rich.progress import Progress
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.sources import Row, Source
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.files import build_once
 from rlhf_lightning.ops.groups import Group
 
-FORMAT = 3  # part of every cache key; raise it when the columns change
+FORMAT = 4  # part of every cache key; raise it when the columns change
 PARALLEL_ROWS = 5_000  # fewer rows are quicker without starting processes
 CHUNK = 512
 # a row: where its tokens, responses and text begin in the other files, and their numbers
 STARTS = ("ids", "responses", "text")
 ROW = np.dtype(
     [(name, np.int64) for name in STARTS]
-    + [(name, np.int32) for name in ("tokens", "counted_tokens", "size", "where", "raw")]
+    + [(name, np.int32) for name in ("tokens", "loss_tokens", "size", "where", "raw")]
     + [("margin", np.float64), ("label", np.float64)]
 )
 COLUMNS = {
     "rows": ROW,
     "ids": np.dtype(np.int32),  # the prompt, then the responses
-    "counted": np.dtype(np.bool_),  # one beside every id, False in the prompt
+    "loss_mask": np.dtype(np.bool_),  # one beside every id, False in the prompt
     "responses": np.dtype([("tokens", np.int32), ("rank", np.int32)]),
     "text": np.dtype(np.uint8),  # where a row stands in its source, then the row as JSON when it is kept
 }
@@ -47,7 +47,7 @@ Encoded = tuple[int, list[tuple[str, str]], dict[str, np.ndarray]]
 
 
 class TokenizedRows:
-    """Groups of a data set, on disk or of one window; `tokens` and `counted` (rows,) are in memory for the planner.
+    """Groups of a data set, on disk or of one window; `tokens` and `loss_tokens` (rows,) are in memory for the planner.
 
     `skipped` counts the rows left out, by reason; `key` names the content.
     """
@@ -56,7 +56,7 @@ class TokenizedRows:
         self.key, self.skipped = key, skipped
         self._rows, self._ids, self._flags, self._responses, self._text = (columns[name] for name in COLUMNS)
         self.tokens: np.ndarray = self._rows["tokens"].astype(np.int64)
-        self.counted: np.ndarray = self._rows["counted_tokens"].astype(np.int64)
+        self.loss_tokens: np.ndarray = self._rows["loss_tokens"].astype(np.int64)
 
     @classmethod
     def open(cls, path: Path) -> TokenizedRows:
@@ -134,8 +134,7 @@ def tokenize(
     """
     text = json.dumps([FORMAT, source.key, list(parts), on_bad_row, keep_raw])
     path = Path(cache_dir) / "tokens" / hashlib.sha256(text.encode()).hexdigest()[:32]
-    if not path.is_dir():
-        _write(path, source, to_group, on_bad_row, keep_raw)
+    build_once(path, lambda folder: _write(folder, source, to_group, on_bad_row, keep_raw))
     rows = TokenizedRows.open(path)
     if not len(rows):
         shutil.rmtree(path)
@@ -144,36 +143,27 @@ def tokenize(
     return rows
 
 
-def _write(path: Path, source: Source, to_group: ToGroup, on_bad_row: str, keep_raw: bool) -> None:
-    """Append chunk after chunk to the files of a temporary folder, which is renamed when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write(folder: Path, source: Source, to_group: ToGroup, on_bad_row: str, keep_raw: bool) -> None:
+    """Append chunk after chunk to the files of `folder`."""
     skipped: Counter[str] = Counter()
     begins = dict.fromkeys(STARTS, 0)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, suffix=".tmp"))
     total = source.count()
     bar = Progress(*Progress.get_default_columns(), transient=True, disable=not Console().is_terminal)
-    try:
-        with ExitStack() as stack:
-            files = {name: stack.enter_context((temporary / name).open("wb")) for name in COLUMNS}
-            task = stack.enter_context(bar).add_task(f"tokenizing {source.name}", total=total)
-            for size, bad, columns in _encoded(source, to_group, keep_raw, total):
-                if bad and on_bad_row == "error":
-                    where, reason = bad[0]
-                    raise UserError(f"{source.name}, {where}: {reason}")
-                skipped.update(reason.split(";")[0] for _, reason in bad)
-                for name in STARTS:  # a chunk counts from 0
-                    columns["rows"][name] += begins[name]
-                    begins[name] += len(columns[name])
-                for name, file in files.items():
-                    file.write(columns[name].tobytes())
-                bar.advance(task, size)
-        (temporary / "skipped.json").write_text(json.dumps(skipped))
-        os.replace(temporary, path)
-    except OSError:
-        if not path.is_dir():  # not merely another process that was quicker
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((folder / name).open("wb")) for name in COLUMNS}
+        task = stack.enter_context(bar).add_task(f"tokenizing {source.name}", total=total)
+        for size, bad, columns in _encoded(source, to_group, keep_raw, total):
+            if bad and on_bad_row == "error":
+                where, reason = bad[0]
+                raise UserError(f"{source.name}, {where}: {reason}")
+            skipped.update(reason.split(";")[0] for _, reason in bad)
+            for name in STARTS:  # a chunk counts from 0
+                columns["rows"][name] += begins[name]
+                begins[name] += len(columns[name])
+            for name, file in files.items():
+                file.write(columns[name].tobytes())
+            bar.advance(task, size)
+    (folder / "skipped.json").write_text(json.dumps(skipped))
 
 
 def _encoded(source: Source, to_group: ToGroup, keep_raw: bool, total: int | None) -> Iterator[Encoded]:
@@ -216,11 +206,11 @@ def encode(to_group: ToGroup, keep_raw: bool, chunk: list[tuple[str, Row]]) -> E
             bad.append((where, str(error)))
             continue
         place, raw = where.encode(), json.dumps(row, default=str).encode() if keep_raw else b""
-        sizes = (group.tokens, group.counted_tokens, len(group.responses), len(place), len(raw))
+        sizes = (group.tokens, group.loss_tokens, len(group.responses), len(place), len(raw))
         held["rows"].append((*(len(held[name]) for name in STARTS), *sizes, group.margin, group.label))
         held["ids"] += chain(group.prompt, *group.responses)
-        flags = group.counted if group.counted is not None else [[True] * len(y) for y in group.responses]
-        held["counted"] += chain([False] * len(group.prompt), *flags)
+        flags = group.loss_mask if group.loss_mask is not None else [[True] * len(y) for y in group.responses]
+        held["loss_mask"] += chain([False] * len(group.prompt), *flags)
         ranks = group.ranks if group.ranks is not None else range(len(group.responses))
         held["responses"] += zip(map(len, group.responses), ranks, strict=True)
         held["text"] += place + raw

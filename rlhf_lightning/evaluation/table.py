@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-Interval = tuple[float, float, float]
+from rlhf_lightning.ops.statistics import Interval
+
 COLUMNS = {
     "gold": "gold reward (95%)",
     "reward": "reward model",

@@ -17,7 +17,7 @@ from rlhf_lightning.files import atomic_path
 
 
 class ShardWriter(BasePredictionWriter):
-    """Appends each batch's rows to `folder/<rank>.jsonl`, and leaves out of a run the rows that are there already.
+    """Appends each batch's rows to `folder/<rank>.jsonl`, and knows the rows that are there already.
 
     A prediction is a dict: `row` is its number in the data module's `train`, `value` what becomes a line of the file.
     """
@@ -25,12 +25,12 @@ class ShardWriter(BasePredictionWriter):
     def __init__(self, folder: str | Path) -> None:
         super().__init__("batch")
         self.folder = Path(folder)
+        self.done: set[int] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask the first rank which rows are done, before any rank writes."""
         done = list(places(self.folder)) if trainer.is_global_zero else []
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        data.answered = set(trainer.strategy.broadcast(done))
+        self.done = set(trainer.strategy.broadcast(done))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = (self.folder / f"{trainer.global_rank}.jsonl").open("a", encoding="utf-8")
         if self.file.tell():

@@ -1,10 +1,11 @@
-"""Sampling responses: shared prefill, finished sequences leave the batch, and draws that do not depend on batching."""
+"""Generation in this process: shared prefill, finished sequences leave the batch, draws independent of batching."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -14,19 +15,12 @@ from transformers import DynamicCache
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.cache import growing_cache
-from rlhf_lightning.models.completion import plain
-from rlhf_lightning.models.sharding import call, most
+from rlhf_lightning.generation.engine import Generations
+from rlhf_lightning.models.completion import unwrap
+from rlhf_lightning.models.sharding import call, max_over_ranks
 from rlhf_lightning.ops.seeding import generator
 
 _CHECKED: WeakSet[nn.Module] = WeakSet()  # models whose decoding has been compared with a full forward pass
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Responses of P prompts with n samples each, prompt by prompt: token ids, and whether each ended by itself."""
-
-    responses: list[list[int]]
-    finished: list[bool]
 
 
 @dataclass
@@ -39,84 +33,79 @@ class _Live:
     mask: Tensor  # (B, past) which cached positions are real
 
 
-class Sampler:
-    """Samples responses from a causal language model.
+class LocalEngine:
+    """Samples responses from a causal language model in this process.
 
     Every token of sample k of prompt i is drawn by inverting the distribution function at a uniform number that
     depends on `(seed_parts, id of i, k, t)` only, so batch size, order and early stops never change a sample.
 
     Args:
-        lm: a Hugging Face causal LM or a peft model around one.
-        eos_ids: tokens that end a response; they are part of it.
-        max_new_tokens: longest response.
-        temperature: divides the logits; 0 takes the most likely token.
+        batch_tokens: most prompt plus response tokens in a decoding batch; changes memory, not results.
         top_k, top_p: restrict the distribution (0 and 1.0 leave it whole). PPO needs it whole.
-        batch_tokens: most prompt plus response tokens in a decoding batch.
     """
 
-    def __init__(
-        self,
-        lm: nn.Module,
-        eos_ids: Iterable[int],
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        batch_tokens: int = 32_768,
-    ) -> None:
-        self.lm = lm
-        self.eos = torch.tensor(sorted(set(eos_ids)))
-        self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        self.top_k, self.top_p, self.batch_tokens = top_k, top_p, batch_tokens
+    def __init__(self, batch_tokens: int = 32_768, top_k: int = 0, top_p: float = 1.0) -> None:
+        self.batch_tokens, self.top_k, self.top_p = batch_tokens, top_k, top_p
+        self.close()
+
+    def start(self, lm: nn.Module, eos_ids: Iterable[int]) -> None:
+        """Take a Hugging Face causal LM, or a peft model around one, and the tokens that end a response.
+
+        An EOS token is part of the response it ends.
+        """
+        self.lm, self.eos = lm, torch.tensor(sorted(set(eos_ids)))
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self.lm: Any = None
+        self.eos = torch.tensor([], dtype=torch.long)
 
     @torch.no_grad()
-    def __call__(
+    def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        n: int = 1,
+        num_generations: int = 1,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
         seed_parts: Sequence[int | str] = (0,),
         ids: Sequence[int] | None = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> Samples:
-        """Return n responses to each prompt.
-
-        Args:
-            prompts: P lists of token ids.
-            seed_parts: with `ids` (default: the prompt's place) decides every draw.
-            progress: called with the number of prompts done after each batch.
-        """
+        progress: Callable[[int], Any] | None = None,
+    ) -> Generations:
+        """Return `num_generations` responses to each prompt, see :meth:`Engine.generate`."""
         ids = list(range(len(prompts))) if ids is None else ids
+        n = num_generations
         responses: list[list[int]] = [[] for _ in range(len(prompts) * n)]
         finished = [False] * len(responses)
         training = self.lm.training
         self.lm.eval()
         try:
             self._check_cache()
-            batches = self._batches(prompts, n)
-            for number in range(most(self.lm, len(batches))):
+            batches = self._batches(prompts, n, max_new_tokens)
+            for number in range(max_over_ranks(self.lm, len(batches))):
                 if number >= len(batches):  # other ranks have one more, and forward passes are collective
-                    self._accompany()
+                    self._match_collectives()
                     continue
                 batch = batches[number]
                 uniforms = torch.stack(
                     [
-                        torch.rand(self.max_new_tokens, generator=generator(*seed_parts, ids[p], k))
+                        torch.rand(max_new_tokens, generator=generator(*seed_parts, ids[p], k))
                         for p in batch
                         for k in range(n)
                     ]
                 )
-                self._decode([prompts[p] for p in batch], batch, n, uniforms, responses, finished)
+                self._decode([prompts[p] for p in batch], batch, n, uniforms, temperature, responses, finished)
                 if progress:
                     progress(len(batch))
         finally:
             self.lm.train(training)
-        return Samples(responses, finished)
+        return Generations(responses, finished)
 
     def _check_cache(self) -> None:
-        """Raise a UserError when decoding with a cache is not what a full forward pass says, as for state spaces."""
+        """Raise a UserError when decoding with a cache differs from a full forward pass, as for state spaces."""
         if self.lm in _CHECKED:
             return
-        inner = plain(self.lm)
+        inner = unwrap(self.lm)
         vocab = inner.config.get_text_config().vocab_size
         prompts = [[(5 * i + 3) % vocab for i in range(4)], [(3 * i + 1) % vocab for i in range(2)]]
         following = [7 % vocab, 11 % vocab]
@@ -136,13 +125,13 @@ class Sampler:
             raise UserError(f"{type(inner).__name__} cannot be sampled from with a cache ({reason})")
         _CHECKED.add(self.lm)
 
-    def _batches(self, prompts: Sequence[Sequence[int]], n: int) -> list[list[int]]:
+    def _batches(self, prompts: Sequence[Sequence[int]], n: int, max_new_tokens: int) -> list[list[int]]:
         """Group prompts of similar length so that a decoding batch stays within its token budget."""
         order = sorted(range(len(prompts)), key=lambda p: (-len(prompts[p]), p))
         batches: list[list[int]] = []
         for p in order:
             longest = len(prompts[batches[-1][0]]) if batches else 0
-            if batches and (len(batches[-1]) + 1) * n * (longest + self.max_new_tokens) <= self.batch_tokens:
+            if batches and (len(batches[-1]) + 1) * n * (longest + max_new_tokens) <= self.batch_tokens:
                 batches[-1].append(p)
             else:
                 batches.append([p])
@@ -154,25 +143,26 @@ class Sampler:
         batch: Sequence[int],
         n: int,
         uniforms: Tensor,
+        temperature: float,
         responses: list[list[int]],
         finished: list[bool],
     ) -> None:
-        device = plain(self.lm).device
+        device, max_new_tokens = unwrap(self.lm).device, uniforms.shape[1]
         eos, uniforms = self.eos.to(device), uniforms.to(device)
         slots = torch.tensor([p * n + k for p in batch for k in range(n)])
         # room for the longest response every prompt may have within the context
-        context = getattr(plain(self.lm).config.get_text_config(), "max_position_embeddings", None)
+        context = getattr(unwrap(self.lm).config.get_text_config(), "max_position_embeddings", None)
         limits = torch.tensor(
-            [min(self.max_new_tokens, (context or 10**9) - len(p)) for p in prompts for _ in range(n)],
+            [min(max_new_tokens, (context or 10**9) - len(p)) for p in prompts for _ in range(n)],
             device=device,
         ).clamp_min(1)
         logits, cache, live = self._prefill(prompts, n, slots, device)
-        drawn = torch.zeros((len(slots), self.max_new_tokens), dtype=torch.long, device=device)
+        drawn = torch.zeros((len(slots), max_new_tokens), dtype=torch.long, device=device)
         ends = torch.zeros(len(slots), dtype=torch.long, device=device)
         ended = torch.zeros(len(slots), dtype=torch.bool, device=device)
         rows = torch.arange(len(slots), device=device)  # live rows, as places in `drawn`
-        for t in range(self.max_new_tokens):
-            live.token = self._draw(logits, uniforms[rows, t])
+        for t in range(max_new_tokens):
+            live.token = self._sample(logits, uniforms[rows, t], temperature)
             drawn[rows, t] = live.token
             ends[rows] = t + 1
             stop = torch.isin(live.token, eos)
@@ -180,28 +170,28 @@ class Sampler:
             keep = ~stop & (t + 1 < limits[rows])
             if not keep.any():
                 break
-            most(self.lm, 1)
+            max_over_ranks(self.lm, 1)
             if not keep.all():
                 kept = keep.nonzero().squeeze(1)
                 cache.batch_select_indices(kept)
                 rows = rows[kept]
                 live = _Live(live.slot, live.token[kept], live.length[kept], live.mask[kept])
             logits = self._step(cache, live)
-        while most(self.lm, 0):
-            self._pass()
+        while max_over_ranks(self.lm, 0):
+            self._dummy_forward()
         for place, slot in enumerate(slots.tolist()):
             responses[slot] = drawn[place, : int(ends[place])].tolist()
             finished[slot] = bool(ended[place])
 
-    def _accompany(self) -> None:
-        """Make the passes of a batch that only other ranks have."""
-        self._pass()
-        while most(self.lm, 0):
-            self._pass()
+    def _match_collectives(self) -> None:
+        """Make dummy forward passes for a batch that only other ranks have."""
+        self._dummy_forward()
+        while max_over_ranks(self.lm, 0):
+            self._dummy_forward()
 
-    def _pass(self) -> None:
-        """Make the smallest pass there is: those of a sharded model are collective."""
-        call(self.lm, input_ids=torch.zeros((1, 1), dtype=torch.long, device=plain(self.lm).device), use_cache=False)
+    def _dummy_forward(self) -> None:
+        """Make the smallest forward pass: those of a sharded model are collective."""
+        call(self.lm, input_ids=torch.zeros((1, 1), dtype=torch.long, device=unwrap(self.lm).device), use_cache=False)
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], n: int, slots: Tensor, device: torch.device
@@ -211,7 +201,7 @@ class Sampler:
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.arange(width, device=device)[None, :] >= (width - lengths)[:, None]
-        cache = growing_cache(plain(self.lm).config.get_text_config())
+        cache = growing_cache(unwrap(self.lm).config.get_text_config())
         output = call(
             self.lm,
             input_ids=ids,
@@ -241,11 +231,11 @@ class Sampler:
         )
         return output.logits[:, -1]
 
-    def _draw(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+    def _sample(self, logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
         """Return one token (B,) from each row of logits (B, V)."""
-        if self.temperature == 0:
+        if temperature == 0:
             return logits.argmax(-1)
-        logits = logits.float() / self.temperature
+        logits = logits.float() / temperature
         if self.top_k:
             smallest = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
             logits = logits.masked_fill(logits < smallest, float("-inf"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.attention import GROUP_SDPA, find_runs, runs_mask
-from rlhf_lightning.ops.groups import Group, GroupBatch, Layout, pack
+from rlhf_lightning.ops.groups import Group, GroupBatch, Layout, microbatches, pack
 from rlhf_lightning.ops.logprobs import token_logprobs
 from rlhf_lightning.ops.masking import group_attention_mask
 
@@ -20,14 +21,14 @@ SHORTEST = 64
 
 @dataclass
 class CompletionOutput:
-    """What a :class:`CompletionModel` returns for the N counted tokens of a batch; float32, each (N,)."""
+    """What a :class:`CompletionModel` returns for the N tokens in the loss mask of a batch; float32, each (N,)."""
 
     logprobs: Tensor
     entropy: Tensor | None = None
     values: Tensor | None = None
 
 
-def plain(model: nn.Module) -> PreTrainedModel:
+def unwrap(model: nn.Module) -> PreTrainedModel:
     """Return the Hugging Face model inside a peft wrapper, or the model itself."""
     return cast(PreTrainedModel, model.get_base_model() if hasattr(model, "get_base_model") else model)  # type: ignore[operator]
 
@@ -39,7 +40,7 @@ def hidden_states(model: nn.Module, batch: GroupBatch, shortest: int = SHORTEST)
     with its share of the prompt has fewer than `shortest` tokens: then the rows under the whole mask are quicker. An
     accelerator is quicker with fewer, larger products.
     """
-    inner = plain(model)
+    inner = unwrap(model)
 
     def read(ids: Tensor, positions: Tensor, attention: Tensor) -> Tensor:
         arguments: dict[str, Any] = {"position_ids": positions, "use_cache": False}
@@ -74,7 +75,7 @@ class CompletionModel(nn.Module):
     def __init__(self, lm: nn.Module, value_head: bool = False) -> None:
         super().__init__()
         self.lm = lm
-        config = plain(lm).config.get_text_config()
+        config = unwrap(lm).config.get_text_config()
         self.value_head: nn.Linear | None = None
         if value_head:
             self.value_head = nn.Linear(config.hidden_size, 1)
@@ -88,7 +89,7 @@ class CompletionModel(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits (M, V) of hidden states (M, D)."""
-        logits = cast(nn.Module, plain(self.lm).get_output_embeddings())(hidden)
+        logits = cast(nn.Module, unwrap(self.lm).get_output_embeddings())(hidden)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self.softcap:
@@ -103,7 +104,7 @@ class CompletionModel(nn.Module):
         values: bool = False,
         entropy_gradient: bool = True,
     ) -> CompletionOutput:
-        """Return log-probabilities (and entropy, values) of the counted tokens; the head runs nowhere else."""
+        """Return log-probabilities (and entropy, values) of the tokens in the loss mask; the head runs nowhere else."""
         hidden = hidden_states(self.lm, batch)[batch.source]
         logprobs, ent = token_logprobs(
             hidden, self.head, batch.targets, temperature, entropy, entropy_gradient=entropy_gradient
@@ -121,7 +122,7 @@ class CompletionModel(nn.Module):
         return self.lm
 
     def decode(self, **inputs: Any) -> Any:
-        """Return what the language model says to `inputs`; a sharded one gathers its weights here."""
+        """Return the language model's forward output; a sharded one gathers its weights here."""
         return self.lm(**inputs)
 
 
@@ -140,7 +141,7 @@ class ScalarModel(nn.Module):
     def forward(self, batch: GroupBatch, at: Literal["last", "source"] = "last") -> Tensor:
         """Return normalized float32 scores (S,) at the last token of each response, or values (N,) at each state."""
         hidden = hidden_states(self.model, batch)
-        inner = plain(self.model)
+        inner = unwrap(self.model)
         picked = hidden[batch.last if at == "last" else batch.source]
         scores = scalars(cast(nn.Linear, inner.score), picked)
         mean, std = getattr(inner.config, "reward_mean", 0.0), getattr(inner.config, "reward_std", 1.0)
@@ -153,9 +154,37 @@ class ScalarModel(nn.Module):
 
 
 @torch.no_grad()
+def response_logprobs(
+    model: Callable[..., CompletionOutput],
+    groups: Sequence[Group],
+    layout: Layout,
+    device: torch.device | str,
+    temperature: float = 1.0,
+    tokens: int = 8192,
+    progress: Callable[[int], Any] | None = None,
+) -> list[list[Tensor]]:
+    """Return the log-probabilities (float32, on the CPU) of each response's tokens in the loss mask, group by group.
+
+    Args:
+        model: a :class:`CompletionModel`, frozen or not, in the mode (eval or train) it should compute in.
+        tokens: of one forward pass; changes memory, not results.
+        progress: called with the number of groups after each forward pass.
+    """
+    result: list[list[Tensor]] = [[] for _ in groups]
+    for places, batch in microbatches(groups, tokens, layout):
+        lengths = batch.lengths.tolist()
+        parts = iter(model(batch.to(device), temperature).logprobs.float().cpu().split(lengths))
+        for place in places:
+            result[place] = [next(parts) for _ in groups[place].responses]
+        if progress:
+            progress(len(places))
+    return result
+
+
+@torch.no_grad()
 def check_head(model: nn.Module, tokens: list[int]) -> None:
     """Raise a UserError when a model's logits are not what :meth:`CompletionModel.head` makes of its hidden states."""
-    inner = plain(model)
+    inner = unwrap(model)
     if inner.get_output_embeddings() is None:
         return
     training = model.training
@@ -178,7 +207,7 @@ def choose_layout(model: nn.Module) -> tuple[Layout, str | None]:
     The check is a run, not a list of architectures: two random groups are read in both layouts and the hidden states
     that predict their responses must agree. Sliding windows, state spaces and position-free attention fail it.
     """
-    inner = plain(model)
+    inner = unwrap(model)
     config = inner.config.get_text_config()
     tokens = [(7 * i + 3) % config.vocab_size for i in range(24)]
     check_head(model, tokens[:8])

@@ -58,9 +58,13 @@ def write_model(folder: str | Path, model: Any, tokenizer: Any, manifest: dict[s
         (temporary / MANIFEST).write_text(json.dumps(complete, indent=2, default=str) + "\n", encoding="utf-8")
 
 
+def weights_key(folder: str) -> str | None:
+    """Return the SHA-256 of a model folder's weights, as its manifest has it or computed; None for a hub name."""
+    manifest = read_manifest(folder) if Path(folder).is_dir() else None
+    return manifest.get("weights") if manifest else hash_weights(folder)
+
+
 def parent_entry(role: str, folder: str) -> dict[str, Any]:
     """Return a manifest's record of a model this stage started from."""
-    local = Path(folder).is_dir()
-    manifest = read_manifest(folder) if local else None
-    weights = manifest.get("weights") if manifest else hash_weights(folder)
-    return {"role": role, "folder": str(Path(folder).resolve()) if local else str(folder), "weights": weights}
+    place = str(Path(folder).resolve()) if Path(folder).is_dir() else str(folder)
+    return {"role": role, "folder": place, "weights": weights_key(folder)}

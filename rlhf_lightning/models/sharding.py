@@ -1,4 +1,4 @@
-"""Models cut up over devices: FSDP2 for weights, gradients and optimizer states, tensor parallelism for the layers.
+"""Models sharded across devices: FSDP2 for weights, gradients and optimizer states, tensor parallelism for the layers.
 
 Every forward pass of a sharded model is collective: ranks of a data-parallel group must make the same number of them.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.completion import plain
+from rlhf_lightning.models.completion import unwrap
 from rlhf_lightning.models.loading import decoder_layers
 
 # decoder -> the module whose forward gathers its weights, and the mesh
@@ -22,7 +22,7 @@ _SHARDED: WeakKeyDictionary[nn.Module, tuple[nn.Module, Any]] = WeakKeyDictionar
 
 
 def shard(root: Any, mesh: Any) -> None:
-    """Cut up a CompletionModel or ScalarModel over a mesh (data_parallel, tensor_parallel)."""
+    """Shard a CompletionModel or ScalarModel across a mesh (data_parallel, tensor_parallel)."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     lm = root.decoder
@@ -30,7 +30,7 @@ def shard(root: Any, mesh: Any) -> None:
         parallelize(lm, mesh["tensor_parallel"])
     data = mesh["data_parallel"]
     if data.size() > 1:
-        for layer in decoder_layers(plain(lm)):
+        for layer in decoder_layers(unwrap(lm)):
             fully_shard(layer, mesh=data)
         if getattr(root, "value_head", None) is not None:
             fully_shard(root.value_head, mesh=data)  # float32 also where the decoder is not
@@ -44,7 +44,7 @@ def parallelize(lm: Any, mesh: Any) -> None:
     """Split the attention heads and the MLP of every layer over `mesh`, by the plan of the model's architecture."""
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    if plain(lm) is not lm:
+    if unwrap(lm) is not lm:
         raise UserError("adapter=lora cannot be split by tensor parallelism; use strategy=fsdp2")
     config = lm.config.get_text_config()
     styles = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
@@ -64,12 +64,12 @@ def parallelize(lm: Any, mesh: Any) -> None:
 
 
 def call(lm: nn.Module, **inputs: Any) -> Any:
-    """Return what a causal LM says to `inputs`, through the module that gathers its weights where it is sharded."""
+    """Return the forward output of a causal LM, through the module that gathers its weights where it is sharded."""
     found = _SHARDED.get(lm)
     return found[0].decode(**inputs) if found else lm(**inputs)  # type: ignore[operator]
 
 
-def most(lm: nn.Module, count: int) -> int:
+def max_over_ranks(lm: nn.Module, count: int) -> int:
     """Return the largest `count` among the ranks that must call `lm` equally often; without such, `count`."""
     found = _SHARDED.get(lm)
     if found is None:
@@ -81,8 +81,8 @@ def most(lm: nn.Module, count: int) -> int:
     return int(value)
 
 
-def shared(mesh: Any, value: Any) -> Any:
-    """Return the `value` of the first of the ranks that share every layer: what one judge or server said to it."""
+def broadcast_tp(mesh: Any, value: Any) -> Any:
+    """Return `value` of the first rank that shares every layer: an engine or judge may answer each differently."""
     if mesh is None or mesh["tensor_parallel"].size() == 1:
         return value
     from torch.distributed import broadcast_object_list, get_global_rank
@@ -94,7 +94,7 @@ def shared(mesh: Any, value: Any) -> Any:
 
 
 def whole_state(lm: nn.Module) -> dict[str, Any]:
-    """Return the full weights of a model that is cut up, on the CPU of the first rank; other ranks get nothing."""
+    """Return the full weights of a sharded model on the CPU of the first rank; other ranks get nothing."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     return get_model_state_dict(lm, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

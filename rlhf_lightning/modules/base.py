@@ -13,20 +13,26 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_
 from torch.optim import Optimizer
 
+from rlhf_lightning.data.base import RowData
 from rlhf_lightning.data.checks import check_rows
 from rlhf_lightning.distributed import data_ranks
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapters import add_lora, merge_lora
-from rlhf_lightning.models.completion import choose_layout, plain
+from rlhf_lightning.models.completion import choose_layout, unwrap
 from rlhf_lightning.models.sharding import by_mesh, shard, total_norm, whole_state
-from rlhf_lightning.ops.groups import GroupBatch, Layout
+from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList, Layout
 from rlhf_lightning.ops.statistics import wilson_interval
 
 log = logging.getLogger(__name__)
 
+MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
+MakeSchedule = Callable[[Optimizer, int], Any]
+
 
 class StageModule(LightningModule):
     """A stage of RLHF: loads its model in `configure_model`, steps one optimizer, logs weighted means.
+
+    A loader may yield lists of :class:`Group`, a :class:`GroupList`, or a packed :class:`GroupBatch`.
 
     Args:
         load: returns the Hugging Face model to train.
@@ -38,8 +44,8 @@ class StageModule(LightningModule):
     def __init__(
         self,
         load: Callable[[], nn.Module],
-        optimizer: Callable[[list[dict[str, Any]]], Optimizer],
-        schedule: Callable[[Optimizer, int], Any] | None = None,
+        optimizer: MakeOptimizer,
+        schedule: MakeSchedule | None = None,
         lora: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -50,37 +56,71 @@ class StageModule(LightningModule):
         self._sums: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
 
     def build(self) -> Any:
-        """Return the loaded model, with LoRA layers when asked for, and tell the data module its layout."""
+        """Return the loaded model, with LoRA layers when asked for, and choose the layout of its batches."""
         model: Any = self.load()
         if self.lora is not None:
             model = add_lora(model, **self.lora)
-        layout, reason = choose_layout(model)
+        self.layout, reason = choose_layout(model)
         if reason:
             log.warning("prompts are not shared and rows are padded for this model: %s", reason)
-        if self.data is not None:
-            self.data.layout = layout
-        self.layout = layout
         return model
 
     def on_fit_start(self) -> None:
         """Look at the rows before the first step: a mask or a tokenizer that is wrong would only show in the result."""
-        if self.data is not None:
-            embedding: Any = plain(self.trained_model()).get_input_embeddings()
-            check_rows(self.data, embedding.num_embeddings)
+        if isinstance(self.data, RowData):
+            check_rows(self.data, self.vocabulary)
 
     @property
     def data(self) -> Any:
         """The Trainer's data module, or None when there is none."""
-        return getattr(self._trainer, "datamodule", None) if getattr(self, "_trainer", None) else None
+        return getattr(self.trainer, "datamodule", None)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids the model has an embedding for."""
+        embedding: Any = unwrap(self.trained_model()).get_input_embeddings()
+        return embedding.num_embeddings
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self.pack(batch)
+
+    def pack(self, batch: Any) -> Any:
+        """Return what a loader yielded as a packed batch in the layout that the model computes correctly."""
+        if isinstance(batch, GroupBatch):
+            if self.layout == "padded" and not batch.padded:
+                raise UserError("this model needs padded rows: let the loader yield lists of Group (collate_fn=list)")
+            return batch
+        return self.group_list(batch).pack(self.layout)
+
+    def group_list(self, batch: Any) -> GroupList:
+        """Return the groups of a batch; those of a user's loader are checked here, others at the start of the run.
+
+        Raises:
+            UserError: the loader yields something else, an empty list, or ids the model has no embedding for.
+        """
+        if isinstance(batch, GroupList):
+            return batch
+        if not (isinstance(batch, list | tuple) and batch and all(isinstance(group, Group) for group in batch)):
+            kind = type(batch).__name__
+            if isinstance(batch, list | tuple):
+                kind += f" of {type(batch[0]).__name__}" if batch else " without groups"
+            raise UserError(
+                f"the loader yields {kind}; {type(self).__name__} takes a list of Group (collate_fn=list) or a packed "
+                "GroupBatch"
+            )
+        worst = max(max(map(max, filter(None, [group.prompt, *group.responses]))) for group in batch)
+        if worst >= self.vocabulary:
+            raise UserError(f"the loader yields the token id {worst}, but the model has {self.vocabulary} ids")
+        return GroupList(batch)
 
     def split(self, model: Any) -> Any:
-        """Return `model`, a CompletionModel or ScalarModel, cut up over the devices where the strategy asks for it."""
+        """Return `model`, a CompletionModel or ScalarModel, sharded across devices where the strategy asks for it."""
         if self.device_mesh is not None:
             shard(model, self.device_mesh)
         return model
 
     def export_model(self) -> Any:
-        """Return the plain Hugging Face model to save; of a model in pieces only on the first rank, else None."""
+        """Return the plain Hugging Face model to save; of a sharded model only on the first rank, else None."""
         model = self.trained_model()
         if self.device_mesh is None:
             return merge_lora(model)
@@ -101,11 +141,11 @@ class StageModule(LightningModule):
         """Return the optimizer updates of the whole run."""
         trainer = self.trainer
         limits = [trainer.max_steps] if trainer.max_steps and trainer.max_steps > 0 else []
-        steps = getattr(trainer.datamodule, "steps_per_epoch", None)  # type: ignore[attr-defined]
+        steps = getattr(self.data, "steps_per_epoch", None)
         if trainer.max_epochs and trainer.max_epochs > 0 and steps:
             limits.append(trainer.max_epochs * steps * self.updates_per_batch())
         # Lightning's estimate drops a restored loader position, so it is used only where there is no plan to ask
-        return min(limits) if limits else int(trainer.estimated_stepping_batches)
+        return min(limits) if limits else int(trainer.estimated_stepping_batches) * self.updates_per_batch()
 
     def updates_per_batch(self) -> int:
         """Return the optimizer updates made from one step of the data module."""
@@ -126,7 +166,7 @@ class StageModule(LightningModule):
         except ValueError as error:
             raise UserError(f"optimizer: {error}") from error
         for group in optimizer.param_groups:
-            if len(by_mesh(group["params"])) > 1:  # tensor parallelism leaves some whole: no operation takes both kinds
+            if len(by_mesh(group["params"])) > 1:  # tensor parallelism shards only some: no operation takes both
                 group |= {"fused": False, "foreach": False}
         if self.make_schedule is None:
             return optimizer
@@ -136,7 +176,7 @@ class StageModule(LightningModule):
     @property
     def data_ranks(self) -> int:
         """The number of ranks that read different rows."""
-        return data_ranks(self.trainer)[0]
+        return data_ranks(self.trainer)[1]
 
     def reduce(self, values: Tensor, op: str = "sum") -> Tensor:
         """Return the sum (or "min", "max") of a small tensor over the ranks that read different rows."""
@@ -149,22 +189,22 @@ class StageModule(LightningModule):
 
     def track(self, split: str, weight: Tensor | float, **sums: Tensor) -> None:
         """Add sums over `weight` items to the running means of `split`."""
-        held = self._sums.setdefault(split, {})
+        means = self._sums.setdefault(split, {})
         for name, value in sums.items():
             value = value.detach().double()
             added = torch.as_tensor(weight, dtype=torch.float64, device=value.device)
-            total, count = held.get(name, (torch.zeros_like(value), torch.zeros_like(added)))
-            held[name] = (total + value, count + added)
+            total, count = means.get(name, (torch.zeros_like(value), torch.zeros_like(added)))
+            means[name] = (total + value, count + added)
 
     def reduced(self, split: str) -> tuple[dict[str, float], dict[str, float]]:
         """Return the means of `split` over all ranks and the number of items behind each, and start anew."""
-        held = self._sums.pop(split, {})
-        if not held:
+        sums = self._sums.pop(split, {})
+        if not sums:
             return {}, {}
-        table = self.reduce(torch.stack([torch.stack(pair) for pair in held.values()]).to(self.device))
+        table = self.reduce(torch.stack([torch.stack(pair) for pair in sums.values()]).to(self.device))
         totals, counts = table.T.tolist()
-        means = {name: total / max(count, 1) for name, total, count in zip(held, totals, counts, strict=True)}
-        return means, dict(zip(held, counts, strict=True))
+        means = {name: total / max(count, 1) for name, total, count in zip(sums, totals, counts, strict=True)}
+        return means, dict(zip(sums, counts, strict=True))
 
     def flush(self, split: str) -> dict[str, float]:
         """Log and return the means of `split`; a held-out accuracy comes with its 95% interval."""
@@ -220,7 +260,7 @@ class StageModule(LightningModule):
         """Return `loss`, or stop with the step and the rows when it is not finite."""
         if not torch.isfinite(loss):
             rows = batch.index.tolist()
-            places = self.data.where("train", rows) if self.data is not None else f"rows {rows}"
+            places = self.data.where("train", rows) if isinstance(self.data, RowData) else f"rows {rows}"
             raise UserError(
                 f"the loss is {loss.item()} at step {self.global_step}, in {places}; lower optimizer.lr, or look at "
                 "these rows"

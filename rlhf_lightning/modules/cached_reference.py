@@ -3,47 +3,67 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
+from rich.progress import Progress
+from torch import Tensor
 
-from rlhf_lightning.data.planning import token_budget
+from rlhf_lightning.data.base import RowData
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.completion import CompletionModel
+from rlhf_lightning.files import atomic_path
+from rlhf_lightning.models.completion import CompletionModel, response_logprobs
 from rlhf_lightning.models.frozen import Frozen
-from rlhf_lightning.ops.groups import pack
-from rlhf_lightning.ops.logprobs import sequence_sum
+from rlhf_lightning.ops.groups import GroupBatch, Layout
 
 
-def attach_references(reference: Frozen[CompletionModel], data: Any) -> None:
-    """Give every split of the data module `data` the log-probabilities (rows, K) of its responses."""
-    if data.window is not None:
-        raise UserError("dpo.reference=cached needs all rows at once, data.window reads them in parts; use live")
-    weights = _weights_hash(reference.model)
-    for split, rows in data.rows.items():
-        path = Path(data.cache_dir) / "reference" / f"{weights[:16]}-{rows.key}.npy"
-        if not path.is_file():
-            _write(path, _compute(reference, data, split))
-        data.set_reference(split, np.load(path, allow_pickle=False))
+class CachedReference:
+    """Looks up log pi_ref of every response of a data module by the row numbers of a batch.
+
+    Args:
+        reference: the model at the start of training.
+        data: its rows; the table of a split is (rows, K), on disk under `data.cache_dir`.
+        layout: what the reference computes correctly.
+
+    Raises:
+        UserError: a data module that has no rows to compute ahead.
+    """
+
+    def __init__(self, reference: Frozen[CompletionModel], data: Any, layout: Layout) -> None:
+        if not isinstance(data, RowData):
+            raise UserError("dpo.reference=cached reads the rows of a PreferenceData; with another loader use live")
+        if data.window is not None:
+            raise UserError("dpo.reference=cached needs all rows at once, data.window reads them in parts; use live")
+        weights = _weights_hash(reference.model)
+        self.tables: dict[str, Tensor] = {}
+        for split, rows in data.rows.items():
+            path = data.cache_dir / "reference" / f"{weights[:16]}-{rows.key}.npy"
+            if not path.is_file():
+                table = _compute(reference, data, split, layout)
+                with atomic_path(path) as temporary, temporary.open("wb") as file:
+                    np.save(file, table, allow_pickle=False)
+            self.tables[split] = torch.from_numpy(np.load(path, allow_pickle=False))
+
+    def __call__(self, batch: GroupBatch, split: str) -> Tensor:
+        """Return log pi_ref of each response (S,), summed over its tokens in the loss mask."""
+        sizes = torch.bincount(batch.group_of, minlength=batch.groups)
+        place = torch.arange(batch.sequences, device=sizes.device) - (sizes.cumsum(0) - sizes)[batch.group_of]
+        rows = batch.index[batch.group_of].cpu()
+        return self.tables[split][rows, place.cpu()].to(batch.last.device)
 
 
-def _compute(reference: Frozen[CompletionModel], data: Any, split: str) -> np.ndarray:
-    rows = data.rows[split]
+def _compute(reference: Frozen[CompletionModel], data: RowData, split: str, layout: Layout) -> np.ndarray:
+    groups = [data.group(split, row) for row in range(len(data.rows[split]))]
     device = next(reference.model.parameters()).device
-    widest = max(len(rows[i].responses) for i in range(len(rows)))
-    table = np.zeros((len(rows), widest), dtype=np.float32)
-    batches = token_budget(rows.tokens, 4 * data.row_tokens)
-    for chosen in track(batches, description=f"reference log-probabilities ({split})"):
-        groups = [rows[i] for i in chosen]
-        batch = pack(groups, data.row_tokens, layout=data.layout).to(device)
-        sums = sequence_sum(reference(batch).logprobs, batch.sequence_ids, batch.sequences).cpu().tolist()
-        for i, group in zip(chosen, groups, strict=True):
-            found, sums = sums[: len(group.responses)], sums[len(group.responses) :]
-            table[i, : len(found)] = found
+    table = np.zeros((len(groups), max(len(group.responses) for group in groups)), dtype=np.float32)
+    with Progress(*Progress.get_default_columns(), transient=True) as bar:
+        task = bar.add_task(f"reference log-probabilities ({split})", total=len(groups))
+        logprobs = response_logprobs(
+            reference, groups, layout, device, tokens=4 * data.row_tokens, progress=lambda n: bar.advance(task, n)
+        )
+    for row, responses in enumerate(logprobs):
+        table[row, : len(responses)] = [tokens.sum().item() for tokens in responses]
     return table
 
 
@@ -53,11 +73,3 @@ def _weights_hash(model: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write(path: Path, table: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        np.save(file, table, allow_pickle=False)
-    os.replace(temporary, path)

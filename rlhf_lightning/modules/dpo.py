@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.models.adapters import adapter_off
 from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.models.frozen import Frozen
-from rlhf_lightning.modules.base import StageModule
-from rlhf_lightning.modules.cached_reference import attach_references
+from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, StageModule
+from rlhf_lightning.modules.cached_reference import CachedReference
 from rlhf_lightning.modules.invariants import apart, is_exact
 from rlhf_lightning.ops.groups import GroupBatch
 from rlhf_lightning.ops.logprobs import sequence_sum
@@ -41,7 +42,11 @@ class DPO(StageModule):
 
     def __init__(
         self,
-        *args: Any,
+        load: Callable[[], nn.Module],
+        optimizer: MakeOptimizer,
+        schedule: MakeSchedule | None = None,
+        lora: dict[str, Any] | None = None,
+        *,
         beta: float = 0.1,
         loss: PreferenceLoss = "sigmoid",
         label_smoothing: float = 0.0,
@@ -49,9 +54,8 @@ class DPO(StageModule):
         target_margin: float = 0.0,
         sft_coef: float = 0.0,
         reference: Literal["auto", "live", "cached", "adapter_off"] = "auto",
-        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(load, optimizer, schedule, lora)
         for key, value, options in (("loss", loss, PREFERENCE_LOSSES), ("reference", reference, REFERENCES)):
             if value not in options:
                 raise UserError(f"dpo.{key}={value!r} is not one of {', '.join(options)}.{nearest(value, options)}")
@@ -71,6 +75,8 @@ class DPO(StageModule):
         self.sft_coef = sft_coef
         self.reference_kind = "none" if loss == "simpo" else reference
         self.reference: Frozen[CompletionModel] | None = None
+        self.cached: CachedReference | None = None
+        self.precision: Any = None  # the Trainer's, once it trains
 
     def configure_model(self) -> None:
         if not hasattr(self, "policy"):
@@ -80,23 +86,23 @@ class DPO(StageModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        self.precision = self.trainer.precision
         if self.reference is not None:
             self.reference.to(self.device)
         if self.reference_kind == "cached":
-            attach_references(Frozen(CompletionModel(self.load())).to(self.device), self.data)
+            reference = Frozen(CompletionModel(self.load())).to(self.device)
+            self.cached = CachedReference(reference, self.data, self.layout)
 
     def trained_model(self) -> Any:
         return self.policy.lm
 
     @torch.no_grad()
-    def reference_logprobs(self, batch: GroupBatch) -> Tensor:
-        """Return log pi_ref of each response (S,), summed over its counted tokens."""
+    def reference_logprobs(self, batch: GroupBatch, split: str) -> Tensor:
+        """Return log pi_ref of each response (S,), summed over its tokens in the loss mask."""
         if self.reference_kind == "none":
             return torch.zeros(batch.sequences, device=batch.last.device)
-        if self.reference_kind == "cached":
-            if batch.ref_logprobs is None:
-                raise UserError("dpo.reference=cached, but the batch carries no reference log-probabilities")
-            return batch.ref_logprobs
+        if self.cached is not None:
+            return self.cached(batch, split)
         if self.reference is not None:
             logprobs = self.reference(batch).logprobs
         else:
@@ -107,20 +113,20 @@ class DPO(StageModule):
             self.policy.train(training)
         return sequence_sum(logprobs, batch.sequence_ids, batch.sequences)
 
-    def check_reference(self, found: Tensor, expected: Tensor) -> None:
+    def check_reference(self, logprobs: Tensor, expected: Tensor) -> None:
         """Stop when the policy does not start as its reference: dropout, or a stale or another reference."""
-        worst, broken = apart(found, expected, is_exact(self.policy.lm, self.trainer.precision))
+        worst, broken = apart(logprobs, expected, is_exact(self.policy.lm, self.precision))
         if broken and self.reference_kind != "none":
             raise UserError(
-                f"log pi and log pi_ref differ by {worst:.2g} a token before the first update, so the reference is not "
+                f"log pi and log pi_ref differ by {worst:.2g} per token before the first update: the reference is not "
                 "the model that training starts from; switch off dropout (model.load.dropout)"
             )
 
     def losses(self, batch: GroupBatch, split: str) -> Tensor:
         """Return the loss of each group (G,) and track rewards, accuracy and log-probabilities."""
         summed = sequence_sum(self.policy(batch).logprobs, batch.sequence_ids, batch.sequences)
-        reference = self.reference_logprobs(batch).to(summed.dtype)
-        if split == "train" and self._trainer is not None and self.trainer.global_step == 0:
+        reference = self.reference_logprobs(batch, split).to(summed.dtype)
+        if split == "train" and self.precision is not None and self.global_step == 0:
             self.check_reference(summed / batch.lengths, reference / batch.lengths)
         scale = batch.lengths.to(summed.dtype) if self.averaged else 1.0
         ratios = (summed - reference) / scale

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.models.completion import plain
+from rlhf_lightning.models.completion import unwrap
 
 
 def is_exact(model: nn.Module, precision: Any = "32-true") -> bool:
     """Return whether a model and the Trainer's precision compute in at least float32."""
-    return plain(model).dtype in (torch.float32, torch.float64) and str(precision) in ("32-true", "64-true")
+    return unwrap(model).dtype in (torch.float32, torch.float64) and str(precision) in ("32-true", "64-true")
 
 
 def apart(found: Tensor, expected: Tensor, exact: bool) -> tuple[float, bool]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.classification import BinaryCalibrationError
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.completion import ScalarModel, plain
-from rlhf_lightning.modules.base import StageModule
+from rlhf_lightning.models.completion import ScalarModel, unwrap
+from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, StageModule
 from rlhf_lightning.ops.groups import GroupBatch
 from rlhf_lightning.ops.ranking import centering, pairwise_ranking, plackett_luce
 
@@ -34,13 +35,16 @@ class RewardModel(StageModule):
 
     def __init__(
         self,
-        *args: Any,
+        load: Callable[[], nn.Module],
+        optimizer: MakeOptimizer,
+        schedule: MakeSchedule | None = None,
+        lora: dict[str, Any] | None = None,
+        *,
         loss: Literal["pairwise", "plackett_luce"] = "pairwise",
         center: float = 0.01,
         normalize: bool = True,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(load, optimizer, schedule, lora)
         if loss not in ("pairwise", "plackett_luce"):
             raise UserError(f"reward.loss={loss!r} is not one of: pairwise, plackett_luce")
         self.loss, self.center, self.normalize = loss, center, normalize
@@ -51,7 +55,7 @@ class RewardModel(StageModule):
     def configure_model(self) -> None:
         if not hasattr(self, "scorer"):
             self.scorer = ScalarModel(self.build())
-            config = plain(self.scorer.model).config
+            config = unwrap(self.scorer.model).config
             config.reward_mean, config.reward_std = 0.0, 1.0
             self.split(self.scorer)
 

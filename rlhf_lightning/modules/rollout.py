@@ -1,4 +1,4 @@
-"""One iteration's experience: sampled groups, their scores, and per-token quantities as (S, T) tensors."""
+"""One iteration's rollout: generated groups, their scores, and per-token quantities as (S, T) tensors."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rlhf_lightning.data.planning import token_budget
-from rlhf_lightning.ops.groups import Group, GroupBatch, Layout, pack
+from rlhf_lightning.ops.groups import Group, GroupBatch, Layout, pack, token_budget
 
 
 @dataclass
 class Rollout:
-    """P prompts with n sampled responses each, S = P n, T = the longest response.
+    """P prompts with n generated responses each, S = P n, T = the longest response.
 
-    `mask` (S, T) is True at sampled tokens. Whether a response ended with EOS is stored in `finished` (S,), never
+    `mask` (S, T) is True at generated tokens. Whether a response ended with EOS is stored in `finished` (S,), never
     inferred from padding. `tokens` holds named (S, T) tensors: old_logprobs, ref_logprobs, values, kl, rewards,
-    advantages, returns.
+    advantages, returns. `rounds` maps a rank's number of microbatches to the number of forward passes it must make.
     """
 
     groups: list[Group]
-    samples: int
+    num_generations: int
     finished: Tensor
     scores: Tensor
     layout: Layout
     device: torch.device
     microbatch_tokens: int
     rounds: Callable[[int], int] = lambda count: count
+    gold: Tensor | None = None
     tokens: dict[str, Tensor] = field(default_factory=dict)
     mask: Tensor = field(init=False)
 
@@ -36,30 +36,31 @@ class Rollout:
         lengths = torch.tensor([len(r) for g in self.groups for r in g.responses])
         self.mask = (torch.arange(int(lengths.max()))[None, :] < lengths[:, None]).to(self.device)
 
-    def rows(self, chosen: Sequence[int]) -> Tensor:
-        """Return the sequence numbers of the groups `chosen`, in their order."""
-        return torch.tensor([g * self.samples + k for g in chosen for k in range(self.samples)], device=self.device)
+    def rows(self, places: Sequence[int]) -> Tensor:
+        """Return the sequence numbers of the groups at `places`, in their order."""
+        n = self.num_generations
+        return torch.tensor([g * n + k for g in places for k in range(n)], device=self.device)
 
-    def microbatches(self, chosen: Sequence[int]) -> Iterator[tuple[Tensor, GroupBatch, bool]]:
-        """Yield (sequence numbers, packed batch, whether it counts) of the groups `chosen`, within the token budget.
+    def microbatches(self, places: Sequence[int]) -> Iterator[tuple[Tensor, GroupBatch, bool]]:
+        """Yield (sequence numbers, packed batch, whether it is real) of groups, each within the token budget.
 
-        `rounds` of the number of batches are made; those beyond repeat the last one and do not count.
+        `rounds` of the number of batches are made; those beyond repeat the last one and are dummy forward passes.
         """
-        parts = token_budget([self.groups[g].tokens for g in chosen], self.microbatch_tokens)
+        parts = token_budget([self.groups[g].tokens for g in places], self.microbatch_tokens)
         for number in range(self.rounds(len(parts))):
-            found = [chosen[i] for i in parts[min(number, len(parts) - 1)]]
-            batch = pack([self.groups[g] for g in found], layout=self.layout)
-            yield self.rows(found), batch.to(self.device), number < len(parts)
+            members = [places[i] for i in parts[min(number, len(parts) - 1)]]
+            batch = pack([self.groups[g] for g in members], layout=self.layout)
+            yield self.rows(members), batch.to(self.device), number < len(parts)
 
     def fill(self, compute: Callable[[GroupBatch], dict[str, Tensor]]) -> None:
         """Store the named (N,) results of `compute` on every microbatch as (S, T) tensors."""
         for rows, batch, _ in self.microbatches(range(len(self.groups))):
             for name, flat in compute(batch).items():
-                held = self.tokens.setdefault(name, torch.zeros(self.mask.shape, device=self.device))
-                block = held[rows]
+                table = self.tokens.setdefault(name, torch.zeros(self.mask.shape, device=self.device))
+                block = table[rows]
                 block[self.mask[rows]] = flat.float()
-                held[rows] = block
+                table[rows] = block
 
     def flat(self, name: str, rows: Tensor) -> Tensor:
-        """Return the counted values (N,) of `name` for the sequences `rows`, in the order of a packed batch."""
+        """Return the values (N,) of `name` at the tokens of the sequences `rows`, in the order of a packed batch."""
         return self.tokens[name][rows][self.mask[rows]]

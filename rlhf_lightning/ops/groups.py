@@ -5,46 +5,51 @@ A group is the token run ``[prompt][y_1]...[y_K]``; positions restart at ``len(p
 :func:`rlhf_lightning.ops.masking.group_attention_mask` keeps responses from seeing each other, so the prompt is
 computed once. Several groups share a row. Everything that reads a model's output does so through flat indices into
 the (R * L) tokens, so the losses do not know the layout.
+
+Loaders yield lists of groups (:class:`GroupList` with the weights of a planned step); a module packs them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Layout = Literal["packed", "padded"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Group:
     """One prompt with K responses, as token ids.
 
     Args:
         prompt: at least one token id.
         responses: K lists of at least one id each, the end-of-sequence token included where the response ended.
-        counted: which response tokens are learned or scored, per response; None means all.
+        loss_mask: which response tokens enter the loss, per response; None means all.
         ranks: 0 for the best response, equal numbers for ties; None means the order given.
         margin: how much better the best response is, in units of the reward (Bradley-Terry margin).
         label: the probability that the first response is preferred to the second (1 = certain).
         index: row number in the data set.
-        ref_logprobs: cached reference log-probability of each response.
+        text: the prompt as a reward reads it, its last user turn; None is the decoded prompt.
+        metadata: the other columns of the row, handed to rewards.
     """
 
     prompt: Sequence[int]
     responses: Sequence[Sequence[int]]
-    counted: Sequence[Sequence[bool]] | None = None
+    loss_mask: Sequence[Sequence[bool]] | None = None
     ranks: Sequence[int] | None = None
     margin: float = 0.0
     label: float = 1.0
     index: int = -1
-    ref_logprobs: Sequence[float] | None = None
+    text: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -52,22 +57,54 @@ class Group:
         return len(self.prompt) + sum(len(response) for response in self.responses)
 
     @property
-    def counted_tokens(self) -> int:
-        """Number of response tokens that enter a loss."""
-        if self.counted is None:
+    def loss_tokens(self) -> int:
+        """Number of response tokens in the loss mask."""
+        if self.loss_mask is None:
             return sum(len(response) for response in self.responses)
-        return sum(sum(flags) for flags in self.counted)
+        return sum(sum(flags) for flags in self.loss_mask)
+
+
+class GroupList:
+    """The groups of a microbatch, not yet packed, with the weights of :class:`GroupBatch` (None: a mean over it).
+
+    `row_tokens` is the token budget of a packed row. `ptx` holds the demonstrations of the pretraining mix beside a
+    batch of prompts, which are groups without responses.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        row_tokens: int = 1024,
+        per_token: float | None = None,
+        per_group: float | None = None,
+        ptx: GroupList | GroupBatch | None = None,
+    ) -> None:
+        self.groups, self.row_tokens = list(groups), row_tokens
+        self.per_token, self.per_group, self.ptx = per_token, per_group, ptx
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def pack(self, layout: Layout = "packed") -> GroupBatch:
+        """Return the packed batch."""
+        return pack(self.groups, self.row_tokens, 0, layout, self.per_token, self.per_group)
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> GroupList:
+        """Return the list with its tensors, those of a packed `ptx`, on `device`."""
+        if isinstance(self.ptx, GroupBatch):
+            self.ptx = self.ptx.to(device, **kwargs)
+        return self
 
 
 @dataclass
 class GroupBatch:
-    """R rows of L tokens that hold G groups with S responses and N counted response tokens.
+    """R rows of L tokens that hold G groups with S responses and N response tokens in the loss mask.
 
     Shapes: `input_ids`, `position_ids`, `group_ids` (-1 = padding), `response_ids` (0 = prompt, k = k-th response)
-    are (R, L). `source` (N,) is the flat index of the position that predicts a counted token, `targets` (N,) the token,
-    `sequence_ids` (N,) its response; the order is response by response, then time. `last` (S,) is the flat index of
-    the last token of each response, `lengths` (S,) its number of counted tokens, `group_of` (S,) its group, `ranks`
-    (S,) its rank. `margins`, `labels`, `index` are (G,).
+    are (R, L). `source` (N,) is the flat index of the position that predicts a token in the loss mask, `targets` (N,)
+    the token, `sequence_ids` (N,) its response; the order is response by response, then time. `last` (S,) is the flat
+    index of the last token of each response, `lengths` (S,) its number of tokens in the loss mask, `group_of` (S,) its
+    group, `ranks` (S,) its rank. `margins`, `labels`, `index` are (G,).
 
     `per_token` and `per_group` are the weights that make a sum over this batch's tokens or groups a mean over the
     whole optimizer step, after Lightning's average over accumulation and ranks.
@@ -90,7 +127,6 @@ class GroupBatch:
     per_token: float
     per_group: float
     padded: bool = False
-    ref_logprobs: Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -186,20 +222,18 @@ class _Builder:
         for g, group in enumerate(self.groups):
             for k, response in enumerate(group.responses):
                 places = self.source[g, k]
-                counted = group.counted[k] if group.counted is not None else [True] * len(response)
+                mask = group.loss_mask[k] if group.loss_mask is not None else [True] * len(response)
                 s = len(last)
-                for (row, column), token, counts in zip(places, response, counted, strict=False):
-                    if counts:
+                for (row, column), token, in_loss in zip(places, response, mask, strict=False):
+                    if in_loss:
                         source.append(row * length + column)
                         targets.append(token)
                         sequence_ids.append(s)
                 row, column = places[-1]
                 last.append(row * length + column)
-                lengths.append(sum(map(bool, counted)))
+                lengths.append(sum(map(bool, mask)))
                 group_of.append(g)
                 ranks.append(group.ranks[k] if group.ranks is not None else k)
-        cached = [group.ref_logprobs for group in self.groups]
-        flat = [value for values in cached if values is not None for value in values]
         return GroupBatch(
             *columns,
             *(torch.tensor(x, dtype=torch.long) for x in (source, targets, sequence_ids)),
@@ -210,7 +244,6 @@ class _Builder:
             per_token=1.0 / max(len(source), 1) if per_token is None else per_token,
             per_group=1.0 / len(self.groups) if per_group is None else per_group,
             padded=padded,
-            ref_logprobs=torch.tensor(flat) if len(flat) == len(last) else None,
         )
 
     def _row(self, row: int, entries: Sequence[tuple[int, int | None]]) -> tuple[list[int], ...]:
@@ -236,3 +269,24 @@ class _Builder:
                 response_ids.extend([number] * len(response))
             group_ids.extend([g] * (len(ids) - start))
         return ids, positions, group_ids, response_ids
+
+
+def token_budget(tokens: Sequence[int] | np.ndarray, budget: int) -> list[list[int]]:
+    """Split rows, in length order, into lists whose token sum stays within `budget` (one row at least)."""
+    batches: list[list[int]] = []
+    load = budget + 1
+    for row in np.argsort(-np.asarray(tokens), kind="stable").tolist():
+        if load + tokens[row] > budget or not batches:
+            batches.append([])
+            load = 0
+        batches[-1].append(row)
+        load += int(tokens[row])
+    return batches
+
+
+def microbatches(
+    groups: Sequence[Group], tokens: int, layout: Layout = "packed", row_tokens: int = 1024
+) -> Iterator[tuple[list[int], GroupBatch]]:
+    """Yield (places in `groups`, packed batch) of all groups, at most `tokens` tokens (one group at least) a batch."""
+    for places in token_budget([group.tokens for group in groups], tokens):
+        yield places, pack([groups[place] for place in places], row_tokens, layout=layout)

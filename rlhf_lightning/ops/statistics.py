@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 
+Interval = tuple[float, float, float]
+"""Mean, and lower and upper end of its 95% interval."""
+
 
 def wilson_interval(successes: float, n: float, z: float = 1.959964) -> tuple[float, float]:
     """Return the 95% Wilson score interval of a share; (0, 1) when n is 0."""

@@ -1,24 +1,147 @@
-"""What `reward_from` and `gold_from` mean."""
+"""What `reward_from` and `gold_from` mean. The kinds of reward are the rows of one table; importing it is light."""
 
 from __future__ import annotations
 
-import hashlib
+import ast
+import importlib
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.files import file_digest
+from rlhf_lightning.models.folder import weights_key
 
-def code_key(spec: Any) -> str | None:
-    """Return a digest of the file of a reward `module:function`, found like an import but not imported; else None.
 
-    What that file imports does not count.
+@dataclass(frozen=True)
+class Kind:
+    """A kind of reward.
+
+    Args:
+        matches: tells whether a text names a reward of this kind.
+        digest: returns what changes when the reward does; None where that is not known.
+        loader: `module:function` that builds the reward from (name, dtype).
+        is_model: the name is a model folder, a parent of the stage.
     """
-    module, _, name = str(spec).partition(":")
-    found, path = None, [str(Path.cwd()), *sys.path]
-    for part in module.split(".") if name else []:
-        found = PathFinder.find_spec(part, path)
-        path = list(found.submodule_search_locations or []) if found else []
-    if found is None or not found.origin or not Path(found.origin).is_file():
-        return None
-    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()
+
+    matches: Callable[[str], bool]
+    digest: Callable[[str], str | None]
+    loader: str
+    is_model: bool = False
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """One reward: its kind, a row of `KINDS`, and its name."""
+
+    kind: str
+    name: str
+
+    def digest(self) -> str | None:
+        """Return what changes when the reward does: its weights, its source, the version of the world."""
+        return KINDS[self.kind].digest(self.name)
+
+    def load(self, dtype: str) -> Any:
+        """Build the reward; `dtype` is that of a model's weights."""
+        module, _, function = KINDS[self.kind].loader.partition(":")
+        return getattr(importlib.import_module(module), function)(self.name, dtype)
+
+    @property
+    def is_model(self) -> bool:
+        """Whether it is a model folder."""
+        return KINDS[self.kind].is_model
+
+
+def parse(value: Any, key: str = "reward_from") -> list[RewardSpec]:
+    """Return the rewards that a value of `reward_from` or `gold_from` names: none for null, several for a list.
+
+    Raises:
+        UserError: a text that is no kind of reward.
+    """
+    if value is None or value == "":
+        return []
+    if isinstance(value, list | tuple):
+        return [spec for member in value for spec in parse(member, key)]
+    name = str(value)
+    for kind, row in KINDS.items():
+        if row.matches(name):
+            return [RewardSpec(kind, name)]
+    raise UserError(f"{key}={name!r} is neither a reward model folder, 'module:function', nor 'world'")
+
+
+def digests(value: Any) -> list[str | None]:
+    """Return the digest of every reward that `value` names, for the identity of a run or of a pipeline's stage."""
+    return [spec.digest() for spec in parse(value)]
+
+
+def _is_function(name: str) -> bool:
+    module, _, function = name.partition(":")
+    return bool(module and function) and "/" not in module
+
+
+def _world_version(name: str) -> str:
+    from rlhf_lightning.world import VERSION
+
+    return f"world {VERSION}"
+
+
+# ---- functions -----------------------------------------------------------------------------------------------------
+
+
+def source_digest(name: str) -> str | None:
+    """Return the digest of a reward's `module:function`: its file, and what it imports from the working directory.
+
+    Modules are located like an import but not imported; None where there is no such file.
+    """
+    module = name.partition(":")[0]
+    start = _locate(module)
+    return file_digest(*sorted({start, *_local_imports(start, module, Path.cwd(), set())})) if start else None
+
+
+def _locate(module: str) -> Path | None:
+    """Return the source file of a module, not imported, or None."""
+    spec, path = None, [str(Path.cwd()), *sys.path]
+    for part in module.split("."):
+        spec = PathFinder.find_spec(part, path)
+        path = list(spec.submodule_search_locations or []) if spec else []
+    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+
+
+def _local_imports(file: Path, module: str, root: Path, seen: set[Path]) -> set[Path]:
+    """Return the files below `root` that `file` imports, and those that they import."""
+    for name in _imported_names(file, module):
+        location = _locate(name)
+        if location and location not in seen and location.is_relative_to(root):
+            seen.add(location)
+            _local_imports(location, name, root, seen)
+    return seen
+
+
+def _imported_names(file: Path, module: str) -> Iterator[str]:
+    """Yield the dotted names that the source of `module` imports: modules, and what may be a module inside one."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except SyntaxError:  # the import will say so
+        return
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            if base:
+                yield base
+            yield from (f"{base}.{alias.name}".lstrip(".") for alias in node.names)
+
+
+KINDS = {
+    "world": Kind(lambda name: name == "world", _world_version, "rlhf_lightning.rewards.functions:load_world"),
+    "folder": Kind(
+        lambda name: Path(name).is_dir(), weights_key, "rlhf_lightning.rewards.folder:load_folder", is_model=True
+    ),
+    "function": Kind(_is_function, source_digest, "rlhf_lightning.rewards.functions:load_function"),
+}

@@ -138,3 +138,6 @@ def measures(row: dict[str, Any], response: str) -> dict[str, float]:
         found |= {"corrected": score.corrected, "flattered": score.flattered}
     sides = {"helpful": score.helpful, "honest": score.honest, "harmless": score.harmless}
     return {name: float(value) for name, value in (found | sides).items() if value is not None}
+
+
+gold_reward.measures = measures  # pyright: ignore[reportFunctionMemberAccess]  # what evaluate reports beside the total

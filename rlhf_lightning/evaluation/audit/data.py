@@ -40,8 +40,11 @@ class DataChecks:
         data = self.data
         for split, rows in data.rows.items():
             if data.kind != "prompts":
-                yield f"{split}: every row has a counted token", partial(checks.counted_tokens, data, split)
-                yield f"{split}: answers end with EOS", partial(checks.ends_are_learned, data, split, len(rows))
+                yield (
+                    f"{split}: every row has a token in the loss mask",
+                    partial(checks.loss_mask_is_not_empty, data, split),
+                )
+                yield f"{split}: responses end with EOS", partial(checks.ends_are_learned, data, split, len(rows))
             yield f"{split}: {IDS_FIT}", partial(checks.ids_fit, data, split, vocabulary, len(rows))
         yield "tokens are those of the chat template", self.template
         if "val" in data.rows:
@@ -52,7 +55,7 @@ class DataChecks:
 
     def conversations(self) -> Iterator[tuple[str, list[Message], list[str], dict[str, Any]]]:
         """Yield (where, prompt, responses, other columns) of the first rows that are conversations."""
-        for where, row in islice(self.data.raw_rows("train").rows(), self.limit):
+        for where, row in islice(self.data.source("train").rows(), self.limit):
             try:
                 record = records.prompt(row)
                 prompt, responses = record.content, []

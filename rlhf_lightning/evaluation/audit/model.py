@@ -1,8 +1,8 @@
-"""Checks of a policy: what it samples, and that its log-probabilities and gradients are what they should be."""
+"""Checks of a policy: what it answers, and that its log-probabilities and gradients are what they should be."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +10,13 @@ from rich.console import Console
 from rich.progress import Progress, track
 from torch import Tensor
 
+from rlhf_lightning.data.base import RowData
 from rlhf_lightning.data.checks import Check, Note
-from rlhf_lightning.data.planning import token_budget
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.policy import device
-from rlhf_lightning.generation.local import Sampler, Samples
+from rlhf_lightning.generation.answers import Answers, answer
+from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.models.adapters import adapter_off, add_lora
-from rlhf_lightning.models.completion import CompletionModel, choose_layout
-from rlhf_lightning.models.loading import load_causal_lm
+from rlhf_lightning.models.completion import CompletionModel, choose_layout, response_logprobs
 from rlhf_lightning.modules.invariants import apart, is_exact
 from rlhf_lightning.ops.groups import Group, Layout, pack
 
@@ -25,25 +24,47 @@ BAR: dict[str, Any] = {"transient": True, "disable": not Console().is_terminal}
 
 
 class ModelChecks:
-    """The model of `folder` on the first `count` training rows; on answers of its own where the rows are prompts."""
+    """A model on the first training rows; on answers of its own where the rows are prompts.
 
-    def __init__(self, settings: dict[str, Any], folder: str, data: Any, count: int) -> None:
-        self.settings, self.folder, self.data = settings, folder, data
-        self.options, self.device = settings["audit"], device(settings)
+    Args:
+        load: returns the model as a stage would load it.
+        lora: arguments of :func:`add_lora`, or None.
+        data: a set-up data module.
+        count: training rows that the model reads.
+        engine: generates the answers.
+        max_new_tokens, temperature, seed: of generation.
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Any],
+        lora: dict[str, Any] | None,
+        data: RowData,
+        count: int,
+        engine: Engine,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> None:
+        self.load_model, self.lora, self.data, self.engine = load, lora, data, engine
+        self.max_new_tokens, self.temperature, self.seed, self.device = max_new_tokens, temperature, seed, device
         self.lm: Any = self.load()
-        if settings["adapter"] is not None:
-            self.lm = add_lora(self.lm, **settings["adapter"])
+        if lora is not None:
+            self.lm = add_lora(self.lm, **lora)
         self.policy = CompletionModel(self.lm)
         self.exact = is_exact(self.lm)
         self.layout: Layout
         self.layout, self.why_padded = choose_layout(self.lm)
-        self.groups = [data.rows["train"][row] for row in range(count)]
-        self.drawn: Samples | None = None
+        self.groups = [data.group("train", row) for row in range(count)]
+        self.answers: Answers | None = None
         self.known: dict[float, list[Tensor]] = {}
 
     def load(self) -> Any:
-        """Return the model as a stage would load it."""
-        return load_causal_lm(self.folder, **self.settings["model"]["load"]).to(self.device)  # type: ignore[arg-type]
+        """Return the model on the device."""
+        return self.load_model().to(self.device)
 
     @property
     def vocabulary(self) -> int:
@@ -52,7 +73,7 @@ class ModelChecks:
 
     def checks(self) -> Iterator[Check]:
         """Yield the checks; the first one samples, and where rows are prompts the others read what it sampled."""
-        yield "the model can end its answers", self.sample
+        yield "the model can end its responses", self.sample
         yield "a row does not depend on its neighbours", self.neighbours
         if self.data.kind != "demonstrations":  # SFT has neither, and may well use dropout
             yield "pi / pi_old starts at 1", self.ratio
@@ -60,14 +81,14 @@ class ModelChecks:
         yield "the gradient does not depend on how a step is split", self.gradient
 
     def logprobs(self, policy: Any = None, temperature: float = 1.0) -> list[Tensor]:
-        """Return the log-probabilities of the counted tokens of each group, read in batches."""
-        found: dict[int, Tensor] = {}
-        for chosen in track(token_budget([g.tokens for g in self.groups], 4096), "  reading rows", **BAR):
-            batch = pack([self.groups[i] for i in chosen], layout=self.layout).to(self.device)
-            with torch.no_grad():
-                flat = (policy or self.policy)(batch, temperature).logprobs.float().cpu()
-            found |= zip(chosen, flat.split([self.groups[i].counted_tokens for i in chosen]), strict=True)
-        return [found[i] for i in range(len(self.groups))]
+        """Return the log-probabilities of the tokens in the loss mask of each group, read in batches."""
+        with Progress(*Progress.get_default_columns(), **BAR) as bar:
+            task = bar.add_task("  reading rows", total=len(self.groups))
+            responses = response_logprobs(
+                policy or self.policy, self.groups, self.layout, self.device, temperature, 4096,
+                lambda count: bar.advance(task, count),
+            )  # fmt: skip
+        return [torch.cat(tokens) for tokens in responses]
 
     def agree(self, found: Sequence[Tensor], expected: Sequence[Tensor], advice: str) -> str:
         """Return how close two computations are, or raise a UserError with the row where they are not."""
@@ -79,56 +100,56 @@ class ModelChecks:
         return f"{len(gaps)} rows, log-probabilities agree to {worst:.1g}"
 
     def sample(self) -> str:
-        """Answers of the model end by themselves, and where the data ends the model could end."""
-        template, longest = self.data.template, self.options["max_new_tokens"]
-        prompts = [list(group.prompt) for group in self.groups[:16]]
-        sampler = Sampler(self.lm, template.eos_ids, longest, self.options["temperature"])
+        """Answers of the model end with EOS, and where the data ends the model could end."""
+        template, longest = self.data.template, self.max_new_tokens
+        prompts = self.groups[:16]
+        self.engine.start(self.lm, template.eos_ids)
         with Progress(*Progress.get_default_columns(), **BAR) as bar:
-            task = bar.add_task("  sampling", total=len(prompts))
-            self.drawn = drawn = sampler(
-                prompts, 1, (self.settings["seed"], "audit"), progress=lambda done: bar.advance(task, done)
-            )
+            task = bar.add_task("  generating", total=len(prompts))
+            self.answers = answers = answer(
+                self.engine, template, prompts, max_new_tokens=longest, temperature=self.temperature,
+                seed_parts=(self.seed, "audit"), progress=lambda count: bar.advance(task, count),
+            )  # fmt: skip
+        self.engine.close()
         if self.data.kind == "prompts":
-            self.groups = [
-                Group(p, [y], index=i) for i, (p, y) in enumerate(zip(prompts, drawn.responses, strict=True))
-            ]
-        for group, found in zip(self.groups, self.sampling(), strict=True):
-            if not torch.isfinite(found).all():
+            self.groups = answers.groups(prompts)
+        for group, logprobs in zip(self.groups, self.eval_logprobs(), strict=True):
+            if not torch.isfinite(logprobs).all():
                 raise UserError(f"a token has no probability in {self.data.where('train', [group.index])}")
-        text = f"{sum(drawn.finished)} of {len(prompts)} sampled answers end within {longest} tokens"
-        return text if any(drawn.finished) else Note(f"{text}: in PPO every one would get ppo.missing_eos_penalty")
+        text = f"{sum(answers.finished)} of {len(prompts)} responses end with EOS within {longest} tokens"
+        return text if any(answers.finished) else Note(f"{text}: in PPO every one would get ppo.missing_eos_penalty")
 
     def neighbours(self) -> str:
         """Rows read in batches, packed where the model can, give what each response gives alone and unpadded."""
         self.lm.eval()
         expected = []
         for group in track(self.groups, "  reading rows one by one", **BAR):
-            flags = group.counted or [None] * len(group.responses)
-            alone = [Group(group.prompt, [y], [c] if c else None) for y, c in zip(group.responses, flags, strict=True)]
+            masks = group.loss_mask or [None] * len(group.responses)
+            alone = [Group(group.prompt, [y], [m] if m else None) for y, m in zip(group.responses, masks, strict=True)]
             with torch.no_grad():
                 parts = [self.policy(pack([one], layout="padded").to(self.device)).logprobs for one in alone]
             expected.append(torch.cat(parts).float().cpu())
-        seen = self.agree(self.sampling(), expected, "this model cannot be trained in batches")
+        seen = self.agree(self.eval_logprobs(), expected, "this model cannot be trained in batches")
         return f"{seen}; rows are padded: {self.why_padded}" if self.why_padded else f"{seen}, packed or alone"
 
     def ratio(self) -> str:
         """The model in training is the one that samples."""
-        temperature = self.options["temperature"]
-        old = self.sampling(temperature)
+        temperature = self.temperature
+        old = self.eval_logprobs(temperature)
         self.lm.train()
         found = self.logprobs(temperature=temperature)
         return self.agree(found, old, "switch off dropout (model.load.dropout, adapter.dropout)")
 
     def reference(self) -> str:
         """The policy is its reference: the same folder once more, or the model with its adapter off."""
-        found = self.sampling()
+        found = self.eval_logprobs()
         self.lm.eval()
         with adapter_off(self.lm):
-            again = None if self.settings["adapter"] is not None else CompletionModel(self.load()).eval()
+            again = None if self.lora is not None else CompletionModel(self.load()).eval()
             expected = self.logprobs(again)
         return self.agree(found, expected, "the policy is not the model it starts from")
 
-    def sampling(self, temperature: float = 1.0) -> list[Tensor]:
+    def eval_logprobs(self, temperature: float = 1.0) -> list[Tensor]:
         """Return the log-probabilities of the model as it samples, computed once."""
         if temperature not in self.known:
             self.lm.eval()
@@ -139,7 +160,7 @@ class ModelChecks:
         """One batch of rows and the rows one by one give the same gradient, for every weight that is trained."""
         self.lm.eval()
         groups = self.groups[:4]
-        total = sum(group.counted_tokens for group in groups)
+        total = sum(group.loss_tokens for group in groups)
         trained = [(name, p) for name, p in self.lm.named_parameters() if p.requires_grad]
         both: list[list[Tensor]] = []
         for split in ([groups], [[group] for group in groups]):

@@ -8,20 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_lightning.data import records
 from rlhf_lightning.data.checks import Check, Note
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.audit.data import DataChecks
 from rlhf_lightning.evaluation.audit.model import ModelChecks
-from rlhf_lightning.rewards.loading import load_reward, score
+from rlhf_lightning.rewards.scoring import Reward, score
 
 
 class RewardChecks:
     """The reward that `reward_from` names."""
 
-    def __init__(self, settings: dict[str, Any], rows: DataChecks, model: ModelChecks) -> None:
-        self.rows, self.model = rows, model
-        self.reward = load_reward(settings["reward_from"], settings["model"]["load"]["dtype"])
+    def __init__(self, reward: Reward, rows: DataChecks, model: ModelChecks) -> None:
+        self.reward, self.rows, self.model = reward, rows, model
 
     def checks(self) -> Iterator[Check]:
         """Yield the checks."""
@@ -30,17 +28,14 @@ class RewardChecks:
 
     def texts(self) -> list[tuple[str, str, dict[str, Any]]]:
         """Return (prompt, response, other columns) of what there is to score."""
-        data, drawn = self.model.data, self.model.drawn
-        if data.kind == "prompts" and drawn is not None:
-            asked = [records.prompt(data.rows["train"].raw(row)) for row in range(len(drawn.responses))]
-            answers = [data.template.decode(ids) for ids in drawn.responses]
-            extras = [{**row.metadata, "finished": done} for row, done in zip(asked, drawn.finished, strict=True)]
-            return [(row.text, text, extra) for row, text, extra in zip(asked, answers, extras, strict=True)]
-        found = []
+        data, answers = self.model.data, self.model.answers
+        if data.kind == "prompts" and answers is not None:
+            return list(zip(answers.prompts, answers.texts, answers.metadata, strict=True))
+        texts = []
         for _, prompt, responses, columns in self.rows.conversations():
             text = next(m["content"] for m in reversed(prompt) if m["role"] == "user")
-            found += [(text, response, columns | {"finished": True}) for response in responses]
-        return found
+            texts += [(text, response, columns | {"finished": True}) for response in responses]
+        return texts
 
     def scores(self, texts: list[tuple[str, str, dict[str, Any]]]) -> Tensor:
         """Return one reward a text."""

@@ -1,0 +1,93 @@
+"""Answering prompts: generate, decode and score, in the one place that every stage uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from rlhf_lightning.data.template import Template
+from rlhf_lightning.generation.engine import Engine
+from rlhf_lightning.models.sharding import broadcast_tp
+from rlhf_lightning.ops.groups import Group
+
+Scorer = Callable[[Sequence[str], Sequence[str], Sequence[dict[str, Any]]], Tensor]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """n responses to each of P prompts, S = P n, prompt by prompt.
+
+    `prompts`, `metadata`, `token_ids`, `texts` and `finished` have length S; `metadata` says of each response whether
+    it is finished. `scores` has a tensor (S,) for every scorer.
+    """
+
+    num_generations: int
+    prompts: list[str]
+    metadata: list[dict[str, Any]]
+    token_ids: list[list[int]]
+    texts: list[str]
+    finished: list[bool]
+    scores: dict[str, Tensor]
+
+    def of_prompt(self, place: int) -> slice:
+        """Return where the responses to the prompt at `place` stand."""
+        return slice(place * self.num_generations, (place + 1) * self.num_generations)
+
+    def groups(self, prompts: Sequence[Group]) -> list[Group]:
+        """Return the completion groups of the prompts they answer, for log-probabilities."""
+        return [
+            Group(group.prompt, self.token_ids[self.of_prompt(place)], index=group.index)
+            for place, group in enumerate(prompts)
+        ]
+
+
+def prompt_text(group: Group, template: Template) -> str:
+    """Return the prompt as rewards read it: the last user turn, or the decoded prompt of a group without text."""
+    return template.decode(group.prompt) if group.text is None else group.text
+
+
+def answer(
+    engine: Engine,
+    template: Template,
+    prompts: Sequence[Group],
+    num_generations: int = 1,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed_parts: Sequence[int | str] = (0,),
+    scorers: Mapping[str, Scorer] | None = None,
+    mesh: Any = None,
+    progress: Callable[[int], Any] | None = None,
+) -> Answers:
+    """Return the responses of a started engine to `prompts` and what each scorer gives them.
+
+    Args:
+        template: decodes responses.
+        prompts: groups whose prompt is read; `index`, with `seed_parts`, decides the sampled tokens.
+        scorers: name -> callable (prompts, responses, metadata) -> (S,), see :func:`rlhf_lightning.rewards.score`.
+        mesh: the module's device mesh; ranks that share every layer get the answers of the first of them.
+        progress: called with the number of prompts done after each batch.
+    """
+    generations = broadcast_tp(
+        mesh,
+        engine.generate(
+            [list(group.prompt) for group in prompts],
+            num_generations,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed_parts=seed_parts,
+            ids=[group.index for group in prompts],
+            progress=progress,
+        ),
+    )
+    texts = [template.decode(ids) for ids in generations.responses]
+    asked = [prompt_text(group, template) for group in prompts for _ in range(num_generations)]
+    columns = [dict(group.metadata) for group in prompts for _ in range(num_generations)]
+    metadata = [row | {"finished": done} for row, done in zip(columns, generations.finished, strict=True)]
+    scores = {
+        name: broadcast_tp(mesh, scorer(asked, texts, metadata)) for name, scorer in (scorers or {}).items() if texts
+    }
+    return Answers(num_generations, asked, metadata, generations.responses, texts, generations.finished, scores)

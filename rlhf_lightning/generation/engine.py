@@ -1,0 +1,53 @@
+"""What generates responses: the protocol that PPO, candidates, evaluate, samples and audit talk to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Generations:
+    """Responses of P prompts with n generations each, prompt by prompt: token ids, and whether each ended with EOS."""
+
+    responses: list[list[int]]
+    finished: list[bool]
+
+
+class Engine(Protocol):
+    """Generates responses from the weights it was started with.
+
+    :class:`rlhf_lightning.generation.local.LocalEngine` is the one in this process; a configuration names another one
+    with `sampler._target_`.
+    """
+
+    def start(self, lm: nn.Module, eos_ids: Iterable[int]) -> None:
+        """Take the language model to generate from and the tokens that end a response."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_generations: int = 1,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        seed_parts: Sequence[int | str] = (0,),
+        ids: Sequence[int] | None = None,
+        progress: Callable[[int], Any] | None = None,
+    ) -> Generations:
+        """Return `num_generations` responses to each prompt from the weights as they are now.
+
+        Args:
+            prompts: P lists of token ids.
+            max_new_tokens: longest response.
+            temperature: divides the logits; 0 takes the most likely token.
+            seed_parts: with `ids` (default: the prompt's place) decides every sampled token.
+            progress: called with the number of prompts done after each batch.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what `start` took."""

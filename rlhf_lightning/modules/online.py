@@ -1,0 +1,273 @@
+"""What online methods share: a policy that generates, a frozen reference, and a reward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lightning.data.template import Template
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.generation.answers import Answers, answer
+from rlhf_lightning.generation.engine import Engine
+from rlhf_lightning.generation.local import LocalEngine
+from rlhf_lightning.models.adapters import adapter_off
+from rlhf_lightning.models.completion import CompletionModel
+from rlhf_lightning.models.frozen import Frozen
+from rlhf_lightning.models.sharding import max_over_ranks
+from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, StageModule
+from rlhf_lightning.modules.invariants import apart, is_exact
+from rlhf_lightning.modules.rollout import Rollout
+from rlhf_lightning.ops.groups import GroupBatch, GroupList
+from rlhf_lightning.rewards.scoring import Reward, score, to_device
+
+
+class Generating(StageModule):
+    """A stage whose policy answers prompts: an engine, a template, and what is asked of them.
+
+    Args:
+        engine: generates responses; None is a :class:`LocalEngine`.
+        template: decodes responses and names EOS tokens; None takes the data module's.
+        num_generations: responses per prompt.
+        max_new_tokens, temperature: of generation.
+        seed: with iteration, row and generation number it decides every sampled token.
+        Others: see :class:`StageModule`.
+    """
+
+    policy: CompletionModel | None
+
+    def __init__(
+        self,
+        load: Callable[[], nn.Module],
+        optimizer: MakeOptimizer,
+        schedule: MakeSchedule | None = None,
+        lora: dict[str, Any] | None = None,
+        *,
+        engine: Engine | None = None,
+        template: Template | None = None,
+        num_generations: int = 1,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(load, optimizer, schedule, lora)
+        self.engine: Engine = LocalEngine() if engine is None else engine
+        self.given_template, self.started = template, False
+        self.num_generations, self.max_new_tokens, self.temperature = num_generations, max_new_tokens, temperature
+        self.seed = seed
+
+    @property
+    def template(self) -> Template:
+        """The template that was given, else the data module's."""
+        template = self.given_template or getattr(self.data, "template", None)
+        if template is None:
+            raise UserError(
+                f"{type(self).__name__}(template=Template(tokenizer)) is needed: the data module has no template"
+            )
+        return template
+
+    def pack(self, batch: Any) -> GroupList:
+        """Return a batch of prompts; the demonstrations mixed in are packed."""
+        prompts = self.group_list(batch)
+        if prompts.ptx is not None:
+            prompts.ptx = super().pack(prompts.ptx)
+        return prompts
+
+    def group_list(self, batch: Any) -> GroupList:
+        prompts = super().group_list(batch)
+        for place, group in enumerate(prompts.groups):
+            if group.index < 0:  # of a user's loader: every prompt of the step draws its own tokens
+                group.index = place * self.trainer.world_size + self.trainer.global_rank
+        return prompts
+
+    def generate(
+        self, prompts: GroupList, n: int, seed_parts: tuple[int | str, ...], **scorers: Reward | None
+    ) -> Answers:
+        """Return n responses of the policy to every prompt, with what each reward that is given says of them."""
+        assert self.policy is not None
+        if not self.started:
+            self.engine.start(self.policy.lm, self.template.eos_ids)
+            self.started = True
+        return answer(
+            self.engine,
+            self.template,
+            prompts.groups,
+            n,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed_parts=(self.seed, *seed_parts),
+            scorers={name: partial(score, reward) for name, reward in scorers.items() if reward is not None},
+            mesh=self.device_mesh,
+        )
+
+    def teardown(self, stage: str) -> None:
+        if self.started:
+            self.engine.close()
+            self.started = False
+
+
+class Online(Generating):
+    """A stage that learns from rewards of its own responses.
+
+    Args:
+        reward: callable, see :mod:`rlhf_lightning.rewards.scoring`.
+        gold: the true reward where it is known; only logged.
+        microbatch_tokens: tokens of one forward pass; changes memory, not results.
+        missing_eos_penalty: subtracted from the score of a response that did not end with EOS.
+        reward_clip: clip scores to +- this; reward_scale: divide scores by their running standard deviation.
+        Others: see :class:`Generating`.
+    """
+
+    policy: CompletionModel
+
+    def __init__(
+        self,
+        load: Callable[[], nn.Module],
+        optimizer: MakeOptimizer,
+        schedule: MakeSchedule | None = None,
+        lora: dict[str, Any] | None = None,
+        *,
+        reward: Reward,
+        gold: Reward | None = None,
+        engine: Engine | None = None,
+        template: Template | None = None,
+        num_generations: int = 1,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        microbatch_tokens: int = 4096,
+        missing_eos_penalty: float = 1.0,
+        reward_clip: float | None = None,
+        reward_scale: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            load, optimizer, schedule, lora, engine=engine, template=template, num_generations=num_generations,
+            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+        )  # fmt: skip
+        self.reward, self.gold, self.microbatch_tokens = reward, gold, microbatch_tokens
+        self.missing_eos_penalty = missing_eos_penalty
+        self.reward_clip, self.reward_scale = reward_clip, reward_scale
+        self.iteration, self.episodes = 0, 0
+        self.reward_moments = [0.0, 0.0, 0.0]  # count, sum, squares of all scores so far
+        self.samples_seen: list[dict[str, Any]] = []  # the last rollout as text, for the samples callback
+        self.rollout_size = (0, 0)  # responses and tokens of the last rollout, for the throughput callback
+        self.reference: Frozen[CompletionModel] | None = None
+
+    def configure_model(self) -> None:
+        if hasattr(self, "policy"):
+            return
+        self.policy = self.split(self.build_policy())
+        if self.lora is None:
+            self.reference = Frozen(self.split(CompletionModel(self.load())))
+
+    def build_policy(self) -> CompletionModel:
+        """Return the policy, not yet sharded."""
+        return CompletionModel(self.build())
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        for part in (self.reference, self.reward):
+            to_device(part, self.device)
+
+    def trained_model(self) -> Any:
+        return self.policy.lm
+
+    @torch.no_grad()
+    def rollout(self, prompts: GroupList, split: str = "train") -> Rollout:
+        """Generate `num_generations` responses to every prompt (one in validation) and score them."""
+        n = self.num_generations if split == "train" else 1
+        parts = (split, self.iteration if split == "train" else 0)
+        answers = self.generate(prompts, n, parts, reward=self.reward, gold=self.gold)
+        rollout = Rollout(
+            answers.groups(prompts.groups),
+            n,
+            torch.tensor(answers.finished),
+            answers.scores["reward"],
+            self.layout,
+            self.device,
+            self.microbatch_tokens,
+            rounds=partial(max_over_ranks, self.policy.lm),
+            gold=answers.scores.get("gold"),
+        )
+        self.rollout_size = (len(answers.texts), sum(group.tokens for group in rollout.groups))
+        columns = {"prompt": answers.prompts, "response": answers.texts, "reward": rollout.scores.tolist()}
+        columns |= {"finished": answers.finished}
+        columns |= {} if rollout.gold is None else {"gold": rollout.gold.tolist()}
+        self.samples_seen = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return rollout
+
+    @torch.no_grad()
+    def logprobs(self, rollout: Rollout) -> None:
+        """Fill in log-probabilities under the policy and the reference."""
+        training = self.training
+        self.eval()
+        rollout.fill(self.forward_logprobs)
+        self.train(training)
+        if self.iteration == 0:
+            self.check_reference(rollout)
+
+    def forward_logprobs(self, batch: GroupBatch) -> dict[str, Tensor]:
+        """Return old_logprobs and ref_logprobs (N,) of a microbatch."""
+        logprobs = {"old_logprobs": self.policy(batch, self.temperature).logprobs}
+        return logprobs | {"ref_logprobs": self.forward_reference(batch)}
+
+    def forward_reference(self, batch: GroupBatch) -> Tensor:
+        """Return the reference's log-probabilities (N,) of a microbatch; with LoRA it is the adapter switched off."""
+        if self.reference is not None:
+            return self.reference(batch, self.temperature).logprobs
+        with adapter_off(self.policy.lm):
+            return self.policy(batch, self.temperature).logprobs
+
+    def check_reference(self, rollout: Rollout) -> None:
+        """Stop when the policy does not start as its reference: then every KL would be measured to something else."""
+        logprobs, expected = (rollout.tokens[name][rollout.mask] for name in ("old_logprobs", "ref_logprobs"))
+        worst, broken = apart(logprobs, expected, is_exact(self.policy.lm, self.trainer.precision))
+        if broken:
+            raise UserError(
+                f"log pi and log pi_ref differ by {worst:.2g} before the first update: the reference is not the model "
+                "that training starts from"
+            )
+
+    def shaped_scores(self, rollout: Rollout) -> Tensor:
+        """Return the scores (S,) after scaling, clipping and the penalty for a missing EOS."""
+        scores = rollout.scores
+        if self.reward_scale:
+            sums = self.reduce(torch.stack([torch.tensor(float(len(scores))), scores.sum(), (scores**2).sum()]))
+            self.reward_moments = [old + new for old, new in zip(self.reward_moments, sums.tolist(), strict=True)]
+            count, total, squares = self.reward_moments
+            scores = scores / max(math.sqrt(max(squares / count - (total / count) ** 2, 0.0)), 1e-4)
+        if self.reward_clip is not None:
+            scores = scores.clamp(-self.reward_clip, self.reward_clip)
+        return scores - self.missing_eos_penalty * (~rollout.finished)
+
+    @torch.no_grad()
+    def validation_step(self, batch: GroupList, batch_idx: int) -> None:
+        rollout = self.rollout(batch, split="val")
+        self.logprobs(rollout)
+        kl = ((rollout.tokens["old_logprobs"] - rollout.tokens["ref_logprobs"]) * rollout.mask).sum()
+        sums = {"reward": rollout.scores.sum(), "kl": kl.cpu(), "length": rollout.mask.sum().float().cpu()}
+        if rollout.gold is not None:
+            sums["gold"] = rollout.gold.sum()
+        sums["ended_with_eos"] = rollout.finished.float().sum()
+        self.track("val", len(rollout.scores), **sums)
+
+    def mean(self, values: Tensor) -> float:
+        """Return the mean of a vector over ranks."""
+        total, count = self.reduce(torch.stack([values.sum(), values.new_tensor(float(len(values)))])).tolist()
+        return total / max(count, 1.0)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["online"] = {
+            "iteration": self.iteration,
+            "episodes": self.episodes,
+            "reward_moments": self.reward_moments,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["online"]
+        self.iteration, self.episodes = state["iteration"], state["episodes"]
+        self.reward_moments = state["reward_moments"]

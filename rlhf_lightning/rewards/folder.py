@@ -1,0 +1,57 @@
+"""The reward of a reward model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.data.template import Template
+from rlhf_lightning.models.completion import ScalarModel, choose_layout
+from rlhf_lightning.models.frozen import Frozen
+from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer, resolve_model
+from rlhf_lightning.ops.groups import Group, Layout, microbatches
+
+
+def load_folder(name: str, dtype: str) -> FolderReward:
+    """Return the reward of a trained reward model."""
+    return FolderReward(resolve_model(name, "."), dtype)
+
+
+class FolderReward:
+    """Scores text with a trained reward model, through its own tokenizer and template.
+
+    Responses to the same conversation are scored as one completion group, so its prompt is computed once.
+    """
+
+    def __init__(self, folder: str, dtype: str = "float32", batch_tokens: int = 16_384, device: str = "cpu") -> None:
+        model = load_scalar_model(folder, dtype=dtype, trained=True)
+        tokenizer = load_tokenizer(folder)
+        self.template = Template(tokenizer, "auto" if tokenizer.chat_template else "plain")
+        self.layout: Layout = choose_layout(model)[0]
+        self.model = Frozen(ScalarModel(model)).to(device)
+        self.batch_tokens = batch_tokens
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+
+    def to(self, device: torch.device | str) -> FolderReward:
+        """Move the model and return self."""
+        self.model.to(device)
+        return self
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, (text, extra) in enumerate(zip(prompts, metadata, strict=True)):
+            content = extra.get("messages") or [{"role": "user", "content": text}]
+            groups.setdefault(tuple(self.template.prompt(content)), []).append(i)
+        packed = []
+        for prompt, members in groups.items():
+            room = max(self.context - len(prompt), 1)
+            packed.append(Group(prompt, [self.template.response(responses[i])[:room] for i in members]))
+        scores = torch.zeros(len(responses))
+        members = list(groups.values())
+        device = next(self.model.model.parameters()).device
+        for places, batch in microbatches(packed, self.batch_tokens, self.layout):
+            scores[[member for place in places for member in members[place]]] = self.model(batch.to(device)).cpu()
+        return scores
