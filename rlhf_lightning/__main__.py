@@ -20,9 +20,11 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf_lightning.distributed import is_lost_peer
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import write_failure
-from rlhf_lightning.runtime import config
+from rlhf_lightning.runtime.explain import explain
 from rlhf_lightning.runtime.launch import arguments_of_rank
 from rlhf_lightning.runtime.run_folder import remove_start
+from rlhf_lightning.runtime.settings import check_types, groups, require
+from rlhf_lightning.stages import STAGES
 
 SELECTORS = ("stage", "pipeline", "experiment", "sweep")
 QUESTIONS = {"--help", "-h", "--hydra-help", "--version", "--info", "-i"}
@@ -32,7 +34,7 @@ QUESTIONS = {"--help", "-h", "--hydra-help", "--version", "--info", "-i"}
 def app(cfg: DictConfig) -> float | list[float] | None:
     """Run the stage or the pipeline that was composed."""
     try:
-        config.check_types(cfg, list(HydraConfig.get().overrides.task))
+        check_types(cfg, list(HydraConfig.get().overrides.task))
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             from rlhf_lightning.runtime.sweeps import run_trial
 
@@ -43,27 +45,27 @@ def app(cfg: DictConfig) -> float | list[float] | None:
             from rlhf_lightning.runtime.pipeline import run_pipeline
 
             return run_pipeline(cfg)
-        if cfg.stage not in config.STAGES:
-            raise UserError(f"choose what to run with stage= one of {', '.join(config.STAGES)}")
+        if cfg.stage not in STAGES:
+            raise UserError(f"choose what to run with stage= one of {', '.join(STAGES)}")
         if cfg.plan:
-            from rlhf_lightning.runtime.memory import run_plan
+            from rlhf_lightning.stages.plan import run_plan
 
             if not (place := Path(HydraConfig.get().runtime.output_dir) / "run.json").exists():
                 remove_start(place.parent)
             return run_plan(cfg)
-        config.require(cfg)
+        require(cfg)
         return run_stage(cfg)
     except UserError as error:  # here, because Hydra would print a line of its own first
         logging.getLogger("rlhf_lightning").info("%s", error)
         fail(str(error), 2)
     except OmegaConfBaseException as error:
-        fail(config.explain(error, sys.argv[1:]), 2)
+        fail(explain(error, sys.argv[1:]), 2)
 
 
 def run_stage(cfg: DictConfig) -> float | None:
     """Import what stages need, which takes seconds, and run the stage."""
     gc.disable()  # imports make a million objects that stay; looking through them again and again takes a second
-    from rlhf_lightning import run
+    from rlhf_lightning.stages import run
 
     gc.freeze()
     gc.enable()
@@ -72,18 +74,18 @@ def run_stage(cfg: DictConfig) -> float | None:
 
 def normalize(arguments: list[str]) -> list[str]:
     """Return `arguments` with model=<folder or hub name> spelled as model=hub model.name=<...>; twice is as once."""
-    options = config.groups().get("model", [])
-    found = []
+    options = groups().get("model", [])
+    normalized = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if key == "model" and equals and value not in options and "," not in value:
-            found += [
+            normalized += [
                 "model=hub",
                 f"model.name={value!r}" if not value.startswith(("'", '"')) else f"model.name={value}",
             ]
         else:
-            found.append(argument)
-    return found
+            normalized.append(argument)
+    return normalized
 
 
 def sweep_id(arguments: list[str]) -> str:
@@ -95,10 +97,10 @@ def sweep_id(arguments: list[str]) -> str:
 
 def usage() -> str:
     """Return what to type."""
-    known = config.groups()
+    known = groups()
     return (
         "usage: rlhf stage=<stage> [key=value] ...   or   rlhf pipeline=<pipeline> [key=value] ...\n"
-        f"  stages: {', '.join(config.STAGES)}\n"
+        f"  stages: {', '.join(STAGES)}\n"
         f"  pipelines: {', '.join(known.get('pipeline', []))}\n"
         f"  experiments: {', '.join(known.get('experiment', []))}\n"
         "  rlhf --help shows every group; rlhf stage=sft --cfg job shows every key"
@@ -127,7 +129,7 @@ def main() -> None:
     try:
         app()
     except (HydraException, OmegaConfBaseException) as error:
-        fail(config.explain(error, arguments), 2)
+        fail(explain(error, arguments), 2)
     except KeyboardInterrupt as stop:
         code = stop.args[0] if stop.args else 130
         fail("interrupted; add resume=auto to the same command to go on", code)

@@ -182,9 +182,7 @@ def test_several_nodes_need_a_task_a_device() -> None:
 @pytest.mark.slow
 @pytest.mark.dist
 def test_a_task_that_nobody_starts_is_missed(folder: Path) -> None:
-    code = (
-        "import rlhf_lightning.distributed as distributed, rlhf_lightning.__main__ as program; distributed.WAIT = 2.0; program.main()"
-    )
+    code = "import rlhf_lightning.distributed as distributed, rlhf_lightning.__main__ as program; distributed.WAIT = 2.0; program.main()"
     lonely = environment(
         folder, SLURM_JOB_ID=str(free_port()), SLURM_JOB_NAME="rlhf", SLURM_NTASKS="2", SLURM_PROCID="0",
         SLURM_NODELIST="127.0.0.1", SLURM_NTASKS_PER_NODE="2",

@@ -125,7 +125,7 @@ class Candidates(Generating):
             for k, response in enumerate(row["responses"]):
                 prompts.append(prompt_text(group, self.template))
                 texts.append(response)
-                metadata.append(group.metadata | ({"finished": row["finished"][k]} if "finished" in row else {}))
+                metadata.append(dict(group.metadata) | ({"finished": row["finished"][k]} if "finished" in row else {}))
         if self.reward is None or not texts:
             return None
         values = iter(broadcast_tp(self.device_mesh, score(self.reward, prompts, texts, metadata)).tolist())

@@ -158,7 +158,7 @@ class PPO(Online):
         self.logprobs(rollout)  # 2. log-probs of policy and reference, and values
         metrics = self.rewards(rollout)  # 3. KL and reward per token
         self.advantages(rollout)  # 4. advantages and returns
-        metrics |= self.update(rollout, batch.ptx)  # 5. PPO epochs over the rollout
+        metrics |= self.update(rollout, batch.ptx)  # type: ignore[arg-type]  # 5. PPO epochs over the rollout
         responses = self.reduce(torch.tensor([float(len(rollout.mask))])).item()
         self.kl.update(metrics["kl/reference"], int(responses))
         self.iteration += 1

@@ -71,7 +71,7 @@ def check_devices(trainer: dict[str, Any]) -> None:
 
 
 def decide_run(
-    run: Path, stage: str, resume: str | None, digest: str
+    run: Path, stage: str, output: str | None, resume: str | None, digest: str
 ) -> tuple[Path, Path | None, dict[str, Any] | None]:
     """Return what :func:`find_run` finds on the first rank; every other rank inherits the decision.
 
@@ -84,7 +84,7 @@ def decide_run(
         return Path(os.environ["RLHF_RUN"]), Path(checkpoint) if checkpoint else None, None
 
     def decide() -> str:
-        place, checkpoint, finished = find_run(run, stage, resume, digest)
+        place, checkpoint, finished = find_run(run, stage, output, resume, digest)
         return json.dumps([str(place), str(checkpoint or ""), finished])
 
     place, checkpoint, finished = json.loads(agreed("run", decide))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -16,11 +17,17 @@ from rlhf_lightning.data.sources import read_source
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import fingerprint, read_json, write_json
 from rlhf_lightning.models.folder import parent_entry
-from rlhf_lightning.rewards.spec import code_key
-from rlhf_lightning.runtime import config, processes
-from rlhf_lightning.runtime.processes import quoted
+from rlhf_lightning.rewards.spec import digests
+from rlhf_lightning.runtime.processes import quoted, run_child
+from rlhf_lightning.runtime.settings import flat, groups, plain
 
 console = Console()
+DATA = {"data.train": "train", "data.val": "val", "data.ptx": "train"}
+REWARDS = ("reward_from", "gold_from")
+GIVEN = {  # what a stage may write as {name} and the user gives as a key
+    "root": "data_root: a value is needed, the folder with train.jsonl.gz and test.jsonl.gz",
+    "init_from": "init_from: a value is needed, the model this pipeline starts from",
+}
 
 
 def run_pipeline(cfg: DictConfig) -> None:
@@ -29,24 +36,21 @@ def run_pipeline(cfg: DictConfig) -> None:
     Raises:
         UserError: naming the stage that failed and how to go on, or the stage that is a pipeline again.
     """
+    settings = plain(cfg)["pipeline"]
     if inside := os.environ.get("RLHF_PIPELINE_STAGE"):  # an experiment passed on to it may choose a pipeline
-        raise UserError(f"stage {inside} of a pipeline became pipeline={config.plain(cfg)['pipeline']['name']}")
-    run = Path(HydraConfig.get().runtime.output_dir)
-    settings = config.plain(cfg)["pipeline"]
+        raise UserError(f"stage {inside} of a pipeline became pipeline={settings['name']}")
     given = passthrough(list(HydraConfig.get().overrides.task))
+    run = Path(HydraConfig.get().runtime.output_dir)
     run = find_pipeline(run, fingerprint([settings, given]), cfg.resume)
-    folders: dict[str, str] = {}
-    began = time.monotonic()
-    stages = settings["stages"]
+    folders: dict[str, str | None] = {"root": cfg.data_root, "init_from": cfg.init_from}
+    began, stages = time.monotonic(), settings["stages"]
     for number, (name, stage) in enumerate(stages.items()):
         folder = run / f"{number}_{name}"
-        overrides = stage_overrides(stage, folders, {"root": cfg.data_root, "init_from": cfg.init_from})
-        starts = "init_from" in (stage.get("set") or {})  # a stage that starts from another is not asked to start anew
-        overrides += [o for o in given if not (starts and o.lstrip("+").startswith("init_from="))]
-        known = folders | ({"init_from": cfg.init_from} if cfg.init_from else {})
-        parents = {k: v for k, v in known.items() if f"{{{k}}}" in json.dumps(stage)}
-        weights = {k: parent_entry(k, v)["weights"] for k, v in parents.items()}
-        digest = fingerprint([overrides, weights, data_keys(overrides)])
+        values = stage_values(stage, folders)
+        # a stage that starts from another one is not asked to start from what the pipeline starts from
+        mine = [o for o in given if not ("init_from" in values and o.lstrip("+").startswith("init_from="))]
+        overrides = [*map(as_override, values.items()), *mine]
+        digest = fingerprint([overrides, parent_weights(stage, folders), content_digests(values | parsed(mine))])
         if is_done(folder, digest):
             console.print(f"[dim]stage {number + 1} of {len(stages)}: {name} is done[/dim]")
         else:
@@ -60,36 +64,56 @@ def run_pipeline(cfg: DictConfig) -> None:
     console.print(f"tensorboard --logdir {run}", soft_wrap=True)
 
 
-def data_keys(overrides: list[str]) -> list[str]:
-    """Return the content keys of the data files and reward functions among a stage's overrides."""
-    pairs = [override.partition("=") for override in overrides]
-    found = [(key, value.strip("'")) for key, _, value in pairs if key in ("data.train", "data.val", "data.ptx")]
-    keys = [read_source(value, key.removeprefix("data.")).key for key, value in found if Path(value).exists()]
-    codes = [code_key(value.strip("'")) for key, _, value in pairs if key in ("reward_from", "gold_from")]
-    return keys + [key for key in codes if key]
+def stage_values(stage: dict[str, Any], folders: dict[str, str | None]) -> dict[str, Any]:
+    """Return key -> value of a stage, with {name} replaced by an earlier stage's model folder or by what was given."""
+    values = stage.get("use", {}) | flat(stage.get("set") or {})
+    return {key: filled(value, folders) for key, value in values.items() if key}
 
 
-GIVEN = {  # what a stage may write as {name} and the user gives as a key
-    "root": "data_root: a value is needed, the folder with train.jsonl.gz and test.jsonl.gz",
-    "init_from": "init_from: a value is needed, the model this pipeline starts from",
-}
+def filled(value: Any, folders: dict[str, str | None]) -> Any:
+    """Return `value` with every {name} in its texts replaced.
+
+    Raises:
+        UserError: a name that the user has to give and did not.
+    """
+    if isinstance(value, list):
+        return [filled(member, folders) for member in value]
+    if not isinstance(value, str):
+        return value
+    for name, folder in folders.items():
+        if f"{{{name}}}" in value and folder is None:
+            raise UserError(GIVEN[name])
+        value = value.replace(f"{{{name}}}", str(folder))
+    return value
 
 
-def stage_overrides(stage: dict[str, Any], folders: dict[str, str], given: dict[str, str | None]) -> list[str]:
-    """Return a stage's overrides with {name} replaced by the model folder of an earlier stage, or by what was given."""
-    values = [*stage.get("use", {}).items(), *config.flat(stage.get("set") or {}).items()]
-    found = []
-    for key, value in values:
-        if key:
-            if isinstance(value, str):
-                for name, folder in (folders | given).items():
-                    if f"{{{name}}}" in value and folder is None:
-                        raise UserError(GIVEN[name])
-                    value = value.replace(f"{{{name}}}", str(folder))
-                value = value if key in config.groups() else quoted(value)
-            found.append(f"{key}={json.dumps(value) if not isinstance(value, str) else value}")
-    # names of models to compare are new keys of an empty dict
-    return [f"+{o}" if o.startswith("evaluate.models.") else o for o in found]
+def as_override(item: tuple[str, Any]) -> str:
+    """Return key and value in Hydra's override grammar."""
+    key, value = item
+    if isinstance(value, list):
+        return f"{key}=[{','.join(quoted(v) if isinstance(v, str) else json.dumps(v) for v in value)}]"
+    if isinstance(value, str):
+        return f"{key}={value if key in groups() else quoted(value)}"
+    return f"{key}={json.dumps(value)}"
+
+
+def parsed(overrides: list[str]) -> dict[str, Any]:
+    """Return key -> value of the user's overrides."""
+    return {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(overrides)}
+
+
+def parent_weights(stage: dict[str, Any], folders: dict[str, str | None]) -> dict[str, str | None]:
+    """Return the content of every model folder that a stage names as {name}."""
+    text = json.dumps(stage)
+    named = {name: folder for name, folder in folders.items() if folder and f"{{{name}}}" in text and name != "root"}
+    return {name: parent_entry(name, folder)["weights"] for name, folder in named.items()}
+
+
+def content_digests(values: dict[str, Any]) -> list[Any]:
+    """Return the digests of the data files and of the rewards among a stage's values."""
+    files = {key: values[key] for key in DATA if isinstance(values.get(key), str) and Path(values[key]).exists()}
+    keys = [read_source(path, DATA[key]).key for key, path in files.items()]
+    return keys + [digests(values[key]) for key in REWARDS if values.get(key)]
 
 
 def passthrough(overrides: list[str]) -> list[str]:
@@ -102,8 +126,8 @@ def find_pipeline(run: Path, digest: str, resume: str | None) -> Path:
     """Return this pipeline's folder: with resume=auto the newest one of the same configuration."""
     if resume == "auto":
         for folder in sorted((p for p in run.parent.iterdir() if p.is_dir()), reverse=True):
-            found = read_json(folder / "run.json")
-            if found and found["fingerprint"] == digest:
+            record = read_json(folder / "run.json")
+            if record and record["fingerprint"] == digest:
                 console.print(f"continuing {folder}", soft_wrap=True)
                 return folder
     elif (run / "run.json").is_file() and resume == "here":
@@ -116,16 +140,16 @@ def find_pipeline(run: Path, digest: str, resume: str | None) -> Path:
 
 
 def is_done(folder: Path, digest: str) -> bool:
-    """Return whether a stage with these overrides and parents has finished in `folder`."""
-    found = read_json(folder / "pipeline.json")
-    return bool(found) and found["fingerprint"] == digest and (folder / "metrics.json").is_file()
+    """Return whether a stage with these overrides, parents, data and rewards has finished in `folder`."""
+    record = read_json(folder / "pipeline.json")
+    return bool(record) and record["fingerprint"] == digest and (folder / "metrics.json").is_file()
 
 
 def run_part(name: str, folder: Path, overrides: list[str]) -> None:
     """Run one stage and stop the pipeline when it fails."""
     if (folder / "metrics.json").is_file():  # made by other settings or other parents
         folder.rename(folder.with_name(f"{folder.name}.old-{int(time.time())}"))
-    code = processes.run_child(folder, overrides, {"RLHF_PIPELINE_STAGE": name})
+    code = run_child(folder, overrides, {"RLHF_PIPELINE_STAGE": name})
     if code:
         raise UserError(
             f"stage {name} failed (exit code {code}); its log is {folder / 'run.log'}. Add resume=auto to the same "

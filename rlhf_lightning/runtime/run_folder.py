@@ -11,13 +11,15 @@ from typing import Any
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import read_json, readable_os_errors
-from rlhf_lightning.models.folder import MANIFEST
 
 
-def find_run(run: Path, stage: str, resume: str | None, digest: str) -> tuple[Path, Path | None, dict[str, Any] | None]:
+def find_run(
+    run: Path, stage: str, output: str | None, resume: str | None, digest: str
+) -> tuple[Path, Path | None, dict[str, Any] | None]:
     """Return the run folder, the checkpoint to resume from, and the metrics when the run is already finished.
 
-    With resume=here it is this folder, with resume=auto this one or the newest sibling of the same configuration.
+    With resume=here it is this folder, with resume=auto this one or the newest sibling of the same configuration. A run
+    is finished when `output` is in its folder; one whose stage has none never is.
     """
     mine = {"fingerprint": digest, "stage": stage}
     started = read_json(run / "run.json")
@@ -40,14 +42,14 @@ def find_run(run: Path, stage: str, resume: str | None, digest: str) -> tuple[Pa
         )
     siblings = sorted((p for p in run.parent.iterdir() if p != run), reverse=True) if resume == "auto" else []
     for folder in [run, *siblings]:
-        found = read_json(folder / "run.json") if folder.is_dir() else None
-        if not isinstance(found, dict) or found.get("fingerprint") != digest:
+        record = read_json(folder / "run.json") if folder.is_dir() else None
+        if not isinstance(record, dict) or record.get("fingerprint") != digest:
             continue
         if folder != run and not started:
             remove_start(run)
         checkpoint = folder / "checkpoints" / "last.ckpt"
-        done = (folder / "model" / MANIFEST).is_file() or stage in ("evaluate", "candidates")
-        metrics = read_json(folder / "metrics.json") if done else None
+        finished = output is not None and (folder / output).is_file()
+        metrics = read_json(folder / "metrics.json") if finished else None
         return folder, checkpoint if checkpoint.is_file() else None, metrics
     claim(run, mine)
     return run, None, None

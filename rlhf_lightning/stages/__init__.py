@@ -1,0 +1,34 @@
+"""The table of stages, what `rlhf stage=<name>` does. A new one is a file here, a row, and a file in conf/stage."""
+
+from __future__ import annotations
+
+from rlhf_lightning.runtime.stage import Stage
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("sft", "supervised fine-tuning on demonstrations", "sft:run", trains=True),
+        Stage("reward", "a reward model from preferences", "reward:run", trains=True, generative=False),
+        Stage("dpo", "direct preference optimization", "dpo:run", trains=True),
+        Stage("ppo", "PPO against a reward", "online:run", trains=True, online=True, needs_start=True),
+        Stage("rloo", "RLOO against a reward", "online:run", trains=True, online=True, needs_start=True),
+        Stage("grpo", "GRPO against a reward", "online:run", trains=True, online=True, needs_start=True),
+        Stage(
+            "candidates",
+            "several scored responses to every prompt",
+            "candidates:run",
+            needs_start=True,
+            output="candidates.jsonl",
+        ),
+        Stage(
+            "evaluate",
+            "rewards, KL, length and accuracy of models on held-out rows",
+            "evaluate:run",
+            output="metrics.json",
+            models=("evaluate.models", "evaluate.reference"),
+            sources=("evaluate.preferences",),
+        ),
+        Stage("audit", "checks of model, data and reward before a long run", "audit:run", output=None),
+        Stage("export", "the rows of a data source as files", "export:run", output="metrics.json"),
+    )
+}

@@ -1,32 +1,50 @@
-"""The candidates stage: from prompts to `candidates.jsonl`, on as many devices as the Trainer has."""
+"""`rlhf stage=candidates`: from prompts to `candidates.jsonl`, on as many devices as the Trainer has."""
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
 from rlhf_lightning.callbacks.stop import Stop
 from rlhf_lightning.callbacks.throughput import peak_memory_gb
+from rlhf_lightning.data.tokenize import report_skipped
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.policy import interval
-from rlhf_lightning.feedback.candidates import Candidates
 from rlhf_lightning.feedback.shards import ShardWriter, merge, remove
 from rlhf_lightning.files import readable_os_errors, write_json
+from rlhf_lightning.models.loading import load_causal_lm
+from rlhf_lightning.ops.statistics import Interval, mean_interval, share_interval
+from rlhf_lightning.runtime.run import Run
+from rlhf_lightning.stages.training import build_trainer
+
+YES_OR_NO = ("ended_with_eos",)
 
 
-def run_candidates(run: Path, trainer: Trainer, module: Candidates, data: Any, monitor: str) -> float | None:
-    """Answer or score every prompt of `data`, write candidates.jsonl and metrics.json, return the monitored metric."""
-    shards, target = run / "shards", run / "candidates.jsonl"
-    trainer.callbacks.insert(0, ShardWriter(shards))  # type: ignore[attr-defined]  # before Stop drops the batch
+def run(run: Run) -> float | None:
+    """Answer or score every prompt, write candidates.jsonl and metrics.json, return the monitored metric."""
+    folder = run.start_folder()
+    shards, target = run.folder / "shards", run.folder / "candidates.jsonl"
+    writer = ShardWriter(shards)
+    data = run.data(folder, done=lambda: writer.done)
+    data.setup("predict")
+    module = run.module(
+        partial(load_causal_lm, folder, **run.settings["model"]["load"]),
+        reward=run.reward("reward_from"),
+        engine=run.build("sampler"),
+        seed=run.settings["seed"],
+        **run.options,
+    )
+    trainer = build_trainer(run, [writer])
+    if rank_zero_only.rank == 0:
+        report_skipped(data)
     began = time.perf_counter()
     stops = [callback for callback in trainer.callbacks if isinstance(callback, Stop)]  # type: ignore[attr-defined]
     try:
-        with readable_os_errors(run):
+        with readable_os_errors(run.folder):
             trainer.predict(module, data, return_predictions=False)
     except SystemExit:  # what Lightning makes of an interrupt
         if not any(stop.received for stop in stops):
@@ -35,22 +53,26 @@ def run_candidates(run: Path, trainer: Trainer, module: Candidates, data: Any, m
     trainer.strategy.barrier()
     if not trainer.is_global_zero:
         return None
-    found: dict[str, list[Any]] = {}  # metric -> (row, value)
+    columns: dict[str, list[Any]] = {}  # metric -> (row, value)
     rows = responses = 0
     for row in merge(shards, target):
         rows, responses = rows + 1, responses + len(row["responses"])
         for metric, values in measured(row).items():
-            found.setdefault(metric, []).extend((rows, value) for value in values)
+            columns.setdefault(metric, []).extend((rows, value) for value in values)
     if rows != len(data.rows["train"]):
         target.unlink()
-        raise UserError(f"{shards} holds {rows} of {len(data.rows['train'])} rows; {run} must be on a shared disk")
-    table = {name: interval(name, [v for _, v in held], [r for r, _ in held]) for name, held in found.items()}
+        raise UserError(f"{shards} has {rows} of {len(data.rows['train'])} rows; {run.folder} must be on a shared disk")
+    table: dict[str, Interval] = {}
+    for name, pairs in columns.items():
+        interval = share_interval if name in YES_OR_NO else mean_interval
+        table[name] = interval([value for _, value in pairs], [number for number, _ in pairs])
     metrics: dict[str, Any] = {"rows": rows, "responses": responses, "perf/peak_memory_gb": peak_memory_gb()}
-    metrics["perf/rows_per_s"] = (rows - len(data.answered)) / (time.perf_counter() - began)
+    metrics["perf/rows_per_s"] = (rows - len(writer.done)) / (time.perf_counter() - began)
     for name, (mean, low, high) in table.items():
         metrics |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+    monitor = run.settings["monitor"]
     metrics["monitor"] = monitor if monitor in table else next(iter(table), None)
-    write_json(run / "metrics.json", metrics)
+    write_json(run.folder / "metrics.json", metrics)
     remove(shards)
     show(table, rows, responses)
     Console().print(f"candidates  {target}", soft_wrap=True)
@@ -59,15 +81,15 @@ def run_candidates(run: Path, trainer: Trainer, module: Candidates, data: Any, m
 
 def measured(row: dict[str, Any]) -> dict[str, list[float]]:
     """Return metric -> its values in one row of candidates."""
-    found: dict[str, list[float]] = {}
+    values: dict[str, list[float]] = {}
     if "scores" in row:
-        found |= {"score": row["scores"], "best_score": [max(row["scores"])]}
+        values |= {"score": row["scores"], "best_score": [max(row["scores"])]}
     if isinstance(row.get("tokens"), list) and isinstance(row.get("finished"), list):
-        found |= {"length": row["tokens"], "ended_with_eos": [float(done) for done in row["finished"]]}
-    return found
+        values |= {"length": row["tokens"], "ended_with_eos": [float(done) for done in row["finished"]]}
+    return values
 
 
-def show(table: dict[str, tuple[float, float, float]], rows: int, responses: int) -> None:
+def show(table: dict[str, Interval], rows: int, responses: int) -> None:
     """Print each metric with its 95% interval."""
     printed = Table("", "mean", "95%", title=f"{responses} responses to {rows} prompts")
     for name, (mean, low, high) in table.items():

@@ -1,0 +1,73 @@
+"""Readable words for configuration mistakes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_lightning.errors import nearest
+from rlhf_lightning.runtime.settings import flat, groups
+
+RENAMED = {
+    "samples": "num_generations",
+    "inner_epochs": "ppo_epochs",
+    "minibatches": "num_minibatches",
+    "workers": "num_workers",
+}
+"""Old names of keys -> the names they have now."""
+
+
+def explain(error: Exception, overrides: list[str]) -> str:
+    """Return one readable line for a Hydra or OmegaConf error."""
+    text = str(error)
+    if match := re.search(r"Could not find '([\w./-]+)'", text):
+        group, _, option = match[1].partition("/")
+        options = groups().get(group, [])
+        if options:
+            return f"{group}={option} is not one of: {', '.join(options)}.{nearest(option, options)}"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_key(match[1], overrides)
+    if match := re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", text):
+        return _unknown_key(match[2], overrides)
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "object_type" not in line]
+    return " ".join(lines[:3]) or type(error).__name__
+
+
+def _unknown_key(key: str, overrides: list[str]) -> str:
+    """Say which keys exist beside an unknown one, by composing without the value overrides."""
+    from hydra import compose, initialize_config_module
+
+    known = groups()
+    chosen = [o for o in overrides if o.partition("=")[0] in known]
+    GlobalHydra.instance().clear()
+    with initialize_config_module("rlhf_lightning.conf", version_base="1.3"):
+        node: Any = compose("rlhf", overrides=chosen)
+    every = list(flat(OmegaConf.to_container(node)))
+    parent, _, name = key.rpartition(".")
+    for part in filter(None, parent.split(".")):
+        node = OmegaConf.select(node, part, throw_on_missing=False) if isinstance(node, DictConfig) else None
+    if isinstance(node, DictConfig) and not node:
+        return f"{parent} has no key {name} yet; add it with +{key}=<value>"
+    if not isinstance(node, DictConfig):
+        return f"there is no key {key}: nothing here has {parent}.*{_where(key, parent)}"
+    options = [str(k) for k in node]
+    if RENAMED.get(name) in options:
+        return f"there is no key {key}: it is now {f'{parent}.' if parent else ''}{RENAMED[name]}"
+    same = [full for full in every if full.endswith(f".{name}")]
+    hint = f" Did you mean '{same[0]}'?" if same else nearest(name, options)
+    place = f"{parent} has the keys" if parent else "there are"
+    return f"there is no key {key}.{hint} {place}: {', '.join(sorted(options))}"
+
+
+def _where(key: str, parent: str) -> str:
+    """Say what brings the missing parent of a key into the configuration."""
+    root = parent.partition(".")[0]
+    if root in groups()["stage"]:
+        return f". It belongs to stage={root}; in a pipeline give +pipeline.stages.{root}.set.{key}=<value>"
+    if root == "pipeline":
+        return f"; a key the file does not set yet needs a plus: +{key}=<value>"
+    options = [option for option in groups().get(root, []) if option != "none"]
+    return f"; choose {root}= one of {', '.join(options)}" if options else ""

@@ -1,0 +1,187 @@
+"""A run: one stage with its settings, its run folder, where it starts from, and what decides its result."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_object
+from omegaconf import DictConfig
+
+from rlhf_lightning.data.datamodules import KINDS
+from rlhf_lightning.data.sources import Source, read_source
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.files import fingerprint
+from rlhf_lightning.models.folder import parent_entry
+from rlhf_lightning.models.loading import context_length, load_tokenizer, resolve_model
+from rlhf_lightning.models.tiny import build_tiny
+from rlhf_lightning.rewards import spec
+from rlhf_lightning.rewards.scoring import Reward, load_reward
+from rlhf_lightning.runtime.instantiate import instantiate
+from rlhf_lightning.runtime.launch import decide_run
+from rlhf_lightning.runtime.settings import identity, plain, select
+from rlhf_lightning.runtime.stage import Stage
+
+ROWS_READ_FOR_TOKENIZER = 20_000
+SPLITS = {"data.train": "train", "data.val": "val", "data.ptx": "train"}
+
+
+def starting_point(settings: dict[str, Any]) -> str | None:
+    """Return the model folder or hub name a stage starts from, None where a tiny model is to be made.
+
+    `init_from` comes before `model`; both take a folder, a GGUF file, a hub name or a name of ours.
+    """
+    name = settings["init_from"] or settings["model"]["name"]
+    if name == "tiny":
+        return None
+    return resolve_model(str(name), settings["paths"]["cache"])
+
+
+class Run:
+    """One stage of a composed configuration.
+
+    Args:
+        stage: the row of the table.
+        cfg: the composed configuration.
+        folder: the folder Hydra made for this start.
+
+    Raises:
+        UserError: a model, a reward or a data source that is not there.
+    """
+
+    def __init__(self, stage: Stage, cfg: DictConfig, folder: Path) -> None:
+        self.stage, self.cfg, self.folder = stage, cfg, folder
+        self.settings = plain(cfg)
+        self.allow = list(cfg.allow_targets)
+        self.start = starting_point(self.settings)
+        self.checkpoint: Path | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The settings of the stage itself."""
+        return dict(self.settings[self.stage.name])
+
+    @property
+    def device(self) -> str:
+        """Where a stage without a Trainer computes, from the trainer's accelerator."""
+        import torch
+
+        wanted = self.settings["trainer"]["accelerator"] in ("gpu", "cuda")
+        return "cuda" if wanted and torch.cuda.is_available() else "cpu"
+
+    # ---- identity --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def sources(self) -> dict[str, Source]:
+        """Every data source of the run by its key; each is read and digested here, and nowhere else."""
+        data = self.settings["data"]
+        kind = KINDS.get(str(data.get("_target_")), "")
+        world = {"seed": self.settings["seed"]} | (data.get("world") or {})
+        sources: dict[str, Source] = {}
+        for key in (*SPLITS, *self.stage.sources):
+            value, name = select(self.settings, key), key.removeprefix("data.")
+            if value is not None:
+                split = SPLITS.get(key, "val")
+                rows = {"data.ptx": "demonstrations"}.get(key, kind if key in SPLITS else "preferences")
+                stream = split == "train" and data.get("window") is not None
+                options = world if key in ("data.train", "data.val") else world | {"records": None}
+                limit = None if key == "data.ptx" else data.get(f"{split}_rows")
+                sources[key] = read_source(value, split, limit, rows, options, name=name, stream=stream)
+        return sources
+
+    @cached_property
+    def parents(self) -> list[tuple[str, str]]:
+        """(role, folder) of every model that this run starts from; a tiny model, made on the spot, is none."""
+        models = [("init", self.start)] if self.start else []
+        models += [("reward", reward.name) for reward in spec.parse(self.settings["reward_from"]) if reward.is_model]
+        for key in self.stage.models:
+            value = select(self.settings, key)
+            models += value.items() if isinstance(value, dict) else [(key.rpartition(".")[2], value)]
+        return [(role, str(place)) for role, place in models if place]
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides the result: configuration, models, data and rewards by content."""
+        rewards = [self.settings["reward_from"], self.settings.get("gold_from")]
+        return {
+            "config": identity(self.settings),
+            "parents": [parent_entry(*parent)["weights"] for parent in self.parents],
+            "data": {key: source.key for key, source in self.sources.items()},
+            "rewards": [spec.digests(value) for value in rewards],
+        }
+
+    def decide(self) -> dict[str, Any] | None:
+        """Settle on the run folder and the checkpoint to go on from; return the metrics of a run that is done."""
+        self.folder, self.checkpoint, finished = decide_run(
+            self.folder,
+            self.stage.name,
+            self.stage.output,
+            self.settings["resume"] and str(self.settings["resume"]),
+            fingerprint(self.identity),
+        )
+        self.cfg.paths.run = str(self.folder)
+        self.settings = plain(self.cfg)
+        return finished
+
+    # ---- building --------------------------------------------------------------------------------------------------
+
+    def build(self, key: str, **arguments: Any) -> Any:
+        """Return what the configuration's `key` names, see :func:`instantiate`."""
+        node = self.cfg
+        for part in key.split("."):
+            node = node[part]
+        return instantiate(node, key, self.allow, **arguments)
+
+    def start_folder(self) -> str:
+        """Return the model the stage starts from; a tiny one and its tokenizer are made from the training texts."""
+        if self.start is not None:
+            return self.start
+        if self.stage.needs_start:
+            raise UserError(f"stage={self.stage.name} needs a model to start from: init_from=<folder or hub name>")
+        from rlhf_lightning.data.sources import texts_of
+
+        settings, data = self.settings, self.settings["data"]
+        stream = data.get("window") is not None
+        kinds = ["corpus", "demonstrations"] if data["train"] == "world" else [""]
+        world = {"seed": settings["seed"]} | (data.get("world") or {}) | {"records": None}
+        sources = [
+            read_source(data["train"], "train", ROWS_READ_FOR_TOKENIZER, kind, world, stream=stream) for kind in kinds
+        ]
+        texts = (text for source in sources for _, row in source.rows() for text in texts_of(row))
+        return build_tiny(self.folder / "init", texts, seed=settings["seed"], **settings["model"]["build"])
+
+    def data(self, folder: str, node: DictConfig | None = None, **arguments: Any) -> Any:
+        """Return the data module with the tokenizer of a model folder, cut to the tokens that the model can read.
+
+        Args:
+            node: instead of the configuration's `data`.
+            arguments: added to the call, or in place of what the configuration says.
+        """
+        node = node or self.cfg.data
+        assert node is not None
+        tokenizer = load_tokenizer(folder)
+        if str(node._target_) in KINDS:
+            sources = {key.removeprefix("data."): source for key, source in self.sources.items() if key in SPLITS}
+            given = {"tokenizer": tokenizer, "context": context_length(folder)} | sources | arguments
+            return instantiate(node, "data", self.allow, **given)
+        accepted = inspect.signature(get_object(node._target_)).parameters if node._target_ in self.allow else {}
+        return instantiate(node, "data", self.allow, **({"tokenizer": tokenizer} if "tokenizer" in accepted else {}))
+
+    def module(self, load: Callable[[], Any], **options: Any) -> Any:
+        """Return the stage's LightningModule; models are loaded later, by its `configure_model`."""
+        return self.build(
+            "module",
+            load=load,
+            optimizer=self.build("optimizer"),
+            schedule=self.build("schedule"),
+            lora=self.settings["adapter"],
+            **options,
+        )
+
+    def reward(self, key: str) -> Reward | None:
+        """Return the reward that `reward_from` or `gold_from` names, None where it names none."""
+        value = self.settings.get(key)
+        return load_reward(value, self.settings["model"]["load"]["dtype"]) if spec.parse(value, key) else None

@@ -1,0 +1,94 @@
+"""Reading the composed configuration: plain values, what decides a result, and what a value may be."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_lightning.errors import UserError
+
+RUN_ONLY = (
+    "paths", "resume", "run_id", "run_folder", "name", "callbacks", "logger", "allow_targets", "objectives",
+    "on_failed_trial", "plan",
+)  # fmt: skip
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """Return the configuration as plain containers with everything resolved."""
+    values = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what decides a run's result: the settings without where it writes and what it is called."""
+    kept = {key: value for key, value in settings.items() if key not in RUN_ONLY}
+    data = {key: value for key, value in settings["data"].items() if key not in ("cache_dir", "num_workers")}
+    return kept | {"data": data}
+
+
+def select(settings: dict[str, Any], key: str) -> Any:
+    """Return the value at the dotted `key`, None where there is none."""
+    value: Any = settings
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested dicts as {"a.b": value}."""
+    if not isinstance(node, dict) or not node:
+        return {prefix: node}
+    values: dict[str, Any] = {}
+    for key, value in node.items():
+        values |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return values
+
+
+def require(cfg: DictConfig) -> None:
+    """Raise a UserError that names every mandatory key without a value."""
+    missing = sorted(k for k in OmegaConf.missing_keys(cfg) if not k.startswith("hydra"))
+    if missing:
+        raise UserError(f"{', '.join(missing)}: a value is needed, for example {missing[0]}=<value>")
+
+
+def check_types(cfg: DictConfig, overrides: list[str]) -> None:
+    """Raise a UserError when the command line puts a text where the configuration has a number or a truth value."""
+    from hydra import compose
+
+    known = groups()
+    keys = {o.partition("=")[0] for o in overrides if "=" in o} - {*known, "trainer.devices"}  # also "auto" and lists
+    given = {
+        k: OmegaConf.select(cfg, k, throw_on_missing=False) for k in keys if not k.startswith(("+", "~", "hydra."))
+    }
+    texts = {key: value for key, value in given.items() if isinstance(value, str)}
+    if not texts:
+        return
+    defaults = compose("rlhf", overrides=[o for o in overrides if o.partition("=")[0] in known])
+    for key, value in sorted(texts.items()):
+        default = OmegaConf.select(defaults, key, throw_on_missing=False)
+        if isinstance(default, int | float):
+            kind = "true or false" if isinstance(default, bool) else "a number"
+            raise UserError(f"{key}={value!r} is not {kind}; its default is {default}")
+
+
+def conf_folder() -> Path:
+    """Return the folder of the shipped configuration tree."""
+    import importlib.resources
+
+    return Path(str(importlib.resources.files("rlhf_lightning.conf")))
+
+
+@cache
+def groups() -> dict[str, list[str]]:
+    """Return the options of every configuration group."""
+    options: dict[str, list[str]] = {}
+    root = conf_folder()
+    for file in sorted(root.rglob("*.yaml")):
+        parent, *rest = file.relative_to(root).with_suffix("").parts
+        if rest and parent != "hydra" and not rest[-1].startswith("_"):  # those are parts of others
+            options.setdefault(parent, []).append("/".join(rest))
+    return options

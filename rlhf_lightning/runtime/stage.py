@@ -1,0 +1,42 @@
+"""What the program knows of a stage; the table of them is :mod:`rlhf_lightning.stages`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the program knows of a stage.
+
+    Args:
+        name: as in `stage=<name>`; its settings are the configuration's key of that name.
+        summary: what it does, for the help.
+        runs: `module:function` below `rlhf_lightning.stages`, called with a :class:`rlhf_lightning.runtime.run.Run`.
+        trains: it makes optimizer updates and can be resumed from a checkpoint.
+        online: it generates and scores responses while it trains.
+        generative: it computes logits of response tokens, unlike a reward model.
+        needs_start: it cannot start from a tiny model that is made on the spot.
+        output: what it leaves in its run folder when it is done; None is never done.
+        models: keys of the configuration that name further models, or map names to models.
+        sources: keys of the configuration, beside those of `data`, that name held-out rows.
+    """
+
+    name: str
+    summary: str
+    runs: str
+    trains: bool = False
+    online: bool = False
+    generative: bool = True
+    needs_start: bool = False
+    output: str | None = "model/manifest.json"
+    models: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+
+    def load(self) -> Callable[[Any], float | None]:
+        """Import and return the function that runs it."""
+        module, _, function = self.runs.partition(":")
+        return getattr(importlib.import_module(f"rlhf_lightning.stages.{module}"), function)

@@ -1,0 +1,121 @@
+"""`rlhf stage=evaluate`: what each model answers to held-out prompts, and what that is worth."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch.utils.tensorboard import SummaryWriter
+from transformers import AutoConfig
+
+from rlhf_lightning.callbacks.samples import as_markdown
+from rlhf_lightning.callbacks.throughput import peak_memory_gb
+from rlhf_lightning.data.datamodules import PreferenceData
+from rlhf_lightning.data.tokenize import report_skipped
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.evaluation.policy import evaluate_policy
+from rlhf_lightning.evaluation.reward_model import evaluate_reward_model
+from rlhf_lightning.evaluation.table import as_markdown_table, show
+from rlhf_lightning.files import write_json, write_jsonl
+from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer, resolve_model
+from rlhf_lightning.ops.statistics import Interval
+from rlhf_lightning.runtime.run import Run
+
+
+def run(run: Run) -> float | None:
+    """Evaluate each model, write metrics.json and samples, and return the monitored metric of the last one."""
+    began = time.perf_counter()
+    options, cache = run.options, run.settings["paths"]["cache"]
+    if options["rows"] < 1 or options["num_generations"] < 1 or options["max_new_tokens"] < 1:
+        raise UserError("evaluate.rows, evaluate.num_generations and evaluate.max_new_tokens must be at least 1")
+    models = {"model": run.start} if run.start else {}
+    models |= {name: resolve_model(str(model), cache) for name, model in options["models"].items()}
+    if not models:
+        raise UserError("nothing to evaluate: give init_from=<folder> or evaluate.models.<name>=<folder>")
+    reward_models = {name: folder for name, folder in models.items() if is_reward_model(folder)}
+    policies = {name: folder for name, folder in models.items() if name not in reward_models}
+    writer = SummaryWriter(str(run.folder / "tensorboard"))
+    table: dict[str, dict[str, Interval]] = {}
+    judged = 0
+    for name, folder in reward_models.items():
+        table[name], pairs = evaluate_reward_model(
+            load_scalar_model(folder, trained=True), preferences(run, folder), run.device
+        )
+        judged += pairs
+    if policies:
+        rewards = {"reward": run.reward("reward_from"), "gold": run.reward("gold_from")}
+        rewards = {name: reward for name, reward in rewards.items() if reward is not None}
+        engine, load = run.build("sampler"), run.settings["model"]["load"]
+        reference = resolve_model(str(options["reference"] or next(iter(policies.values()))), cache)
+        for name, folder in policies.items():
+            table[name], rows = evaluate_policy(
+                load_causal_lm(folder, **load),
+                prompts(run, folder),
+                engine,
+                reference=partial(load_causal_lm, reference, **load),
+                rewards=rewards,
+                rows=options["rows"],
+                num_generations=options["num_generations"],
+                max_new_tokens=options["max_new_tokens"],
+                temperature=options["temperature"],
+                seed=run.settings["seed"],
+                device=run.device,
+                title=f"{name}: answers",
+            )
+            judged += len(rows)
+            write_jsonl(run.folder / "samples" / f"{name}.jsonl", rows)
+            writer.add_text(f"samples/{name}", "\n\n".join(map(as_markdown, rows[:16])), 0)
+    metrics: dict[str, Any] = {"perf/peak_memory_gb": peak_memory_gb()}
+    for name, row in table.items():
+        for metric, (mean, low, high) in row.items():
+            metrics |= {f"{name}/{metric}": mean, f"{name}/{metric}_low": low, f"{name}/{metric}_high": high}
+            writer.add_scalar(f"{name}/{metric}", mean, 0)
+    writer.add_text("evaluation", as_markdown_table(table), 0)
+    writer.close()
+    last = next(reversed(table))
+    metrics["monitor"] = f"{last}/{monitored(table[last], run.settings['monitor'])}"
+    if len(table) == 1:  # one model needs no prefix
+        metrics |= {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{last}/")}
+    metrics["perf/rows_per_s"] = judged / (time.perf_counter() - began)
+    write_json(run.folder / "metrics.json", metrics)
+    show(table)
+    Console().print(f"run         {run.folder}", soft_wrap=True)
+    return metrics.get(metrics["monitor"])
+
+
+def is_reward_model(folder: str) -> bool:
+    """Return whether a folder holds a sequence classifier."""
+    if not Path(folder).is_dir():
+        return False
+    try:
+        architectures = AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures or []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not a model folder: {str(error).splitlines()[0][:200]}") from error
+    return any("SequenceClassification" in name for name in architectures)
+
+
+def prompts(run: Run, folder: str) -> Any:
+    """Return the prompts tokenized for a model: the held-out ones, or the training ones where there are no others."""
+    data = run.data(folder, **({"train": None} if run.settings["data"]["val"] is not None else {}))
+    data.setup()
+    report_skipped(data)
+    return data
+
+
+def preferences(run: Run, folder: str) -> PreferenceData:
+    """Return the held-out preferences tokenized for a reward model."""
+    source = run.sources.get("evaluate.preferences")
+    if source is None:
+        raise UserError(f"{folder} is a reward model; give held-out pairs with evaluate.preferences=<file or world>")
+    options = {k: v for k, v in run.settings["data"].items() if k not in ("_target_", "ptx", "ptx_batch_size")}
+    data = PreferenceData(load_tokenizer(folder), **options | {"train": None, "val": source})
+    data.setup()
+    return data
+
+
+def monitored(row: dict[str, Interval], wanted: str) -> str:
+    """Return the metric a sweep reads: the wanted one, or the best that was measured."""
+    return next(metric for metric in (wanted, "gold", "reward", "accuracy", "length") if metric in row)

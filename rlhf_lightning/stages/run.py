@@ -1,0 +1,53 @@
+"""One stage, from a composed configuration to its result."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch import seed_everything
+from lightning.pytorch.utilities import disable_possible_user_warnings
+from omegaconf import DictConfig
+from rich.console import Console
+from transformers.utils import logging as hf_logging
+
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.runtime.run import Run
+from rlhf_lightning.stages import STAGES
+
+
+def run_stage(cfg: DictConfig) -> float | None:
+    """Run the stage `cfg` describes and return its monitored metric."""
+    quiet()
+    stage = STAGES[cfg.stage]
+    if cfg.max_steps == 0 or cfg.seed < 0:
+        raise UserError(f"max_steps={cfg.max_steps} must not be 0, seed={cfg.seed} not negative")
+    if stage.trains and cfg.data.get("window") and cfg.max_steps < 0:
+        raise UserError("data.window reads rows without end: say how long the run is, with max_steps=<updates>")
+    run = Run(stage, cfg, Path(HydraConfig.get().runtime.output_dir))
+    finished = run.decide()
+    if finished is not None:
+        Console().print(f"already done: {run.folder}")
+        return finished.get(str(finished.get("monitor")))
+    seed_everything(cfg.seed, workers=False, verbose=False)
+    return stage.load()(run)
+
+
+def quiet() -> None:
+    """Silence what a user cannot act on."""
+    disable_possible_user_warnings()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    for name in (
+        "utilities.rank_zero",
+        "trainer.connectors.checkpoint_connector",
+        "trainer.connectors.signal_connector",
+    ):
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*|Couldn't infer the batch indices.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")

@@ -1,0 +1,145 @@
+"""What the training stages share: data module, Trainer, fit, and the model folder at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from rlhf_lightning.callbacks.checkpoints import AtomicCheckpointIO
+from rlhf_lightning.callbacks.notices import Notices
+from rlhf_lightning.callbacks.progress import LineProgress, progress_bar
+from rlhf_lightning.callbacks.stop import Stop
+from rlhf_lightning.callbacks.tensorboard import judged_by, write_hparams
+from rlhf_lightning.callbacks.throughput import Throughput
+from rlhf_lightning.data.base import RowData
+from rlhf_lightning.data.tokenize import report_skipped
+from rlhf_lightning.errors import UserError, nearest
+from rlhf_lightning.files import fingerprint, readable_os_errors, write_json
+from rlhf_lightning.models.folder import parent_entry, write_model
+from rlhf_lightning.models.loading import load_tokenizer
+from rlhf_lightning.runtime.launch import check_devices, environment
+from rlhf_lightning.runtime.run import Run
+from rlhf_lightning.runtime.settings import flat
+
+console = Console()
+
+
+def train(run: Run, folder: str, load: Callable[[], Any], **options: Any) -> float | None:
+    """Train the stage's module from the model `folder`, write the model folder, and return the monitored metric.
+
+    Args:
+        load: returns the model to train.
+        options: arguments of the module.
+    """
+    data = run.data(folder)
+    data.setup("fit")
+    module = run.module(load, **options)
+    trainer = build_trainer(run)
+    announce(run, folder, data)
+    fit(trainer, module, data, run.checkpoint)
+    return finish(run, folder, trainer, module, data)
+
+
+def build_trainer(run: Run, callbacks: Sequence[Callback] = ()) -> Trainer:
+    """Build the Trainer with its callbacks, logger and strategy; `callbacks` come first."""
+    settings = run.settings
+    bar = progress_bar()
+    configured = [run.build(f"callbacks.{name}") for name, node in (settings["callbacks"] or {}).items() if node]
+    if str(settings["trainer"]["precision"]) in ("16", "16-mixed", "16-true"):
+        raise UserError(
+            f"trainer.precision={settings['trainer']['precision']} overflows in RLHF losses; use bf16-mixed"
+        )
+    check_devices(settings["trainer"])
+    steps = settings["val_every_n_steps"]
+    return run.build(
+        "trainer",
+        callbacks=[*callbacks, Stop(), *configured, Notices(), bar],
+        logger=run.build("logger") if settings["logger"] else False,
+        strategy=settings["strategy"] if isinstance(settings["strategy"], str) else run.build("strategy"),
+        plugins=[AtomicCheckpointIO(), *environment()],
+        enable_progress_bar=not isinstance(bar, LineProgress),
+        val_check_interval=steps * settings["trainer"]["accumulate_grad_batches"] if steps else None,
+        check_val_every_n_epoch=None if steps else 1,
+    )
+
+
+def announce(run: Run, folder: str, data: Any) -> None:
+    """Say what starts, in a few lines."""
+    if rank_zero_only.rank != 0:
+        return
+    console.print(f"[bold]{run.stage.name}[/bold] from {folder}", soft_wrap=True)
+    if isinstance(data, RowData):
+        report_skipped(data)
+        sizes = ", ".join(f"{len(rows)} {split} rows" for split, rows in data.rows.items())
+        pace = f"windows of {data.window} rows" if data.window else f"{data.steps_per_epoch} steps per epoch"
+        console.print(f"  {sizes}, {pace}; writing {run.folder}", soft_wrap=True)
+    if run.checkpoint:
+        step = torch.load(run.checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        console.print(f"  resuming at step {step}")
+
+
+def fit(trainer: Trainer, module: LightningModule, data: Any, checkpoint: Path | None) -> None:
+    """Train; then validate once more unless the last step just was."""
+    stops = [callback for callback in trainer.callbacks if isinstance(callback, Stop)]  # type: ignore[attr-defined]
+    try:
+        with readable_os_errors(trainer.default_root_dir):
+            trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None)
+    except SystemExit:  # what Lightning makes of an interrupt
+        if not any(stop.received for stop in stops):
+            raise
+    for stop in stops:
+        if stop.received is not None:
+            raise KeyboardInterrupt(128 + stop.received)
+    if "val" in getattr(data, "rows", {}) and module.validated_at != trainer.global_step:  # type: ignore[attr-defined]
+        kept = dict(trainer.callback_metrics)
+        trainer.validate(module, data, verbose=False)
+        trainer.callback_metrics.update({k: v for k, v in kept.items() if k not in trainer.callback_metrics})
+
+
+def finish(run: Run, folder: str, trainer: Trainer, module: Any, data: Any) -> float | None:
+    """Write the model folder and metrics.json, and say where they are."""
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        metrics |= callback.summary if isinstance(callback, Throughput) else {}
+    metrics |= {"global_step": trainer.global_step}
+    wanted = run.settings["monitor"]
+    monitor = judged_by(wanted, metrics)
+    judged = metrics[monitor] if monitor else None
+    model = module.export_model()  # of a sharded model every rank has a part
+    if not trainer.is_global_zero:
+        return judged
+    if monitor is None:
+        hint = nearest(wanted, metrics)
+        console.print(f"monitor={wanted} was not logged.{hint}", style="yellow", soft_wrap=True)
+    config = run.identity["config"]
+    hparams = {key: value for key, value in flat(config).items() if not key.endswith("_")}
+    write_hparams(trainer, hparams, monitor, judged or 0.0)
+    parents = [("init", folder), *(parent for parent in run.parents if parent[0] != "init")]
+    manifest = {
+        "stage": run.stage.name,
+        "parents": [parent_entry(*parent) for parent in parents],
+        "fingerprint": fingerprint(run.identity),
+        "config": fingerprint(config),
+        "data": {split: rows.key for split, rows in getattr(data, "rows", {}).items()},
+        "seed": run.settings["seed"],
+        "metrics": metrics,
+    }
+    tokenizer = getattr(data, "tokenizer", None) or load_tokenizer(folder)
+    if isinstance(data, RowData):
+        tokenizer.chat_template = data.template.exported
+    write_json(run.folder / "metrics.json", {"monitor": monitor, **metrics})
+    write_model(run.folder / "model", model, tokenizer, manifest)
+    table = Table(title=f"{run.stage.name} done", show_header=False)
+    for name, value in sorted(metrics.items()):
+        table.add_row(name, f"{value:.4g}")
+    console.print(table)
+    console.print(f"model       {run.folder / 'model'}", soft_wrap=True)
+    console.print(f"tensorboard --logdir {run.folder}", soft_wrap=True)
+    return judged
