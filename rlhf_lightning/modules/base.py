@@ -47,6 +47,7 @@ class StageModule(LightningModule):
         self.lora = lora
         self.layout: Layout = "packed"
         self.validated_at = -1  # the update after which validation last ran
+        self.phase = ""  # what a long training step is doing now, for the progress bar
         self._sums: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
 
     def build(self) -> Any:

@@ -77,9 +77,12 @@ class PPO(Experience):
         return self.inner_epochs * self.minibatches
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self.phase = "sampling responses"
         rollout = self.rollout(batch)
+        self.phase = "computing log-probabilities"
         self.score_tokens(rollout)
         metrics = self.advantages(rollout)
+        self.phase = "updating the policy"
         metrics |= self.learn(rollout, batch.ptx)
         self.kl.update(metrics["kl/reference"], int(self.reduce(torch.tensor([float(len(rollout.mask))])).item()))
         self.iteration += 1
