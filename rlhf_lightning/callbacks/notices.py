@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class Notices(Callback):
-    """Says that `max_epochs` ends a run before `max_steps`, why EarlyStopping ended it, and that all rewards were equal.
+    """Says when `max_epochs` ends a run before `max_steps`, why EarlyStopping ended it, when all rewards were equal.
 
     The first rank prints the lines and writes them to the log file.
     """

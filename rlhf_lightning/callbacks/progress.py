@@ -204,7 +204,9 @@ class RunProgressBar(ProgressBar):
         table.add_column(no_wrap=True)
         if self.training is not None:
             # PPO makes several updates a batch, and its updates are shown before the batch ends
-            row(table, self.train_description, self.training, max(self.training.done, self.trainer.global_step), "steps")
+            row(
+                table, self.train_description, self.training, max(self.training.done, self.trainer.global_step), "steps"
+            )
         if self.evaluation is not None:
             description, pace = self.evaluation
             row(table, description, pace, pace.done, "batches")

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoConfig
 
-from rlhf_lightning.callbacks.tensorboard import as_markdown
+from rlhf_lightning.callbacks.samples import as_markdown
 from rlhf_lightning.callbacks.throughput import peak_memory_gb
 from rlhf_lightning.data.datamodules import PreferenceData
 from rlhf_lightning.data.planning import MicroBatch, token_budget

@@ -19,7 +19,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapters import add_lora, merge_lora
 from rlhf_lightning.models.completion import choose_layout, plain
 from rlhf_lightning.models.sharding import by_mesh, shard, total_norm, whole_state
-from rlhf_lightning.ops.groups import GroupBatch, Layout
+from rlhf_lightning.ops.groups import Group, GroupBatch, Layout
 from rlhf_lightning.ops.statistics import wilson_interval
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,20 @@ class StageModule(LightningModule):
     def trained_model(self) -> Any:
         """Return the Hugging Face model this stage trains."""
         raise NotImplementedError
+
+    # ---- samples ---------------------------------------------------------------------------------------------------
+
+    def text_samples(self, count: int, max_new_tokens: int) -> list[dict[str, Any]]:
+        """Return up to `count` prompts, each with a response, as {"prompt", "response", ...}; empty if there are none.
+
+        Every rank calls it at the same time. It leaves the random states and the mode (training, evaluation) alone.
+        """
+        return []
+
+    def shown_rows(self, count: int) -> list[Group]:
+        """Return the first `count` held-out rows, without held-out rows the first training rows."""
+        rows = (self.data.rows.get("val") or self.data.rows.get("train") or []) if self.data is not None else []
+        return [rows[i] for i in range(min(count, len(rows)))]
 
     # ---- optimizer -------------------------------------------------------------------------------------------------
 

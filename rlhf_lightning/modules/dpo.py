@@ -14,6 +14,7 @@ from rlhf_lightning.models.frozen import Frozen
 from rlhf_lightning.modules.base import StageModule
 from rlhf_lightning.modules.cached_reference import attach_references
 from rlhf_lightning.modules.invariants import apart, is_exact
+from rlhf_lightning.modules.responses import sampled_responses
 from rlhf_lightning.ops.groups import GroupBatch
 from rlhf_lightning.ops.logprobs import sequence_sum
 from rlhf_lightning.ops.losses import PREFERENCE_LOSSES, PreferenceLoss, preference_loss
@@ -156,3 +157,6 @@ class DPO(StageModule):
 
     def validation_step(self, batch: GroupBatch, batch_idx: int) -> None:
         self.losses(batch, "val")
+
+    def text_samples(self, count: int, max_new_tokens: int) -> list[dict[str, Any]]:
+        return sampled_responses(self.policy.lm, self.data, self.shown_rows(count), max_new_tokens)

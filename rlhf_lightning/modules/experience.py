@@ -89,7 +89,7 @@ class Experience(StageModule):
         self.critic_lr, self.make_sampler, self.seed = critic_lr, sampler, seed
         self.iteration, self.episodes = 0, 0
         self.reward_moments = [0.0, 0.0, 0.0]  # count, sum, squares of all scores seen
-        self.samples_seen: list[dict[str, Any]] = []  # the last rollout as text, for the samples callback
+        self.samples_seen: list[dict[str, Any]] = []  # the last rollout as text
         self.rollout_size = (0, 0)  # responses and tokens of the last rollout, for the throughput callback
         self.reference: Frozen[CompletionModel] | None = None
 
@@ -216,6 +216,10 @@ class Experience(StageModule):
             sums["gold"] = torch.tensor([sample["gold"] for sample in self.samples_seen]).sum()
         sums["ended_with_eos"] = rollout.finished.float().sum()
         self.track("val", len(rollout.scores), **sums)
+
+    def text_samples(self, count: int, max_new_tokens: int) -> list[dict[str, Any]]:
+        """Return the first responses of the last rollout with their rewards; none before the first rollout."""
+        return self.samples_seen[:count]
 
     def mean(self, values: Tensor) -> float:
         """Return the mean of a vector over ranks."""

@@ -22,7 +22,7 @@ ALLOWED = frozenset(
         "lightning.pytorch.strategies.DDPStrategy",
         "rlhf_lightning.callbacks.checkpoints.RandomState",
         "rlhf_lightning.callbacks.checkpoints.StepCheckpoint",
-        "rlhf_lightning.callbacks.tensorboard.Samples",
+        "rlhf_lightning.callbacks.samples.Samples",
         "rlhf_lightning.callbacks.throughput.Throughput",
         "rlhf_lightning.data.datamodules.DemonstrationData",
         "rlhf_lightning.data.datamodules.PreferenceData",
