@@ -17,6 +17,7 @@ from rlhf_lightning.data.base import RowData
 from rlhf_lightning.data.checks import check_rows
 from rlhf_lightning.distributed import data_ranks
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.models.adapters import add_lora, merge_lora
 from rlhf_lightning.models.completion import choose_layout, unwrap
 from rlhf_lightning.models.sharding import by_mesh, shard, total_norm, whole_state
@@ -53,6 +54,7 @@ class StageModule(LightningModule):
         self.lora = lora
         self.layout: Layout = "packed"
         self.validated_at = -1  # the update after which validation last ran
+        self.phase = ""  # what a long training step is doing now, for the progress bar
         self._sums: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
 
     def build(self) -> Any:
@@ -134,6 +136,22 @@ class StageModule(LightningModule):
     def trained_model(self) -> Any:
         """Return the Hugging Face model this stage trains."""
         raise NotImplementedError
+
+    # ---- samples ---------------------------------------------------------------------------------------------------
+
+    def text_samples(self, count: int, max_new_tokens: int, engine: Engine) -> list[dict[str, Any]]:
+        """Return up to `count` prompts, each with a response, as {"prompt", "response", ...}; empty if there are none.
+
+        Every rank calls it at the same time. It leaves the random states and the mode (training, evaluation) alone.
+        """
+        return []
+
+    def shown_rows(self, count: int) -> list[Group]:
+        """Return the first `count` held-out rows, without held-out rows the first training rows."""
+        if not isinstance(self.data, RowData):
+            return []
+        split = "val" if "val" in self.data.rows else "train"
+        return [self.data.group(split, row) for row in range(min(count, len(self.data.rows[split])))]
 
     # ---- optimizer -------------------------------------------------------------------------------------------------
 

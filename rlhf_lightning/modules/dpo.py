@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import UserError, nearest
+from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.models.adapters import adapter_off
 from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.models.frozen import Frozen
 from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, StageModule
 from rlhf_lightning.modules.cached_reference import CachedReference
 from rlhf_lightning.modules.invariants import apart, is_exact
+from rlhf_lightning.modules.responses import sampled_responses
 from rlhf_lightning.ops.groups import GroupBatch
 from rlhf_lightning.ops.logprobs import sequence_sum
 from rlhf_lightning.ops.losses import PREFERENCE_LOSSES, PreferenceLoss, preference_loss
@@ -162,3 +164,6 @@ class DPO(StageModule):
 
     def validation_step(self, batch: GroupBatch, batch_idx: int) -> None:
         self.losses(batch, "val")
+
+    def text_samples(self, count: int, max_new_tokens: int, engine: Engine) -> list[dict[str, Any]]:
+        return sampled_responses(engine, self.policy.lm, self.data, self.shown_rows(count), max_new_tokens)

@@ -153,7 +153,7 @@ class Online(Generating):
         self.reward_clip, self.reward_scale = reward_clip, reward_scale
         self.iteration, self.episodes = 0, 0
         self.reward_moments = [0.0, 0.0, 0.0]  # count, sum, squares of all scores so far
-        self.samples_seen: list[dict[str, Any]] = []  # the last rollout as text, for the samples callback
+        self.samples_seen: list[dict[str, Any]] = []  # the last rollout as text
         self.rollout_size = (0, 0)  # responses and tokens of the last rollout, for the throughput callback
         self.reference: Frozen[CompletionModel] | None = None
 
@@ -179,6 +179,7 @@ class Online(Generating):
     @torch.no_grad()
     def rollout(self, prompts: GroupList, split: str = "train") -> Rollout:
         """Generate `num_generations` responses to every prompt (one in validation) and score them."""
+        self.phase = "generating responses"
         n = self.num_generations if split == "train" else 1
         parts = (split, self.iteration if split == "train" else 0)
         answers = self.generate(prompts, n, parts, reward=self.reward, gold=self.gold)
@@ -203,6 +204,7 @@ class Online(Generating):
     @torch.no_grad()
     def logprobs(self, rollout: Rollout) -> None:
         """Fill in log-probabilities under the policy and the reference."""
+        self.phase = "computing log-probabilities"
         training = self.training
         self.eval()
         rollout.fill(self.forward_logprobs)
@@ -254,6 +256,10 @@ class Online(Generating):
             sums["gold"] = rollout.gold.sum()
         sums["ended_with_eos"] = rollout.finished.float().sum()
         self.track("val", len(rollout.scores), **sums)
+
+    def text_samples(self, count: int, max_new_tokens: int, engine: Engine) -> list[dict[str, Any]]:
+        """Return the first responses of the last rollout with their rewards; none before the first rollout."""
+        return self.samples_seen[:count]
 
     def mean(self, values: Tensor) -> float:
         """Return the mean of a vector over ranks."""

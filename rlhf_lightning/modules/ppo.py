@@ -224,6 +224,7 @@ class PPO(Online):
 
     def update(self, rollout: Rollout, ptx: GroupBatch | None) -> dict[str, float]:
         """Make the updates of the PPO epochs and return their mean metrics."""
+        self.phase = "updating the policy"
         optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
         sums: dict[str, float] = {}

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torchmetrics.classification import BinaryCalibrationError
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.models.completion import ScalarModel, unwrap
 from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, StageModule
-from rlhf_lightning.ops.groups import GroupBatch
+from rlhf_lightning.ops.groups import GroupBatch, pack
 from rlhf_lightning.ops.ranking import centering, pairwise_ranking, plackett_luce
 
 
@@ -106,6 +107,24 @@ class RewardModel(StageModule):
         if means and split == "val":
             means["calibration_error"] = self.calibration.compute().item()
         return means, counts
+
+    @torch.no_grad()
+    def text_samples(self, count: int, max_new_tokens: int, engine: Engine) -> list[dict[str, Any]]:
+        """Return every response to the first `count` prompts with its rank, 0 the preferred one, and its score."""
+        rows = self.shown_rows(count)
+        if not rows:
+            return []
+        training = self.training
+        batch = pack(rows, layout=self.layout).to(self.device)
+        scores = self.eval().scorer(batch).tolist()
+        self.train(training)
+        texts = [
+            {"prompt": self.data.tokenizer.decode(row.prompt), "response": self.data.template.decode(response)}
+            for row in rows
+            for response in row.responses
+        ]
+        ranks = batch.ranks.tolist()
+        return [text | {"rank": r, "score": s} for text, r, s in zip(texts, ranks, scores, strict=True)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["score_moments"] = self.moments

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.modules.base import StageModule
+from rlhf_lightning.modules.responses import sampled_responses
 from rlhf_lightning.ops.groups import GroupBatch
 
 
@@ -31,3 +33,6 @@ class SFT(StageModule):
     def validation_step(self, batch: GroupBatch, batch_idx: int) -> None:
         logprobs = self.policy(batch).logprobs
         self.track("val", len(logprobs), loss=-logprobs.sum())
+
+    def text_samples(self, count: int, max_new_tokens: int, engine: Engine) -> list[dict[str, Any]]:
+        return sampled_responses(engine, self.policy.lm, self.data, self.shown_rows(count), max_new_tokens)

@@ -1,0 +1,32 @@
+"""Responses that SFT and DPO show while they train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf_lightning.generation.answers import answer
+from rlhf_lightning.generation.engine import Engine
+from rlhf_lightning.ops.groups import Group
+
+
+def sampled_responses(
+    engine: Engine, lm: nn.Module, data: Any, rows: Sequence[Group], max_new_tokens: int
+) -> list[dict[str, Any]]:
+    """Return a sampled response to the prompt of each row, as text.
+
+    Raises:
+        UserError: the model cannot be sampled from.
+    """
+    if not rows:
+        return []
+    engine.start(lm, data.template.eos_ids)
+    with torch.random.fork_rng():
+        answers = answer(engine, data.template, rows, max_new_tokens=max_new_tokens, seed_parts=("samples",))
+    engine.close()
+    prompts = [data.tokenizer.decode(row.prompt) for row in rows]
+    columns = zip(prompts, answers.texts, answers.finished, strict=True)
+    return [{"prompt": p, "response": text, "finished": finished} for p, text, finished in columns]
