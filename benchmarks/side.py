@@ -77,10 +77,10 @@ def our_data(spec: dict[str, Any]) -> Any:
 
 def our_side(spec: dict[str, Any]) -> None:
     from lightning.pytorch import Callback, Trainer
+    from rlhf_lightning.stages.train import quiet
 
     from rlhf_lightning import DPO, SFT, RewardModel
     from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
-    from rlhf_lightning.stages.train import quiet
 
     quiet()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -125,10 +125,9 @@ def step_flops(module: Any, batch: Any) -> float:
     A forward pass is 2 a weight and token (the head's for counted tokens only) and 4 D a pair of tokens and layer; the
     backward pass is two more, the reference one more.
     """
-    from rlhf_lightning.models.completion import plain
     from rlhf_lightning.ops.masking import group_attention_mask
 
-    lm = plain(module.trained_model())
+    lm = unwrap(module.trained_model())
     config = lm.config
     layers = sum(p.numel() for n, p in lm.named_parameters() if ".layers." in n and p.ndim == 2)
     tokens = batch.tokens

@@ -62,7 +62,7 @@ class Clock:
 def our_reward(spec: dict[str, Any]) -> Any:
     if spec["kind"] != "ppo":
         return lambda prompts, responses, metadata: [vowel_share(text) for text in responses]
-    from rlhf_lightning.rewards.loading import FolderReward
+    from rlhf_lightning.rewards.folder import FolderReward
 
     return FolderReward(spec["reward"])
 
@@ -77,9 +77,9 @@ def our_options(spec: dict[str, Any]) -> dict[str, Any]:
         from rlhf_lightning.models.loading import load_scalar_model
 
         critic = None if spec["critic"] == "value_head" else partial(load_scalar_model, spec["reward"], trained=True)
-        return common | {"estimator": "gae", "inner_epochs": 4, "minibatches": 1, "load_critic": critic}
+        return common | {"estimator": "gae", "ppo_epochs": 4, "num_minibatches": 1, "load_critic": critic}
     how = {"grpo": ("loss", "k3"), "rloo": ("reward", "k1")}[spec["kind"]]
-    algorithm = {"estimator": spec["kind"], "kl_in": how[0], "kl_estimator": how[1], "inner_epochs": 1}
+    algorithm = {"estimator": spec["kind"], "kl_in": how[0], "kl_estimator": how[1], "ppo_epochs": 1}
     return common | algorithm | {"whiten_advantages": False}
 
 
@@ -110,7 +110,6 @@ def our_module(spec: dict[str, Any], clock: Clock) -> Any:
 
 def our_side(spec: dict[str, Any]) -> None:
     from lightning.pytorch import Callback, Trainer
-
     from rlhf_lightning.stages.train import quiet
 
     quiet()

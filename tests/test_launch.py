@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_lightning.errors import UserError
 from rlhf_lightning import distributed
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.runtime import launch
 from tests.test_cli import SMALL, rlhf
 

@@ -103,7 +103,7 @@ def test_activations_are_what_autograd_keeps() -> None:
     batch = pack([Group(list(range(1, 400)), [list(range(1, 301)), list(range(1, 301))])])
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         CompletionModel(model)(batch)
-    job = plan.Job(weight_bytes=4, activation_bytes=4, tokens=batch.tokens, counted=600)
+    job = plan.Job(weight_bytes=4, activation_bytes=4, tokens=batch.tokens, loss_mask=600)
     found = plan.estimate(shape, job)
     logits = 600 * 512 * 4
     assert sum(kept.values()) - logits == pytest.approx(found["activations"], rel=0.2)

@@ -59,7 +59,7 @@ def build(stage: str, start: str, cache: Path, accumulate: int) -> tuple[Lightni
         "reward": lambda: RewardModel(partial(load_scalar_model, start, dropout=0.1), **common),
         "dpo": lambda: DPO(lm, **common),
         "ppo": lambda: PPO(
-            lm, reward=gold_reward, max_new_tokens=8, inner_epochs=2, kl_target=1.0, kl_horizon=20, reward_scale=True,
+            lm, reward=gold_reward, max_new_tokens=8, ppo_epochs=2, kl_target=1.0, kl_horizon=20, reward_scale=True,
             **common,
         ),
     }  # fmt: skip

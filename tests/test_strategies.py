@@ -29,9 +29,9 @@ STAGES = {
     "reward": [],
     "dpo": ["dpo.beta=0.5"],
     # so few tokens a pass that the ranks need different numbers of passes, in sampling and in learning
-    "ppo": ["ppo.max_new_tokens=6", "ppo.inner_epochs=2", "ppo.microbatch_tokens=48", "sampler.batch_tokens=48"],
-    "rloo": ["rloo.max_new_tokens=6", "rloo.samples=2"],
-    "grpo": ["grpo.max_new_tokens=6", "grpo.samples=2", "adapter=lora"],
+    "ppo": ["ppo.max_new_tokens=6", "ppo.ppo_epochs=2", "ppo.microbatch_tokens=48", "sampler.batch_tokens=48"],
+    "rloo": ["rloo.max_new_tokens=6", "rloo.num_generations=2"],
+    "grpo": ["grpo.max_new_tokens=6", "grpo.num_generations=2", "adapter=lora"],
 }
 ONLINE = ("ppo", "rloo", "grpo")
 BROKEN = """

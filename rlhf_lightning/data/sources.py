@@ -63,7 +63,7 @@ def read_source(
         return source
     if isinstance(source, list):
         key = _digest(json.dumps(source, sort_keys=True, default=str).encode())
-        return _limited(Source("the given rows", key, lambda: _numbered(source), lambda: len(source)), limit)
+        return _limited(Source(f"data.{name or split}", key, lambda: _numbered(source), lambda: len(source)), limit)
     if source == "world":
         return _world(kind, split, limit, dict(world or {}))
     path = Path(str(source)).expanduser()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,8 @@ from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList, Layout
 from rlhf_lightning.ops.statistics import wilson_interval
 
 log = logging.getLogger(__name__)
+# packing in the module is on purpose: the layout is the model's, whoever loads the data
+warnings.filterwarnings("ignore", ".*overridden `on_before_batch_transfer` in `LightningModule`.*")
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 MakeSchedule = Callable[[Optimizer, int], Any]

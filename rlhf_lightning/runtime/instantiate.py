@@ -14,6 +14,7 @@ from rlhf_lightning.errors import UserError, nearest
 ALLOWED = frozenset(
     {
         "lightning.pytorch.Trainer",
+        "lightning.pytorch.callbacks.EarlyStopping",
         "lightning.pytorch.loggers.CSVLogger",
         "lightning.pytorch.loggers.TensorBoardLogger",
         "lightning.pytorch.strategies.DDPStrategy",

@@ -60,7 +60,7 @@ def build_trainer(run: Run, callbacks: Sequence[Callback] = ()) -> Trainer:
     steps = settings["val_every_n_steps"]
     return run.build(
         "trainer",
-        callbacks=[*callbacks, Stop(), *configured, Notices(), bar],
+        callbacks=[*callbacks, Stop(), *configured, bar, Notices()],
         logger=run.build("logger") if settings["logger"] else False,
         strategy=settings["strategy"] if isinstance(settings["strategy"], str) else run.build("strategy"),
         plugins=[AtomicCheckpointIO(), *environment()],

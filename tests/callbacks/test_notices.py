@@ -76,9 +76,9 @@ def test_epochs_of_unknown_length_are_noticed_at_the_end(said: Any) -> None:
 @quiet_lightning
 def test_updates_of_ppo_are_counted_as_planned(said: Any) -> None:
     data = bandit.Prompts(2)
-    train(bandit.build(inner_epochs=3), data=data, max_epochs=1, max_steps=6, limit_val_batches=0)
+    train(bandit.build(ppo_epochs=3), data=data, max_epochs=1, max_steps=6, limit_val_batches=0)
     assert said() == []
-    train(bandit.build(inner_epochs=3), data=data, max_epochs=1, max_steps=7, limit_val_batches=0)
+    train(bandit.build(ppo_epochs=3), data=data, max_epochs=1, max_steps=7, limit_val_batches=0)
     assert [line.split(";")[0] for line in said()] == [
         f"max_epochs=1 {verb} the run after 6 of max_steps=7 updates" for verb in ("ends", "ended")
     ]

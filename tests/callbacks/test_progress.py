@@ -245,7 +245,7 @@ def test_total_is_that_of_the_run(
 
 @quiet_lightning
 def test_ppo_counts_its_updates_and_says_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, bar, phases = build(inner_epochs=2, minibatches=2), RunProgressBar(), []
+    module, bar, phases = build(ppo_epochs=2, num_minibatches=2), RunProgressBar(), []
 
     def noting(method: Any) -> Any:
         def noted(*args: Any) -> Any:

@@ -136,7 +136,7 @@ def test_what_does_not_go_with_windows_says_so(tokenizer: Any) -> None:
     with pytest.raises(UserError, match=r"data\.window=9 must be a multiple of data\.batch_size=8"):
         PreferenceData(tokenizer, [], window=9)
     with pytest.raises(UserError, match=r"data\.workers=0"):
-        PreferenceData(tokenizer, [], window=8, workers=2)
+        PreferenceData(tokenizer, [], window=8, num_workers=2)
     data = PromptData(tokenizer, [{"prompt": "say red"}], window=8)
     data.setup("predict")
     with pytest.raises(UserError, match=r"data\.window is for training"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,14 @@ from omegaconf import DictConfig, open_dict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation import policy as stage
+from rlhf_lightning.evaluation.policy import interval, sequence_kl
+from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.tiny import build_tiny
-from rlhf_lightning.runtime import config
-from rlhf_lightning.stages.train import evaluated
+from rlhf_lightning.ops.groups import Group
+from rlhf_lightning.runtime.run import Run
+from rlhf_lightning.stages import STAGES
+from rlhf_lightning.stages import evaluate as stage
 from rlhf_lightning.world import gold_reward, rows
 
 ROWS, SAMPLES = 64, 2
@@ -57,7 +59,7 @@ def configured(folder: Path, **changes: Any) -> DictConfig:
     with initialize_config_module("rlhf_lightning.conf", version_base="1.3"):
         cfg = compose("rlhf", overrides=[
             "stage=evaluate", "data=world", f"data.world.val_rows={ROWS}", f"paths.cache={folder / 'cache'}",
-            f"evaluate.samples={SAMPLES}", "evaluate.max_new_tokens=6", "gold_from=world", f"paths.run={folder}",
+            f"evaluate.num_generations={SAMPLES}", "evaluate.max_new_tokens=6", "gold_from=world", f"paths.run={folder}",
         ])  # fmt: skip
     with open_dict(cfg):
         for key, value in changes.items():
@@ -67,7 +69,13 @@ def configured(folder: Path, **changes: Any) -> DictConfig:
 
 
 def evaluate(cfg: DictConfig, folder: Path, start: str | None) -> float | None:
-    return stage.run_evaluate(*evaluated(cfg, folder, start), partial(config.instantiate, cfg.data, "data"))
+    return stage.run(started(cfg, folder, start))
+
+
+def started(cfg: DictConfig, folder: Path, start: str | None = None) -> Run:
+    with open_dict(cfg):
+        cfg.init_from = start
+    return Run(STAGES["evaluate"], cfg, folder)
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], EventAccumulator]:
@@ -131,12 +139,12 @@ def test_reward_model_among_the_models_gets_its_accuracy(compared: tuple[Path, f
     assert "judge/kl" not in metrics
 
 
-def test_kl_is_what_a_plain_forward_says(folders: dict[str, str], tmp_path: Path) -> None:
-    cfg = configured(tmp_path)
+def test_kl_is_what_a_plain_forward_says(folders: dict[str, str]) -> None:
     lm = load_causal_lm(folders["moved"]).eval()
     other = load_causal_lm(folders["start"]).eval()
     prompts, responses = [[1, 7, 9], [1, 30]], [[11, 12, 13], [14], [15, 2], [16, 17, 18, 2]]
-    found = stage.sequence_kl(config.plain(cfg), lm, folders["start"], prompts, responses, 2)
+    groups = [Group(prompt, responses[2 * i : 2 * i + 2]) for i, prompt in enumerate(prompts)]
+    found = sequence_kl(lm, other, groups, 1.0, "cpu")
     for place, response in enumerate(responses):
         prompt = prompts[place // 2]
         ids, expected = torch.tensor([prompt + response]), 0.0
@@ -146,19 +154,17 @@ def test_kl_is_what_a_plain_forward_says(folders: dict[str, str], tmp_path: Path
         assert found[place] == pytest.approx(expected, abs=1e-4)
 
 
-def test_estimate_agrees_with_the_exact_divergence(folders: dict[str, str], tmp_path: Path) -> None:
+def test_estimate_agrees_with_the_exact_divergence(folders: dict[str, str]) -> None:
     """One token: KL(pi : ref) by summing over the vocabulary lies in the interval of the sampled estimate."""
-    from rlhf_lightning.generation.local import Sampler
-
     lm, other = load_causal_lm(folders["moved"]).eval(), load_causal_lm(folders["start"]).eval()
     prompt = [1, 7, 9, 40]
     policy, ref = (m(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1) for m in (lm, other))
     exact = (policy.exp() * (policy - ref)).sum().item()
-    drawn = Sampler(lm, {2}, 1)([prompt], 4000, ("kl",))
-    values = stage.sequence_kl(
-        config.plain(configured(tmp_path)), lm, folders["start"], [prompt], drawn.responses, 4000
-    )
-    mean, low, high = stage.interval("kl", values, range(4000))
+    engine = LocalEngine()
+    engine.start(lm, {2})
+    drawn = engine.generate([prompt], 4000, max_new_tokens=1, seed_parts=("kl",))
+    values = sequence_kl(lm, other, [Group(prompt, drawn.responses)], 1.0, "cpu")
+    mean, low, high = interval("kl", values, range(4000))
     assert low - (mean - low) < exact < high + (high - mean)  # twice the 95% interval: the seed is fixed
     assert high - low < exact
 
@@ -173,9 +179,7 @@ def test_one_model_needs_no_prefix_and_repeats_exactly(folders: dict[str, str], 
 
 
 def test_gold_is_the_worlds(compared: tuple[Path, float], folders: dict[str, str], tmp_path: Path) -> None:
-    cfg = configured(tmp_path)
-    data = config.instantiate(cfg.data, "data", tokenizer=load_tokenizer(folders["start"]))
-    stage.prepare(data)
+    data = stage.prompts(started(configured(tmp_path), tmp_path), folders["start"])
     assert set(data.rows) == {"val"}  # the training prompts are not even read
     metadata = [data.rows["val"].raw(i) for i in range(ROWS) for _ in range(SAMPLES)]
     samples = read(compared[0])[1]["moved"]
@@ -216,9 +220,9 @@ def test_which_folders_are_reward_models(folders: dict[str, str]) -> None:
 
 
 def test_shares_have_wilson_intervals_and_means_normal_ones() -> None:
-    mean, low, high = stage.interval("corrected", [1.0] * 20 + [None], range(21))
+    mean, low, high = interval("corrected", [1.0] * 20 + [None], range(21))
     assert (mean, high) == (1.0, 1.0)
     assert low == pytest.approx(0.8389, abs=1e-4)
-    mean, low, high = stage.interval("gold", [0.0, 1.0] * 50, range(100))
+    mean, low, high = interval("gold", [0.0, 1.0] * 50, range(100))
     assert (mean, high - mean) == (0.5, pytest.approx(1.959964 * math.sqrt(0.25 * 100 / 99 / 100)))
     assert mean - low == pytest.approx(high - mean)

@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def candidates(folder: Path, name: str, *more: str, code: int | None = 0) -> Path:
     rlhf(
         folder, "stage=candidates", f"init_from={newest(folder, 'sft')}/model", "data.train=pairs.jsonl",
-        "data.batch_size=4", "candidates.max_new_tokens=6", "candidates.samples=3", "reward_from=rewards:length",
+        "data.batch_size=4", "candidates.max_new_tokens=6", "candidates.num_generations=3", "reward_from=rewards:length",
         f"name={name}", *more, code=code,
     )  # fmt: skip
     return next((folder / "outputs" / "candidates" / name).iterdir())
@@ -103,7 +103,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(folder: Path, alone
     assert read(run) == read(alone)
     assert "already done" in rlhf(
         folder, "stage=candidates", f"init_from={newest(folder, 'sft')}/model", "data.train=pairs.jsonl",
-        "data.batch_size=4", "candidates.max_new_tokens=6", "candidates.samples=3", "name=killed", *more,
+        "data.batch_size=4", "candidates.max_new_tokens=6", "candidates.num_generations=3", "name=killed", *more,
     ).stdout  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def test_the_file_trains_a_reward_model_which_scores_it(folder: Path, alone: Pat
     given = [f"init_from={newest(folder, 'sft')}/model", f"data.train={alone}/candidates.jsonl", "data.batch_size=4"]
     rlhf(folder, "stage=reward", *given, "data.on_bad_row=skip", "max_steps=2")
     reward = newest(folder, "reward") / "model"
-    scored = candidates(folder, "scored", f"data.train={alone}/candidates.jsonl", "candidates.samples=0",
+    scored = candidates(folder, "scored", f"data.train={alone}/candidates.jsonl", "candidates.num_generations=0",
                         f"reward_from={reward}")  # fmt: skip
     before, after = read(alone), read(scored)
     assert [row["responses"] for row in after] == [row["responses"] for row in before]
@@ -133,7 +133,7 @@ def test_the_file_trains_a_reward_model_which_scores_it(folder: Path, alone: Pat
 def test_equal_texts_share_a_place_and_old_judgements_go(folder: Path) -> None:
     row = {"prompt": "Say yes.", "responses": ["Yes.", "Yes. ", "Yes, sir"], "ranking": [2, 1, 0], "label": 0.2}
     (folder / "same.jsonl").write_text(json.dumps(row | {"scores": [9, 9, 9], "margin": 3}) + "\n")
-    (found,) = read(candidates(folder, "same", "data.train=same.jsonl", "candidates.samples=0"))
+    (found,) = read(candidates(folder, "same", "data.train=same.jsonl", "candidates.num_generations=0"))
     assert (found["scores"], found["ranking"]) == ([4.0, 5.0, 1.0], [0, 0, 1])
     assert not {"label", "margin"} & found.keys()
 
@@ -141,10 +141,10 @@ def test_equal_texts_share_a_place_and_old_judgements_go(folder: Path) -> None:
 @slow
 def test_mistakes_are_explained(folder: Path) -> None:
     model = f"init_from={newest(folder, 'sft')}/model"
-    found = rlhf(folder, "stage=candidates", model, "data.train=pairs.jsonl", "candidates.samples=0", code=2)
+    found = rlhf(folder, "stage=candidates", model, "data.train=pairs.jsonl", "candidates.num_generations=0", code=2)
     assert "give reward_from" in found.stderr
     (folder / "prompts.jsonl").write_text('{"prompt": "Say hello."}\n')
-    given = ["data.train=prompts.jsonl", "reward_from=rewards:length", "candidates.samples=0"]
+    given = ["data.train=prompts.jsonl", "reward_from=rewards:length", "candidates.num_generations=0"]
     found = rlhf(folder, "stage=candidates", model, *given, code=2)
     assert "row 1 has no responses to score" in found.stderr
     found = rlhf(folder, "stage=candidates", "data.train=prompts.jsonl", code=2)

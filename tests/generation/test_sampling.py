@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +13,8 @@ from torch import Tensor
 from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.generation.local import Sampler, Samples, invert
+from rlhf_lightning.generation.engine import Generations
+from rlhf_lightning.generation.local import LocalEngine, invert
 from rlhf_lightning.models.adapters import add_lora, merge_lora
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
 from tests.conftest import tiny_config
@@ -26,6 +30,15 @@ def loud(**changes: object) -> LlamaForCausalLM:
     with torch.no_grad():
         model.get_output_embeddings().weight[2] *= 1.5  # EOS comes up now and then
     return model
+
+
+def sampler(
+    lm: Any, eos: Iterable[int], max_new_tokens: int, temperature: float = 1.0, **options: Any
+) -> Callable[..., Generations]:
+    """Return what generates from `lm`, called with prompts."""
+    engine = LocalEngine(**options)
+    engine.start(lm, eos)
+    return partial(engine.generate, max_new_tokens=max_new_tokens, temperature=temperature)
 
 
 def next_logits(model: LlamaForCausalLM, ids: list[int]) -> Tensor:
@@ -44,7 +57,7 @@ def reference_greedy(model: LlamaForCausalLM, prompt: list[int], eos: set[int], 
 
 def test_greedy_equals_generate() -> None:
     model = loud()
-    found = Sampler(model, EOS, 24, temperature=0)(PROMPTS)
+    found = sampler(model, EOS, 24, temperature=0)(PROMPTS)
     assert found.responses == [reference_greedy(model, p, EOS, 24) for p in PROMPTS]
     assert found.finished == [r[-1] == 2 for r in found.responses]
 
@@ -54,7 +67,7 @@ def test_greedy_equals_generate_on_a_real_model(stories_model: Path) -> None:
     texts = ("Once upon a time", "Lily had a red ball. One day,", "The dog")
     prompts = [tokenizer(text).input_ids for text in texts]
     eos = {tokenizer.eos_token_id}
-    found = Sampler(model, eos, 40, temperature=0)(prompts)
+    found = sampler(model, eos, 40, temperature=0)(prompts)
     assert found.responses == [reference_greedy(model.eval(), p, eos, 40) for p in prompts]  # type: ignore[arg-type]
 
 
@@ -66,37 +79,39 @@ def test_a_hybrid_model_is_sampled_and_a_state_space_model_is_refused() -> None:
         Lfm2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
                    layer_types=["conv", "full_attention"])
     )  # fmt: skip
-    (response,) = Sampler(hybrid, {2}, 5, temperature=0)([[1, 5, 6]]).responses
+    (response,) = sampler(hybrid, {2}, 5, temperature=0)([[1, 5, 6]]).responses
     ids = [1, 5, 6]
     for token in response:
         assert token == hybrid.eval()(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item()
         ids.append(token)
     with pytest.raises(UserError, match="MambaForCausalLM cannot be sampled from with a cache"):
-        Sampler(MambaForCausalLM(MambaConfig(**sizes, state_size=8)), {2}, 5)([[1, 5, 6]])
+        sampler(MambaForCausalLM(MambaConfig(**sizes, state_size=8)), {2}, 5)([[1, 5, 6]])
 
 
 def test_samples_do_not_depend_on_batching() -> None:
     model = loud()
-    whole = Sampler(model, EOS, 12)(PROMPTS, n=3, seed_parts=(4, "train", 9))
-    assert Sampler(model, EOS, 12, batch_tokens=1)(PROMPTS, n=3, seed_parts=(4, "train", 9)) == whole
+    whole = sampler(model, EOS, 12)(PROMPTS, num_generations=3, seed_parts=(4, "train", 9))
+    assert sampler(model, EOS, 12, batch_tokens=1)(PROMPTS, num_generations=3, seed_parts=(4, "train", 9)) == whole
     order = [3, 0, 4]
-    part = Sampler(model, EOS, 12)([PROMPTS[i] for i in order], n=3, seed_parts=(4, "train", 9), ids=order)
+    part = sampler(model, EOS, 12)(
+        [PROMPTS[i] for i in order], num_generations=3, seed_parts=(4, "train", 9), ids=order
+    )
     assert part.responses == [whole.responses[3 * i + k] for i in order for k in range(3)]
-    first = Sampler(model, EOS, 12)(PROMPTS, n=1, seed_parts=(4, "train", 9))
+    first = sampler(model, EOS, 12)(PROMPTS, num_generations=1, seed_parts=(4, "train", 9))
     assert first.responses == whole.responses[::3]
-    other = Sampler(model, EOS, 12)(PROMPTS, n=3, seed_parts=(5, "train", 9))
+    other = sampler(model, EOS, 12)(PROMPTS, num_generations=3, seed_parts=(5, "train", 9))
     assert other.responses != whole.responses
 
 
 def test_the_samples_of_a_prompt_differ() -> None:
-    found = Sampler(loud(), EOS, 8)([PROMPTS[0]], n=8)
+    found = sampler(loud(), EOS, 8)([PROMPTS[0]], num_generations=8)
     assert len({tuple(r) for r in found.responses}) > 4
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
 def test_frequencies_follow_the_distribution(temperature: float) -> None:
     model, n = loud(), 4000
-    found = Sampler(model, EOS, 1, temperature)([PROMPTS[0]], n=n)
+    found = sampler(model, EOS, 1, temperature)([PROMPTS[0]], num_generations=n)
     counts = torch.bincount(torch.tensor([r[0] for r in found.responses]), minlength=64).double()
     expected = (next_logits(model, PROMPTS[0]).double() / temperature).softmax(-1) * n
     often = expected >= 5
@@ -126,7 +141,7 @@ def test_inverting_by_blocks_equals_one_cumulative_sum(size: int, block: int) ->
 def test_later_tokens_condition_on_earlier_ones() -> None:
     """The likeliest continuation after each sampled token is the one a fresh forward pass gives."""
     model = loud()
-    found = Sampler(model, set(), 6, top_k=1)(PROMPTS, n=2)
+    found = sampler(model, set(), 6, top_k=1)(PROMPTS, num_generations=2)
     for i, response in enumerate(found.responses):
         ids = list(PROMPTS[i // 2])
         for token in response:
@@ -137,22 +152,22 @@ def test_later_tokens_condition_on_earlier_ones() -> None:
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}])
 def test_narrowest_choices_are_greedy(options: dict[str, float]) -> None:
     model = loud()
-    greedy = Sampler(model, EOS, 10, temperature=0)(PROMPTS)
-    assert Sampler(model, EOS, 10, **options)(PROMPTS) == greedy  # type: ignore[arg-type]
+    greedy = sampler(model, EOS, 10, temperature=0)(PROMPTS)
+    assert sampler(model, EOS, 10, **options)(PROMPTS) == greedy  # type: ignore[arg-type]
 
 
 def test_top_k_and_top_p_stay_inside_their_sets() -> None:
     model = loud()
     probabilities, order = next_logits(model, PROMPTS[0]).softmax(-1).sort(descending=True)
-    drawn = {r[0] for r in Sampler(model, EOS, 1, top_k=3)([PROMPTS[0]], n=300).responses}
+    drawn = {r[0] for r in sampler(model, EOS, 1, top_k=3)([PROMPTS[0]], num_generations=300).responses}
     assert drawn == set(order[:3].tolist())
     inside = int((probabilities.cumsum(-1) < 0.8).sum()) + 1  # up to and including the token that crosses 0.8
-    drawn = {r[0] for r in Sampler(model, EOS, 1, top_p=0.8)([PROMPTS[0]], n=1500).responses}
+    drawn = {r[0] for r in sampler(model, EOS, 1, top_p=0.8)([PROMPTS[0]], num_generations=1500).responses}
     assert drawn == set(order[:inside].tolist())
 
 
 def test_end_is_part_of_the_response_and_stored() -> None:
-    found = Sampler(loud(), EOS, 16)(PROMPTS, n=6)
+    found = sampler(loud(), EOS, 16)(PROMPTS, num_generations=6)
     assert {True, False} == set(found.finished)
     for response, finished in zip(found.responses, found.finished, strict=True):
         assert (response[-1] == 2) == finished
@@ -161,36 +176,36 @@ def test_end_is_part_of_the_response_and_stored() -> None:
 
 
 def test_all_may_end_at_the_first_token() -> None:
-    found = Sampler(loud(), range(64), 16)(PROMPTS)
+    found = sampler(loud(), range(64), 16)(PROMPTS)
     assert found.finished == [True] * 5
     assert [len(r) for r in found.responses] == [1] * 5
 
 
 def test_responses_stop_at_the_context() -> None:
     model = loud(max_position_embeddings=12)
-    found = Sampler(model, set(), 8)([[1] * 5, [1] * 10, [1] * 11, [1] * 12])
+    found = sampler(model, set(), 8)([[1] * 5, [1] * 10, [1] * 11, [1] * 12])
     assert [len(r) for r in found.responses] == [7, 2, 1, 1]
     assert not any(found.finished)
 
 
 def test_no_prompts() -> None:
-    assert Sampler(loud(), EOS, 4)([]) == Samples([], [])
+    assert sampler(loud(), EOS, 4)([]) == Generations([], [])
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_runs_without_dropout_and_restores_the_mode(training: bool) -> None:
     model = loud(attention_dropout=0.9)
     model.train(training)
-    found = Sampler(model, EOS, 10, temperature=0)(PROMPTS)
+    found = sampler(model, EOS, 10, temperature=0)(PROMPTS)
     assert model.training is training
-    assert found == Sampler(model.eval(), EOS, 10, temperature=0)(PROMPTS)
+    assert found == sampler(model.eval(), EOS, 10, temperature=0)(PROMPTS)
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_mode_is_restored_after_an_error() -> None:
     model = loud().train()
     with pytest.raises(IndexError):
-        Sampler(model, EOS, 4)([[1, 10_000]])
+        sampler(model, EOS, 4)([[1, 10_000]])
     assert model.training
 
 
@@ -201,13 +216,13 @@ def test_works_through_an_adapter() -> None:
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
     merged = merge_lora(model)
-    found = Sampler(model, EOS, 10, temperature=0)(PROMPTS)
-    assert found == Sampler(merged, EOS, 10, temperature=0)(PROMPTS)
-    assert found != Sampler(loud(), EOS, 10, temperature=0)(PROMPTS)
+    found = sampler(model, EOS, 10, temperature=0)(PROMPTS)
+    assert found == sampler(merged, EOS, 10, temperature=0)(PROMPTS)
+    assert found != sampler(loud(), EOS, 10, temperature=0)(PROMPTS)
 
 
 def test_progress_counts_every_prompt() -> None:
     done: list[int] = []
-    Sampler(loud(), EOS, 4, batch_tokens=24)(PROMPTS, progress=done.append)
+    sampler(loud(), EOS, 4, batch_tokens=24)(PROMPTS, progress=done.append)
     assert sum(done) == len(PROMPTS)
     assert len(done) > 1

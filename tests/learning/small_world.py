@@ -18,7 +18,7 @@ from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, loa
 from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.modules.schedules import schedule
 from rlhf_lightning.ops.statistics import mean_interval
-from rlhf_lightning.rewards.loading import Reward
+from rlhf_lightning.rewards.scoring import Reward
 from rlhf_lightning.world import gold, rows
 
 BATCH, HELD_OUT, NEW_TOKENS = 64, 400, 40
@@ -115,7 +115,7 @@ class SmallWorld:
         torch.manual_seed(seed)  # of the value head
         module = PPO(
             lambda: load_causal_lm(self.sft), adam(lr, eps=1e-5), cosine, reward=reward, kl_beta=kl_beta, seed=seed,
-            max_new_tokens=NEW_TOKENS, inner_epochs=EPOCHS, minibatches=PARTS, microbatch_tokens=8192,
+            max_new_tokens=NEW_TOKENS, ppo_epochs=EPOCHS, num_minibatches=PARTS, microbatch_tokens=8192,
         )  # fmt: skip
         train(module, self.data(PromptData, PPO_ITERATIONS, seed), PPO_ITERATIONS * EPOCHS * PARTS)
         return self.answers(module.trained_model())

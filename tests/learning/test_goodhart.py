@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_lightning.rewards.loading import load_reward
+from rlhf_lightning.rewards.scoring import load_reward
 from tests.conftest import quiet_lightning
 from tests.learning.small_world import SmallWorld
 

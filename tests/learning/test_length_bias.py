@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf_lightning.ops.statistics import wilson_interval
-from rlhf_lightning.rewards.loading import load_reward
+from rlhf_lightning.rewards.scoring import load_reward
 from rlhf_lightning.world import gold
 from rlhf_lightning.world.prompts import candidates, declared, prompts
 from tests.conftest import quiet_lightning

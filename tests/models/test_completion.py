@@ -59,7 +59,7 @@ def test_logprobs_and_gradients_equal_the_plain_forward(name: str, groups: list[
     model = CompletionModel(lm)
     layout, reason = choose_layout(lm)
     assert (layout == "padded") == (name in ("gemma3", "mistral")), reason
-    weights = torch.linspace(-1, 1, sum(g.counted_tokens for g in groups), dtype=torch.float64)
+    weights = torch.linspace(-1, 1, sum(g.loss_tokens for g in groups), dtype=torch.float64)
     expected = by_hand(lm, groups, 0.7)
     (expected * weights).sum().backward()
     reference = {n: p.grad.clone() for n, p in lm.named_parameters() if p.grad is not None}
@@ -93,7 +93,7 @@ def test_only_response_rows_reach_the_head(groups: list[Group], tiny_lm: LlamaFo
     rows = []
     tiny_lm.get_output_embeddings().register_forward_hook(lambda *args: rows.append(args[1][0].shape[0]))
     CompletionModel(tiny_lm)(pack(groups))
-    assert sum(rows) == sum(g.counted_tokens for g in groups)
+    assert sum(rows) == sum(g.loss_tokens for g in groups)
 
 
 def test_scores_and_values_equal_the_plain_forward(groups: list[Group]) -> None:
@@ -117,6 +117,6 @@ def test_scores_and_values_equal_the_plain_forward(groups: list[Group]) -> None:
 def test_a_zero_value_head_values_every_state_at_zero(groups: list[Group], tiny_lm: LlamaForCausalLM) -> None:
     output = CompletionModel(tiny_lm, value_head=True)(pack(groups), values=True)
     assert output.values is not None
-    assert output.values.tolist() == [0.0] * sum(g.counted_tokens for g in groups)
+    assert output.values.tolist() == [0.0] * sum(g.loss_tokens for g in groups)
     with pytest.raises(ValueError, match="value head"):
         CompletionModel(tiny_lm)(pack(groups), values=True)

@@ -93,7 +93,7 @@ def plain_logprobs(lm: nn.Module, groups: list[Group]) -> Tensor:
         for k, response in enumerate(group.responses):
             logits = lm(input_ids=torch.tensor([[*group.prompt, *response]])).logits[0, len(group.prompt) - 1 : -1]
             chosen = logits.log_softmax(-1)[range(len(response)), torch.tensor(response)]
-            found.append(chosen[torch.tensor(group.counted[k])] if group.counted else chosen)
+            found.append(chosen[torch.tensor(group.loss_mask[k])] if group.loss_mask else chosen)
     return torch.cat(found)
 
 

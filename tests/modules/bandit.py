@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from rlhf_lightning.data.datamodules import PromptBatch
 from rlhf_lightning.modules.ppo import PPO
 from rlhf_lightning.modules.rollout import Rollout
-from rlhf_lightning.ops.groups import Group, GroupBatch
+from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList
 from tests.conftest import tiny_config
 
 VOCAB, GOOD = 16, 7
@@ -50,9 +49,10 @@ class Prompts(LightningDataModule):
 
     def __init__(self, iterations: int, size: int = 16, ptx: GroupBatch | None = None, val: bool = False) -> None:
         super().__init__()
-        self.template, self.layout, self.rows = Ids(), "packed", {}
+        self.template = Ids()
         prompts = [[1, 3 + i % 4, 5 + i % 3] for i in range(size)]
-        batch = PromptBatch(prompts, [str(p) for p in prompts], [{"row": i} for i in range(size)], [*range(size)], ptx)
+        groups = [Group(p, [], index=i, text=str(p), metadata={"row": i}) for i, p in enumerate(prompts)]
+        batch = GroupList(groups, ptx=ptx)
         self.batches, self.val, self.steps_per_epoch = [batch] * iterations, val, iterations
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -136,10 +136,8 @@ class Split(Prompts):
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None
-        whole, size = self.batches[0], len(self.batches[0].prompts)
+        whole, size = self.batches[0].groups, len(self.batches[0])
         ranges = [range(size)] if self.trainer.world_size == 1 else [range(5), range(5, size)]
         chosen = ranges[self.trainer.global_rank]
-        part = PromptBatch(
-            *([column[i] for i in chosen] for column in (whole.prompt_ids, whole.prompts, whole.metadata, whole.index))
-        )
+        part = GroupList([whole[i] for i in chosen])
         return DataLoader([part] * len(self.batches), batch_size=None)  # type: ignore[arg-type]

@@ -90,7 +90,7 @@ def test_every_pass_reads_each_token_once_and_no_padding(tmp_path: Path, work: W
         groups = [data.rows["train"][row] for row in batch.index.tolist()]
         assert tokens == [sum(group.tokens for group in groups)] * passes
         assert sum(tokens) < passes * batch.input_ids.numel() or batch.input_ids.shape[0] == 1
-        assert logits == [sum(group.counted_tokens for group in groups)] * (passes if speaks else 0)
+        assert logits == [sum(group.loss_tokens for group in groups)] * (passes if speaks else 0)
     assert any(batch.input_ids.shape[0] > 1 for batch, _, _ in watching.steps)  # else nothing was saved
 
 
@@ -98,8 +98,8 @@ ONLINE: dict[str, tuple[dict[str, Any], int]] = {
     # options, decoder passes over a rollout with two inner epochs
     "ppo, value head": ({"estimator": "gae"}, 2 + 2),
     "ppo, critic": ({"estimator": "gae", "load_critic": bandit.load_critic}, 3 + 2 * 2),
-    "rloo": ({"estimator": "rloo", "samples": 4}, 2 + 2),
-    "grpo": ({"estimator": "grpo", "samples": 4}, 2 + 2),
+    "rloo": ({"estimator": "rloo", "num_generations": 4}, 2 + 2),
+    "grpo": ({"estimator": "grpo", "num_generations": 4}, 2 + 2),
 }
 
 
@@ -111,7 +111,7 @@ def test_a_rollout_is_read_once_for_its_values_and_once_an_epoch(
     """Policy and value share a pass, the samples of a prompt share it; sampling reads prompts once and then tokens."""
     options, passes = ONLINE[kind]
     kept: list[tuple[Rollout, int]] = []
-    module = bandit.build(max_new_tokens=6, inner_epochs=2, **options)
+    module = bandit.build(max_new_tokens=6, ppo_epochs=2, **options)
     rollout = module.rollout
 
     def sampling(batch: Any, split: str = "train") -> Rollout:

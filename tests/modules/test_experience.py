@@ -11,7 +11,6 @@ import torch
 from transformers import LlamaForCausalLM
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.generation.local import Samples
 from rlhf_lightning.modules.ppo import PPO
 from rlhf_lightning.modules.rollout import Rollout
 from tests.conftest import quiet_lightning
@@ -38,23 +37,33 @@ def test_scores_are_scaled_then_clipped_then_penalized() -> None:
 
 
 @quiet_lightning
-def test_another_sampler_may_answer() -> None:
+def test_another_engine_may_answer() -> None:
     """It sees the policy of the moment, and its responses are what is scored and learned."""
     asked: list[tuple[Any, ...]] = []
 
-    def server(lm: Any, eos_ids: Any, longest: int, temperature: float) -> Any:
-        def answer(prompts: Any, n: int, seed_parts: Any, ids: Any) -> Samples:
-            weight = next(lm.parameters()).detach().sum().item()
-            asked.append((set(eos_ids), longest, temperature, weight, n, seed_parts, list(ids)))
-            return Samples([[7] * (1 + k) + [2] for _ in prompts for k in range(n)], [True] * (len(prompts) * n))
+    class Server:
+        def start(self, lm: Any, eos_ids: Any) -> None:
+            self.lm, self.eos = lm, set(eos_ids)
 
-        return answer
+        def generate(
+            self, prompts: Any, n: int, *, max_new_tokens: int, temperature: float, **parts: Any
+        ) -> Generations:
+            weight = next(self.lm.parameters()).detach().sum().item()
+            asked.append((self.eos, max_new_tokens, temperature, weight, n, parts["seed_parts"], parts["ids"]))
+            return Generations([[7] * (1 + k) + [2] for _ in prompts for k in range(n)], [True] * (len(prompts) * n))
 
-    module = build(sampler=server, estimator="rloo", samples=2, temperature=0.5, reward=lambda p, r, m: [*map(len, r)])
+        def close(self) -> None:
+            closed.append(True)
+
+    closed: list[bool] = []
+    module = build(
+        engine=Server(), estimator="rloo", num_generations=2, temperature=0.5, reward=lambda p, r, m: [*map(len, r)]
+    )
     rows = fit(module, Prompts(2, size=3)).rows
     assert [call[:3] for call in asked] == [({2}, 4, 0.5)] * 2
     assert [call[4:] for call in asked] == [(2, (0, "train", iteration), [0, 1, 2]) for iteration in (0, 1)]
     assert asked[0][3] != asked[1][3]
+    assert closed == [True]
     assert rows[0]["reward/proxy"] == 4.0  # "7 2" and "7 7 2"
 
 
@@ -119,7 +128,7 @@ def test_samples_and_gold_are_kept() -> None:
         asked.extend(prompts)
         return [float(len(text.split())) for text in responses]
 
-    module = build(gold=gold, samples=2)
+    module = build(gold=gold, num_generations=2)
     row = fit(module, Prompts(1, size=3)).rows[0]
     assert len(module.samples_seen) == 6
     assert set(module.samples_seen[0]) == {"prompt", "response", "reward", "finished", "gold"}
@@ -151,12 +160,12 @@ def sampled(**options: Any) -> tuple[PPO, Rollout]:
     module.trainer.datamodule = data
     module.configure_model()
     rollout = module.rollout(data.batches[0])
-    module.score_tokens(rollout)
+    module.logprobs(rollout)
     return module, rollout
 
 
 @quiet_lightning
-def test_tokens_are_priced_at_the_temperature_they_were_sampled_at() -> None:
+def test_log_probs_have_the_temperature_of_generation() -> None:
     """Near temperature 0 every sampled token is certain; another temperature in one of the two would say otherwise."""
     _, rollout = sampled(temperature=1e-4)
     assert rollout.tokens["old_logprobs"][rollout.mask].exp().mean().item() > 0.99

@@ -37,9 +37,9 @@ from tests.modules.bandit import (
     "options",
     [
         {"estimator": "gae"},
-        {"estimator": "gae", "load_critic": load_critic, "critic_lr": 1e-2, "minibatches": 2},
-        {"estimator": "rloo", "samples": 4, "inner_epochs": 2},
-        {"estimator": "grpo", "samples": 4, "inner_epochs": 2, "kl_in": "loss", "kl_estimator": "k3"},
+        {"estimator": "gae", "load_critic": load_critic, "critic_lr": 1e-2, "num_minibatches": 2},
+        {"estimator": "rloo", "samples": 4, "ppo_epochs": 2},
+        {"estimator": "grpo", "samples": 4, "ppo_epochs": 2, "kl_in": "loss", "kl_estimator": "k3"},
     ],
     ids=["value head", "critic", "rloo", "grpo"],
 )
@@ -88,7 +88,7 @@ def test_critic_learns_the_returns() -> None:
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 @quiet_lightning
 def test_first_update_starts_from_the_sampling_policy(temperature: float) -> None:
-    rows = fit(build(inner_epochs=1, temperature=temperature, kl_estimator="k3"), Prompts(3)).rows
+    rows = fit(build(ppo_epochs=1, temperature=temperature, kl_estimator="k3"), Prompts(3)).rows
     assert rows[0]["kl/reference"] == pytest.approx(0, abs=1e-5)
     assert rows[-1]["kl/reference"] > 1e-3
     for row in rows:
@@ -114,7 +114,7 @@ def test_bfloat16_weights_are_no_reason_to_stop() -> None:
 
 @quiet_lightning
 def test_microbatches_change_memory_not_results() -> None:
-    options = {"kl_beta": 0.1, "entropy_coef": 0.01, "minibatches": 2, "inner_epochs": 2}
+    options = {"kl_beta": 0.1, "entropy_coef": 0.01, "num_minibatches": 2, "ppo_epochs": 2}
     small, large = build(microbatch_tokens=12, **options), build(microbatch_tokens=4096, **options)
     rows = [fit(module, Prompts(2)).rows for module in (small, large)]
     for name, tensor in weights(small).items():
@@ -130,7 +130,8 @@ def test_microbatches_change_memory_not_results() -> None:
 def test_gae_is_wired_to_scores_kl_and_values() -> None:
     module = attached(kl_beta=0.5, gamma=1.0, lam=0.5, whiten_advantages=False, missing_eos_penalty=3.0)
     rollout = two_responses(module)
-    metrics = module.advantages(rollout)
+    metrics = module.rewards(rollout)
+    module.advantages(rollout)
     # kl = old - ref: [1, -0.5] and [0, 2, 0]; the score, less 3 where there is no end, comes with the last token
     rewards = [[-0.5, 0.25 + 1.0], [0.0, -1.0, -2.0 - 3.0]]
     last = [rewards[0][1] - 0.25, rewards[1][2] + 1.0]  # delta at the last token
@@ -153,8 +154,11 @@ def test_gae_is_wired_to_scores_kl_and_values() -> None:
 @pytest.mark.parametrize(("estimator", "expected"), [("rloo", [5.75, -5.75]), ("grpo", [0.5**0.5, -(0.5**0.5)])])
 @quiet_lightning
 def test_critic_free_advantages_compare_the_samples(estimator: str, expected: list[float]) -> None:
-    module = attached(estimator=estimator, samples=2, kl_beta=0.5, whiten_advantages=False, missing_eos_penalty=3.0)
+    module = attached(
+        estimator=estimator, num_generations=2, kl_beta=0.5, whiten_advantages=False, missing_eos_penalty=3.0
+    )
     rollout = two_responses(module)
+    module.rewards(rollout)
     module.advantages(rollout)  # totals: 1 - 0.5 * 0.5 = 0.75 and -5 - 0.5 * 2 = -6, without values
     scale = 6.75 / 5.75 if estimator == "rloo" else 1.0
     wanted = torch.tensor(expected)[:, None] * scale * rollout.mask
@@ -165,6 +169,7 @@ def test_critic_free_advantages_compare_the_samples(estimator: str, expected: li
 def test_whitened_advantages_have_mean_zero_and_deviation_one_over_tokens() -> None:
     module = attached()
     rollout = two_responses(module)
+    module.rewards(rollout)
     module.advantages(rollout)
     counted = rollout.tokens["advantages"][rollout.mask]
     assert counted.mean().item() == pytest.approx(0, abs=1e-6)
@@ -175,7 +180,7 @@ def test_whitened_advantages_have_mean_zero_and_deviation_one_over_tokens() -> N
 @quiet_lightning
 def test_kl_in_the_loss_leaves_the_reward_alone() -> None:
     module = attached(kl_beta=0.5, kl_in="loss", kl_estimator="k2")
-    metrics = module.advantages(two_responses(module))
+    metrics = module.rewards(two_responses(module))
     assert metrics["reward/total"] == metrics["reward/proxy"]
     assert metrics["kl/reference"] == pytest.approx((0.5 + 0.125 + 2.0) / 2)
 
@@ -184,17 +189,17 @@ def test_kl_in_the_loss_leaves_the_reward_alone() -> None:
 
 
 @quiet_lightning
-def test_target_kl_ends_the_inner_epochs() -> None:
-    stopped = fit(build(inner_epochs=5, target_kl=1e-6), Prompts(1)).rows[0]
-    whole = fit(build(inner_epochs=5, target_kl=1e6), Prompts(1)).rows[0]
-    assert stopped["ppo/inner_epochs"] == 2  # the first update is measured by the second epoch
-    assert whole["ppo/inner_epochs"] == 5
+def test_target_kl_ends_the_ppo_epochs() -> None:
+    stopped = fit(build(ppo_epochs=5, target_kl=1e-6), Prompts(1)).rows[0]
+    whole = fit(build(ppo_epochs=5, target_kl=1e6), Prompts(1)).rows[0]
+    assert stopped["ppo/epochs"] == 2  # the first update is measured by the second epoch
+    assert whole["ppo/epochs"] == 5
     assert (stopped["ppo/updates"], whole["ppo/updates"]) == (2, 5)
 
 
 @quiet_lightning
 def test_rate_is_annealed_by_update() -> None:
-    module = build(lr=1.0e-3, inner_epochs=2, minibatches=2)
+    module = build(lr=1.0e-3, ppo_epochs=2, num_minibatches=2)
     module.make_schedule = partial(schedule, shape="linear", final=0.0)
     rows = fit(module, Prompts(2)).rows
     assert [row["ppo/updates"] for row in rows] == [4, 8]
@@ -221,7 +226,7 @@ def test_pretraining_mix_keeps_its_text_likely() -> None:
 
 @quiet_lightning
 def test_gradients_are_clipped() -> None:
-    module = build(max_grad_norm=1e-3, inner_epochs=1)
+    module = build(max_grad_norm=1e-3, ppo_epochs=1)
     module.make_optimizer = partial(torch.optim.SGD, lr=1.0)
     module.configure_model()
     before = [p.detach().clone() for p in module.parameters()]
@@ -238,7 +243,7 @@ def test_two_ranks_learn_what_one_does(tmp_path: Path) -> None:
     """Ranks with different numbers of tokens and microbatches neither wait for each other nor change the result."""
     kept = []
     for ranks in (1, 2):
-        module = build(microbatch_tokens=12, inner_epochs=2, whiten_rewards=True, reward_scale=True)
+        module = build(microbatch_tokens=12, ppo_epochs=2, whiten_rewards=True, reward_scale=True)
         module.make_optimizer = partial(torch.optim.SGD, lr=0.1)
         path = tmp_path / f"{ranks}.pt"
         trainer = Trainer(
@@ -258,12 +263,12 @@ def test_two_ranks_learn_what_one_does(tmp_path: Path) -> None:
 @quiet_lightning
 def test_diverged_policy_stops_with_the_iteration() -> None:
     with pytest.raises(UserError, match=r"the (loss|gradient) is .* in iteration [01]; lower optimizer.lr"):
-        fit(build(lr=math.inf, inner_epochs=1), Prompts(2))
+        fit(build(lr=math.inf, ppo_epochs=1), Prompts(2))
 
 
 @quiet_lightning
 def test_gradient_that_is_not_finite_never_reaches_the_weights() -> None:
-    module = build(inner_epochs=1)
+    module = build(ppo_epochs=1)
     module.configure_model()
     before = weights(module)
     module.policy.lm.get_input_embeddings().weight.register_hook(lambda gradient: gradient * math.nan)
@@ -278,12 +283,12 @@ def test_gradient_that_is_not_finite_never_reaches_the_weights() -> None:
         ({"estimator": "ppo"}, "gae, rloo, grpo"),
         ({"kl_estimator": "k4"}, "k1, k2, k3"),
         ({"kl_in": "score"}, "reward, loss"),
-        ({"estimator": "rloo"}, "samples=1 must be at least 2"),
-        ({"estimator": "grpo", "samples": 1}, "samples=1 must be at least 2"),
+        ({"estimator": "rloo"}, "num_generations=1 must be at least 2"),
+        ({"estimator": "grpo", "num_generations": 1}, "num_generations=1 must be at least 2"),
         ({"kl_in": "loss"}, "no gradient in expectation"),
         ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"inner_epochs": 0}, "at least 1"),
-        ({"minibatches": 0}, "at least 1"),
+        ({"ppo_epochs": 0}, "at least 1"),
+        ({"num_minibatches": 0}, "at least 1"),
     ],
 )
 def test_impossible_settings(options: dict[str, Any], message: str) -> None:

@@ -16,6 +16,7 @@ def test_whitened_rewards_keep_their_mean() -> None:
     module = attached(kl_beta=0.5, lam=1.0, whiten_rewards=True, whiten_advantages=False, missing_eos_penalty=3.0)
     rollout = two_responses(module)
     rollout.tokens["values"] = torch.zeros(2, 3)
+    module.rewards(rollout)
     module.advantages(rollout)
     # -0.5 kl, and the score (less 3 for the second, which did not end) with the last token of each response
     rewards = torch.tensor([-0.5, 1.25, 0.0, -1.0, -5.0])  # lambda 1 and no values make the returns their sums
@@ -48,16 +49,16 @@ def test_loss_of_a_token_by_hand() -> None:
 @quiet_lightning
 def test_every_update_starts_without_a_gradient() -> None:
     """Weights that do not move give every update of the same rollout the same gradient."""
-    once, thrice = (fit(build(lr=0.0, inner_epochs=n, max_grad_norm=1e9), Prompts(1)).rows[0] for n in (1, 3))
+    once, thrice = (fit(build(lr=0.0, ppo_epochs=n, max_grad_norm=1e9), Prompts(1)).rows[0] for n in (1, 3))
     assert thrice["optim/grad_norm"] == pytest.approx(once["optim/grad_norm"], rel=1e-4)
 
 
 @quiet_lightning
 def test_a_pass_sees_every_prompt_once() -> None:
-    module, seen = build(inner_epochs=2, minibatches=3), []
+    module, seen = build(ppo_epochs=2, num_minibatches=3), []
     update = module.minibatch
 
-    def watched(rollout: Any, chosen: list[int], *rest: Any, **options: Any) -> dict[str, float]:
+    def watched(rollout: Any, chosen: list[int], *rest: Any, **options: Any) -> Any:
         seen.append(chosen)
         return update(rollout, chosen, *rest, **options)
 
@@ -71,8 +72,9 @@ def test_a_pass_sees_every_prompt_once() -> None:
 @quiet_lightning
 def test_grpo_compares_within_a_prompt_only() -> None:
     """Whitening over the batch would weigh a prompt by the lengths of its responses: 2 and 3 tokens here."""
-    module = attached(estimator="grpo", samples=2, kl_beta=0.0, missing_eos_penalty=0.0)
+    module = attached(estimator="grpo", num_generations=2, kl_beta=0.0, missing_eos_penalty=0.0)
     rollout = two_responses(module)
+    module.rewards(rollout)
     module.advantages(rollout)
     expected = torch.tensor([0.5**0.5, -(0.5**0.5)])[:, None] * rollout.mask  # deviation of 1 and -2 is 3 / sqrt 2
     torch.testing.assert_close(rollout.tokens["advantages"], expected, atol=1e-4, rtol=0)

@@ -20,10 +20,9 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_lightning import DPO
-from rlhf_lightning.data.datamodules import PromptBatch
 from rlhf_lightning.modules.ppo import PPO
 from rlhf_lightning.modules.schedules import schedule
-from rlhf_lightning.ops.groups import Group, pack
+from rlhf_lightning.ops.groups import Group, GroupList, pack
 from tests.conftest import quiet_lightning
 from tests.modules import bandit, offline
 
@@ -70,14 +69,14 @@ class Same(bandit.Prompts):
 
     def __init__(self, iterations: int, size: int) -> None:
         super().__init__(iterations, 1)
-        rows = [PROMPT] * size, [""] * size, [{}] * size, list(range(size))
-        self.template, self.batches = Endless(), [PromptBatch(*rows)] * iterations
+        rows = [Group(PROMPT, [], index=i, text="") for i in range(size)]
+        self.template, self.batches = Endless(), [GroupList(rows)] * iterations
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "ppo": {"estimator": "gae", "value_clip": None, "inner_epochs": 4, "max_grad_norm": 100.0},  # the critic lags
-    "rloo": {"estimator": "rloo", "samples": 8},
-    "grpo": {"estimator": "grpo", "samples": 64},
+    "ppo": {"estimator": "gae", "value_clip": None, "ppo_epochs": 4, "max_grad_norm": 100.0},  # the critic lags
+    "rloo": {"estimator": "rloo", "num_generations": 8},
+    "grpo": {"estimator": "grpo", "num_generations": 64},
 }
 
 
@@ -88,9 +87,9 @@ def test_sampled_methods_reach_the_optimum(method: str) -> None:
     options, iterations = OPTIONS[method], 150
     module = PPO(
         load, partial(torch.optim.Adam, lr=3e-3), partial(schedule, shape="cosine", final=0.01), reward=table, kl_beta=BETA,
-        max_new_tokens=3, missing_eos_penalty=0.0, microbatch_tokens=10**6, **{"inner_epochs": 2} | options,
+        max_new_tokens=3, missing_eos_penalty=0.0, microbatch_tokens=10**6, **{"ppo_epochs": 2} | options,
     )  # fmt: skip
-    bandit.fit(module, Same(iterations, 1024 // options.get("samples", 1)))
+    bandit.fit(module, Same(iterations, 1024 // options.get("num_generations", 1)))
     best, start = optimum(), distribution(load()).exp()
     found = distribution(module.policy.lm).exp()
     apart = 0.5 * (found - best).abs().sum().item()

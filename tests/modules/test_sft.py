@@ -14,7 +14,7 @@ from tests.conftest import quiet_lightning
 from tests.modules.offline import adam, demonstrations, fit, lm, response_logprob, sgd, start
 
 
-def test_loss_is_the_mean_over_counted_tokens() -> None:
+def test_loss_is_the_mean_over_loss_tokens() -> None:
     module = SFT(lm, sgd())
     module.configure_model()
     rows = [([1, 5, 6], [8, 9, 2], [True, True, True]), ([1, 7], [10, 11, 12, 2], [False, False, True, True])]

@@ -59,7 +59,7 @@ def test_rows_are_as_many_as_pad_least(tokens: list[int], row_tokens: int, shape
 
 
 def test_counted_flags_select_the_learned_tokens() -> None:
-    batch = pack([Group([1, 2], [[5, 6, 7, 8]], counted=[[True, False, False, True]])])
+    batch = pack([Group([1, 2], [[5, 6, 7, 8]], loss_mask=[[True, False, False, True]])])
     assert batch.targets.tolist() == [5, 8]
     assert batch.lengths.tolist() == [2]
     assert batch.input_ids.flatten()[batch.source].tolist() == [2, 7]
@@ -87,7 +87,7 @@ def test_padding_rows_of_the_mask_are_never_empty() -> None:
 
 def test_weights_default_to_the_mean_of_the_batch(groups: list[Group]) -> None:
     batch = pack(groups)
-    assert batch.per_token == pytest.approx(1 / sum(g.counted_tokens for g in groups))
+    assert batch.per_token == pytest.approx(1 / sum(g.loss_tokens for g in groups))
     assert batch.per_group == pytest.approx(1 / 3)
     moved = batch.to("cpu", dtype=torch.long)
     assert moved.per_token == batch.per_token

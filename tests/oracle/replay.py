@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from rlhf_lightning import PPO, PromptData
-from rlhf_lightning.generation.local import Samples
+from rlhf_lightning.generation.engine import Generations
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.modules.rollout import Rollout
 from tests.modules.offline import fit
@@ -56,20 +56,20 @@ class Recorded(PPO):
     curve: Curve
     kls: list[float]
 
-    def advantages(self, rollout: Rollout) -> dict[str, float]:
-        found = super().advantages(rollout)
+    def rewards(self, rollout: Rollout) -> dict[str, float]:
+        metrics = super().rewards(rollout)
         self.kls.append(rollout.tokens["kl"].sum().item() / rollout.mask.sum().item())
-        return found
+        return metrics
 
     def backward_part(self, loss: Any, last: bool) -> None:
         assert last  # one microbatch an update
         self.curve.losses.append(loss.item())
         super().backward_part(loss, last)
 
-    def minibatch(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        found = super().minibatch(*args, **kwargs)
-        self.curve.norms.append(found["optim/grad_norm"])
-        return found
+    def minibatch(self, *args: Any, **kwargs: Any) -> Any:
+        metrics, ratios = super().minibatch(*args, **kwargs)
+        self.curve.norms.append(metrics["optim/grad_norm"])
+        return metrics, ratios
 
 
 def our_run(folder: Path, script: Script, optimizer: Any, **options: Any) -> Recorded:
@@ -77,17 +77,19 @@ def our_run(folder: Path, script: Script, optimizer: Any, **options: Any) -> Rec
     drawn: list[list[int]] = []
 
     class Replay:
-        def __init__(self, *_: Any) -> None: ...
+        def start(self, *_: Any) -> None: ...
 
-        def __call__(self, prompts: Sequence[Sequence[int]], n: int, *_: Any) -> Samples:
+        def close(self) -> None: ...
+
+        def generate(self, prompts: Sequence[Sequence[int]], n: int, **_: Any) -> Generations:
             assert n == SAMPLES
             drawn[:] = script(prompts)
-            return Samples(list(drawn), [y[-1] == END for y in drawn])
+            return Generations(list(drawn), [y[-1] == END for y in drawn])
 
     data = PromptData(tokenizer(folder), [{"prompt": p} for p in PROMPTS], batch_size=len(PROMPTS), cache_dir=folder)
     settings: dict[str, Any] = {
-        "reward": lambda *_: [score(y) for y in drawn], "samples": SAMPLES, "missing_eos_penalty": 0.0,
-        "whiten_advantages": False, "max_grad_norm": 1e9, "sampler": Replay,
+        "reward": lambda *_: [score(y) for y in drawn], "num_generations": SAMPLES, "missing_eos_penalty": 0.0,
+        "whiten_advantages": False, "max_grad_norm": 1e9, "engine": Replay(),
     }  # fmt: skip
     module = Recorded(partial(load_causal_lm, start(folder)), optimizer, **(settings | options))
     module.curve, module.kls = Curve([], []), []

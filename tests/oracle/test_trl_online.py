@@ -37,7 +37,7 @@ PLAIN_K3 = {"beta": 0.1, "use_bias_correction_kl": False}
 @quiet_trl
 def test_grpo(tmp_path: Path, loss_type: str) -> None:
     """Both divide by the tokens of the step, which TRL calls "bnpo" for a batch and "dapo" for a step."""
-    ours = {"inner_epochs": 1, "temperature": 0.7, "kl_estimator": "k3", "kl_beta": 0.1}
+    ours = {"ppo_epochs": 1, "temperature": 0.7, "kl_estimator": "k3", "kl_beta": 0.1}
     theirs = {"loss_type": loss_type, "temperature": 0.7, **PLAIN_K3}
     module, _, curve = grpo(tmp_path, LENGTHS, ours, theirs)
     assert_same(module.curve, curve)
@@ -46,7 +46,7 @@ def test_grpo(tmp_path: Path, loss_type: str) -> None:
 @quiet_trl
 def test_grpo_with_clipping(tmp_path: Path) -> None:
     """Five updates from each of two rollouts."""
-    ours = {"inner_epochs": 5, "kl_estimator": "k3", "kl_beta": 0.1, "clip_low": 0.1, "clip_high": 0.15}
+    ours = {"ppo_epochs": 5, "kl_estimator": "k3", "kl_beta": 0.1, "clip_low": 0.1, "clip_high": 0.15}
     theirs = {"num_iterations": 5, "epsilon": 0.1, "epsilon_high": 0.15, **PLAIN_K3}
     module, trainer, curve = grpo(tmp_path, LENGTHS, ours, theirs)
     assert_same(module.curve, curve)
@@ -57,7 +57,7 @@ def test_grpo_with_clipping(tmp_path: Path) -> None:
 @quiet_trl
 def test_grpo_as_a_mean_over_responses(tmp_path: Path) -> None:
     """TRL's "grpo" averages within a response first, which favours short ones; at equal lengths it is our loss."""
-    ours = {"inner_epochs": 1, "kl_estimator": "k3", "kl_beta": 0.1}
+    ours = {"ppo_epochs": 1, "kl_estimator": "k3", "kl_beta": 0.1}
     module, _, curve = grpo(tmp_path, [(3, 3, 3)] * 4, ours, {"loss_type": "grpo", **PLAIN_K3})
     assert_same(module.curve, curve)
 
@@ -66,7 +66,7 @@ def test_grpo_as_a_mean_over_responses(tmp_path: Path) -> None:
 def test_grpo_with_the_kl_gradient_corrected(tmp_path: Path) -> None:
     """On policy, TRL's k3 times pi / pi_old has the value of k3 and the gradient of our k2."""
     module, trainer, curve = grpo(
-        tmp_path, LENGTHS, {"inner_epochs": 1, "kl_estimator": "k2", "kl_beta": 0.1}, {"beta": 0.1}
+        tmp_path, LENGTHS, {"ppo_epochs": 1, "kl_estimator": "k2", "kl_beta": 0.1}, {"beta": 0.1}
     )
     assert module.curve.norms == pytest.approx(curve.norms, rel=1e-5)
     k3 = [entry["kl"] for entry in trainer.state.log_history if "grad_norm" in entry]
@@ -91,7 +91,7 @@ def rloo(folder: Path, script: Any, ours: Any, theirs: Any, rate: float) -> Any:
 @quiet_trl
 def test_rloo_with_clipping(tmp_path: Path) -> None:
     """Responses of one token, because TRL clips the ratio of a response and we that of a token."""
-    module, trainer, curve = rloo(tmp_path, [(1, 1, 1)] * 4, {"inner_epochs": 5}, {"num_iterations": 5}, rate=0.5)
+    module, trainer, curve = rloo(tmp_path, [(1, 1, 1)] * 4, {"ppo_epochs": 5}, {"num_iterations": 5}, rate=0.5)
     assert_same(module.curve, curve)
     clipped = [entry["clip_ratio/region_mean"] for entry in trainer.state.log_history if "grad_norm" in entry]
     assert max(clipped) > 0.2
@@ -104,7 +104,7 @@ def test_rloo_with_clipping(tmp_path: Path) -> None:
 def test_rloo_on_policy(tmp_path: Path, ours: Any, theirs: Any) -> None:
     """TRL divides by responses and we by tokens: its gradient is ours times the mean length, and so is its rate."""
     length = sum(map(sum, LENGTHS)) / (SAMPLES * len(LENGTHS))
-    module, trainer, curve = rloo(tmp_path, LENGTHS, {"inner_epochs": 1, **ours}, theirs, rate=0.5 * length)
+    module, trainer, curve = rloo(tmp_path, LENGTHS, {"ppo_epochs": 1, **ours}, theirs, rate=0.5 * length)
     assert [length * norm for norm in module.curve.norms] == pytest.approx(curve.norms, rel=1e-5)
     for learned, expected in zip(module.policy.lm.parameters(), trainer.model.parameters(), strict=True):
         assert_close(learned, expected, rtol=1e-4, atol=1e-6)

@@ -67,7 +67,7 @@ def both(
         assert len(learned) < len(rows)  # packed
     else:
         for group, row in zip(our_tokens(data), learned, strict=True):
-            (response,), (counted,) = group.responses, group.counted
+            (response,), (counted,) = group.responses, group.loss_mask
             assert [*group.prompt, *response] == row["input_ids"]
             labels = [token if counts else -100 for token, counts in zip(response, counted, strict=True)]
             assert labels == row["labels"][len(group.prompt) :]

@@ -13,7 +13,9 @@ from transformers import AutoModelForSequenceClassification
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer
 from rlhf_lightning.models.tiny import build_tiny
-from rlhf_lightning.rewards.loading import FolderReward, exact_answer, load_reward, score
+from rlhf_lightning.rewards.checkers import exact_answer
+from rlhf_lightning.rewards.folder import FolderReward
+from rlhf_lightning.rewards.scoring import load_reward, score
 
 SOURCE = """
 def length(prompts, responses, metadata):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 
 from rlhf_lightning import DemonstrationData, PreferenceData, PromptData
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.evaluation.audit import report
 from rlhf_lightning.evaluation.audit.model import ModelChecks
-from rlhf_lightning.models.loading import load_tokenizer
+from rlhf_lightning.generation.local import LocalEngine
+from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
 from rlhf_lightning.models.tiny import build_tiny
-from rlhf_lightning.stages.audit import run_audit
 from tests.modules.offline import WORDS, demonstrations, preferences, start
 
 LOAD = {"dtype": "float32", "attn_implementation": "sdpa", "dropout": 0.0, "gradient_checkpointing": False}
@@ -28,14 +30,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def audit(tmp_path: Path, folder: str, make: Callable[..., Any], **changes: Any) -> dict[str, tuple[str, str]]:
     """Run the audit and return check -> (verdict, detail), whether it failed or not."""
-    load = LOAD | changes.pop("load", {})
-    settings = {
-        "seed": 0, "adapter": None, "reward_from": None, "model": {"load": load}, "trainer": {"accelerator": "cpu"},
-        "audit": {"rows": 12, "max_new_tokens": 8, "temperature": 0.7},
-    } | changes  # fmt: skip
+    load = LOAD | changes.get("load", {})
+    data, options = make(load_tokenizer(folder)), {"rows": 12, "max_new_tokens": 8} | changes.get("audit", {})
+
+    def model(count: int) -> ModelChecks:
+        return ModelChecks(
+            partial(load_causal_lm, folder, **load), changes.get("adapter"), data, count, LocalEngine(),
+            max_new_tokens=options["max_new_tokens"], temperature=0.7,
+        )  # fmt: skip
+
     message = None
     try:
-        run_audit(settings, tmp_path, folder, make)
+        report.audit(tmp_path, data, options["rows"], model, lambda: changes.get("reward_from"))
     except UserError as error:
         message = str(error)
     found = {row["check"]: (row["verdict"], row["detail"]) for row in json.loads((tmp_path / "audit.json").read_text())}
@@ -69,7 +75,7 @@ def test_a_healthy_run_passes(tmp_path: Path, folder: str, adapter: dict[str, in
     assert not failures(found), found
     assert len(found) == 18
     assert found["tokens are those of the chat template"] == ("ok", "12 conversations")
-    assert found["train: answers end with EOS"] == ("ok", "30 of 30 responses end with EOS")
+    assert found["train: responses end with EOS"] == ("ok", "30 of 30 responses end with EOS")
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"monitor": "failed", "failed": 0, "checks": 18}
 
 
@@ -120,8 +126,8 @@ def test_answers_that_are_all_cut_never_teach_to_stop(tmp_path: Path, folder: st
         for a, b in zip(WORDS[:8], WORDS[8:], strict=True)
     ]
     found = audit(tmp_path, folder, pairs(tmp_path, rows, max_length=prompt + 2))
-    assert failures(found) == {"train: answers end with EOS"}
-    assert "none of 16 responses ends with EOS" in found["train: answers end with EOS"][1]
+    assert failures(found) == {"train: responses end with EOS"}
+    assert "none of 16 responses ends with EOS" in found["train: responses end with EOS"][1]
 
 
 def test_held_out_rows_that_are_learned_are_named(tmp_path: Path, folder: str) -> None:
