@@ -199,15 +199,16 @@ class Plain(LightningModule):
 
 
 class Frames(Callback):
-    """Keeps what stands on the terminal after every batch and when training ends."""
+    """Keeps what stands on the terminal after every batch."""
 
     def __init__(self, bar: RunProgressBar) -> None:
         self.bar, self.frames = bar, []
 
-    def keep(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, *_: Any) -> None:
         self.frames.append(drawn(self.bar))
 
-    on_train_batch_end = on_validation_batch_end = keep
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self.frames.append(drawn(self.bar))
 
 
 def trained(
