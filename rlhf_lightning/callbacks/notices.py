@@ -72,4 +72,5 @@ def say(trainer: Trainer, text: str) -> None:
     """Print a line on the first rank and write it to the log file."""
     if trainer.is_global_zero:
         log.info("%s", text)  # the console shows warnings of the log; this line it has already
-        Console().print(text, style="yellow", soft_wrap=True, markup=False, highlight=False)
+        console = Console()  # made now, when a bar may stand in for the terminal
+        console.print(text, style="yellow", soft_wrap=not console.is_terminal, markup=False, highlight=False)

@@ -80,10 +80,11 @@ class Pace:
         """Return the time since the start and the time left, which is not known before the first update."""
         now = self.updated if self.ended else time.monotonic()
         text = f"{duration(now - self.began)} so far"
-        if self.total is None or self.done == self.first:
+        stopped = self.ended and self.done != self.total
+        if self.total is None or self.done == self.first or stopped:
             return text
         per_unit = (self.updated - self.began) / (self.done - self.first)
-        left = 0.0 if self.ended else per_unit * (self.total - self.done) - (now - self.updated)
+        left = per_unit * (self.total - self.done) - (now - self.updated)
         return f"{text}, {duration(max(left, 0.0))} left"
 
 

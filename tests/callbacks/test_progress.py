@@ -108,6 +108,18 @@ def test_updates_inside_a_batch_show_before_it_ends(clock: Any) -> None:
     assert "12/12 steps" in drawn(bar)[0]
 
 
+@pytest.mark.parametrize(("step", "times"), [(10, "0:08 so far, 0:00 left"), (6, "0:08 so far")])
+def test_nothing_is_left_of_a_run_that_has_ended(step: int, times: str, clock: Any) -> None:
+    stub = Stub()
+    bar = attached(stub)
+    pace: Any = bar.training
+    stub.global_step, clock.now = step, clock.now + 8
+    bar.on_train_end(stub, stub)
+    clock.now += 60  # of the last samples and validation
+    bar.training = pace
+    assert drawn(bar)[0].endswith(f"{step}/10 steps  {times}")
+
+
 def test_metrics_are_not_read_at_every_batch(clock: Any) -> None:
     stub = Stub(callback_metrics={"train/loss": 1.0})
     bar = attached(stub)
@@ -117,11 +129,8 @@ def test_metrics_are_not_read_at_every_batch(clock: Any) -> None:
         bar.on_train_batch_end(stub, stub, None, None, step)
         assert drawn(bar)[1] == f"train/loss {shown}"
     stub.callback_metrics = {"train/loss": 4.0}
-    bar.training.ended = False
-    pace = bar.training
     bar.on_train_end(stub, stub)
     assert bar.metrics == "train/loss 4"
-    assert pace.ended
 
 
 def test_a_validation_has_a_bar_while_it_lasts(clock: Any) -> None:
@@ -190,15 +199,16 @@ class Plain(LightningModule):
 
 
 class Frames(Callback):
-    """Keeps what stands on the terminal after every batch and when training ends."""
+    """Keeps what stands on the terminal after every batch."""
 
     def __init__(self, bar: RunProgressBar) -> None:
         self.bar, self.frames = bar, []
 
-    def keep(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, *_: Any) -> None:
         self.frames.append(drawn(self.bar))
 
-    on_train_batch_end = on_validation_batch_end = keep
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self.frames.append(drawn(self.bar))
 
 
 def trained(
