@@ -125,6 +125,7 @@ def step_flops(module: Any, batch: Any) -> float:
     A forward pass is 2 a weight and token (the head's for counted tokens only) and 4 D a pair of tokens and layer; the
     backward pass is two more, the reference one more.
     """
+    from rlhf_lightning.models.completion import unwrap
     from rlhf_lightning.ops.masking import group_attention_mask
 
     lm = unwrap(module.trained_model())

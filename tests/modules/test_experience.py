@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.generation.engine import Generations
 from rlhf_lightning.modules.ppo import PPO
 from rlhf_lightning.modules.rollout import Rollout
 from tests.conftest import quiet_lightning
