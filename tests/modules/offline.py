@@ -107,8 +107,10 @@ def assert_wilson(low: float, high: float, share: float, n: int) -> None:
         assert (p - share) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / n, rel=1e-5)
 
 
-def response_logprob(model: LlamaForCausalLM, prompt: list[int], response: list[int]) -> Tensor:
+def response_logprob(
+    model: LlamaForCausalLM, prompt: list[int], response: list[int], temperature: float = 1.0
+) -> Tensor:
     """Return log pi of each token of `response` after `prompt`, one plain forward pass."""
-    logprobs = model(torch.tensor([[*prompt, *response]])).logits[0].log_softmax(-1)
+    logprobs = (model(torch.tensor([[*prompt, *response]])).logits[0] / temperature).log_softmax(-1)
     places = range(len(prompt) - 1, len(prompt) + len(response) - 1)
     return torch.stack([logprobs[i, t] for i, t in zip(places, response, strict=True)])
