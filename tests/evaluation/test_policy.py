@@ -149,7 +149,7 @@ def test_reward_model_among_the_models_gets_its_accuracy(compared: tuple[Path, f
     metrics, _, _ = read(compared[0])
     low, share, high = (metrics[f"judge/accuracy{end}"] for end in ("_low", "", "_high"))
     assert 0.1 < low < share < high < 0.9  # a head of random weights
-    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(share * (1 - share) / ROWS), rel=0.2)
+    assert_wilson(low, high, share, n=ROWS)
     assert "judge/kl" not in metrics
 
 
