@@ -94,7 +94,7 @@ def test_every_held_out_number_by_hand(averaged: bool) -> None:
     """Two pairs and a prompt whose responses tie, which has no pair: the loss is over prompts, the rest is not."""
     tied = Group([1, 9], [[5, 2], [6, 6, 2]], ranks=[0, 0])
     module = build(beta=0.4, label_smoothing=0.1, sft_coef=0.5, length_normalized=averaged)
-    found = validate(module, [GROUPS[:1], [GROUPS[1], tied]])
+    logged = validate(module, [GROUPS[:1], [GROUPS[1], tied]])
     rewards = [[0.4 * x.item() for x in pair] for pair in ratios(averaged)]
     for y in tied.responses:
         x = response_logprob(moved(), [1, 9], list(y)) - response_logprob(lm(), [1, 9], list(y))
@@ -107,9 +107,9 @@ def test_every_held_out_number_by_hand(averaged: bool) -> None:
     losses = [math.log1p(math.exp(-gap)) + (1 - p) * gap for gap, p in zip(gaps, smoothed, strict=True)]
     right = sum(gap > 0 for gap in gaps)
     assert right == 1
-    assert_wilson(found.pop("val/accuracy_low"), found.pop("val/accuracy_high"), right / 2, n=2)
+    assert_wilson(logged.pop("val/accuracy_low"), logged.pop("val/accuracy_high"), right / 2, n=2)
     assert (
-        found
+        logged
         == pytest.approx(
             {
                 "val/loss": sum(losses) / 3,  # without the SFT term, so that runs compare

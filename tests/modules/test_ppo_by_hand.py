@@ -1,7 +1,7 @@
 """PPO, RLOO and GRPO once more: every number a run logs and every weight it leaves, from plain forward passes.
 
-The responses are made up, so that the same run can be computed twice: by the module, and by the few lines here in
-float64, response by response, without packing, padding or masks.
+The responses are made up, so that the same run can be computed twice: by the module, and here in float64, one response
+at a time, without packing, padding or masks.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 class Script:
-    """A sampler of made-up responses that keeps what it answered."""
+    """A sampler of made-up responses that keeps every rollout as (prompt, response) pairs."""
 
     def __init__(self) -> None:
         self.random = random.Random(5)
@@ -117,7 +117,7 @@ class ByHand:
 
     def read(self, pairs: list[tuple[list[int], list[int]]], lm: Any) -> list[list[Tensor]]:
         """Return log-probabilities, entropies and values of every response."""
-        found = []
+        columns = []
         for prompt, y in pairs:
             logprobs, entropy, hidden = self.tokens(lm, prompt, y, self.o["temperature"])
             values = torch.zeros(len(y)).double()
@@ -126,8 +126,8 @@ class ByHand:
                 values = self.critic.score(states)[0, len(prompt) - 1 : -1, 0]
             elif self.head is not None:
                 values = self.head(hidden)[:, 0]
-            found.append([logprobs, entropy, values])
-        return [list(column) for column in zip(*found, strict=True)]
+            columns.append([logprobs, entropy, values])
+        return [list(column) for column in zip(*columns, strict=True)]
 
     def shaped(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
         scores = [score(y) for _, y in pairs]
@@ -151,14 +151,14 @@ class ByHand:
                 flat = torch.cat(rewards)
                 rewards = list((whiten(flat) + flat.mean()).split(lengths))
             return torch.cat([self.gae(r, v) for r, v in zip(rewards, values, strict=True)])
-        n, totals, found = self.o["samples"], [r.sum() for r in rewards], []
+        n, totals, advantages = self.o["samples"], [r.sum() for r in rewards], []
         for i, total in enumerate(totals):
             prompt = torch.stack(totals[i // n * n : i // n * n + n])
             if self.o["estimator"] == "rloo":
-                found.append(total - (prompt.sum() - total) / (n - 1))
+                advantages.append(total - (prompt.sum() - total) / (n - 1))
             else:
-                found.append((total - prompt.mean()) / (prompt.std() + 1e-4))
-        return torch.cat([a.expand(length) for a, length in zip(found, lengths, strict=True)])
+                advantages.append((total - prompt.mean()) / (prompt.std() + 1e-4))
+        return torch.cat([a.expand(length) for a, length in zip(advantages, lengths, strict=True)])
 
     def iteration(self, pairs: list[tuple[list[int], list[int]]], updates: list[list[int]]) -> dict[str, float]:
         """Return the metrics of an iteration whose updates are made from the responses to the given prompts each."""
@@ -173,7 +173,7 @@ class ByHand:
         kl = sum(x.sum().item() for x in kls) / len(pairs)
         proxies = torch.tensor([score(y) for _, y in pairs]).double()
         self.episodes += len(pairs)
-        found = {
+        metrics = {
             "reward/proxy": proxies.mean().item(),
             "reward/proxy_std": proxies.std(correction=0).item(),
             "reward/total": sum(r.sum().item() for r in rewards) / len(pairs),
@@ -188,7 +188,7 @@ class ByHand:
         advantages, values = self.advantages(rewards, old_values), torch.cat(old_values)
         returns = advantages + values
         if o["estimator"] == "gae":
-            found["value/explained_variance"] = (1 - (returns - values).var() / returns.var()).item()
+            metrics["value/explained_variance"] = (1 - (returns - values).var() / returns.var()).item()
         if o["whiten_advantages"] and o["estimator"] != "grpo":
             advantages = whiten(advantages)
         lengths = [len(y) for _, y in pairs]
@@ -201,16 +201,16 @@ class ByHand:
             rows.append(row)
             ratios.append(ratio)
         self.updates += len(rows)
-        found |= {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        found |= {"ppo/updates": self.updates, "ppo/inner_epochs": o["inner_epochs"]}
-        found |= {
+        metrics |= {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        metrics |= {"ppo/updates": self.updates, "ppo/inner_epochs": o["inner_epochs"]}
+        metrics |= {
             "policy/ratio_min": torch.cat(ratios).min().item(),
             "policy/ratio_max": torch.cat(ratios).max().item(),
         }
         if o["kl_target"] is not None:
             error = min(max(kl / o["kl_target"] - 1, -0.2), 0.2)
             self.beta *= 1 + error * len(pairs) / o["kl_horizon"]
-        return found
+        return metrics
 
     def update(
         self, pairs: Any, old: Tensor, ref: Tensor, advantages: Tensor, old_values: Tensor, returns: Tensor
@@ -278,16 +278,16 @@ def test_a_run_by_hand(name: str) -> None:
     hand = ByHand(options)
     assert len(script.rollouts) == ITERATIONS + 1
     for row, pairs in zip(history.rows, script.rollouts[:-1], strict=True):
-        # the order of the prompts is drawn, so the one that was drawn is looked for
-        tries = [(made := copy.deepcopy(hand), made.iteration(pairs, order)) for order in orders(options)]
-        hand, expected = min(tries, key=lambda found: abs(found[1]["policy/loss"] - row["policy/loss"]))
+        # the order of the prompts is random: the one that explains the logged loss must explain everything else
+        attempts = [(made := copy.deepcopy(hand), made.iteration(pairs, order)) for order in orders(options)]
+        hand, expected = min(attempts, key=lambda attempt: abs(attempt[1]["policy/loss"] - row["policy/loss"]))
         logged = {metric: value for metric, value in row.items() if not metric.startswith("val/")}
         assert logged == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert 0 < history.rows[-1]["policy/clip_fraction"] < 1  # else neither end of the ratio's range was tried
     assert history.validation == pytest.approx(hand.validation(script.rollouts[-1]), rel=1e-4, abs=1e-5)
-    found = weights(module)
+    trained = weights(module)
     for part, made in (("policy.lm", hand.policy), ("policy.value_head", hand.head), ("critic.model", hand.critic)):
         for key, tensor in made.state_dict().items() if made is not None else ():
             torch.testing.assert_close(
-                found[f"{part}.{key}"].double(), tensor, atol=1e-5, rtol=1e-4, msg=f"{part}.{key}"
+                trained[f"{part}.{key}"].double(), tensor, atol=1e-5, rtol=1e-4, msg=f"{part}.{key}"
             )

@@ -78,13 +78,13 @@ def test_every_logged_number_by_hand() -> None:
         loss = -p * logsigmoid(gap - m) - (1 - p) * logsigmoid(-gap - m)
         losses.append(loss.item() if ranks != [0, 0] else 0.0)
         gaps += [gap.item()] if ranks != [0, 0] else []
-    # expected calibration error over ten bins: either order of a pair is a forecast
+    # expected calibration error over ten bins, each pair in both orders
     bins: dict[int, list[tuple[float, int]]] = {}
     for gap in gaps:
         chance = 1 / (1 + math.exp(-gap))
         for forecast, outcome in ((chance, 1), (1 - chance, 0)):
             bins.setdefault(int(forecast * 10), []).append((forecast, outcome))
-    errors = [abs(sum(forecast - outcome for forecast, outcome in held)) for held in bins.values()]
+    errors = [abs(sum(forecast - outcome for forecast, outcome in forecasts)) for forecasts in bins.values()]
     scores, right = (
         torch.tensor(best + rest).double(),
         sum(1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps),

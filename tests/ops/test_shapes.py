@@ -77,8 +77,8 @@ def test_no_function_is_left_out() -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes(name: str) -> None:
     arguments, expected = SHAPES[name]
-    found = FUNCTIONS[name](*arguments)
-    shapes = tuple(found.shape) if isinstance(found, Tensor) else [tuple(x.shape) for x in found]
+    result = FUNCTIONS[name](*arguments)
+    shapes = tuple(result.shape) if isinstance(result, Tensor) else [tuple(x.shape) for x in result]
     assert shapes == expected
 
 
@@ -91,6 +91,5 @@ def test_shapes_of_a_batch(layout: Any) -> None:
     shapes |= dict.fromkeys(("source", "targets", "sequence_ids"), (6,))
     shapes |= dict.fromkeys(("last", "lengths", "group_of", "ranks"), (3,))
     shapes |= dict.fromkeys(("margins", "labels", "index"), (2,))
-    found = {name: tuple(value.shape) for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    assert found == shapes
+    assert {name: tuple(x.shape) for name, x in vars(batch).items() if isinstance(x, Tensor)} == shapes
     assert (batch.groups, batch.sequences, batch.tokens) == (2, 3, 9 if layout == "packed" else 3 + 2 + 5)
