@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -20,10 +21,12 @@ from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.ops.groups import Group
+from rlhf_lightning.rewards.folder import FolderReward
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.stages import STAGES
 from rlhf_lightning.stages import evaluate as stage
 from rlhf_lightning.world import gold_reward, rows
+from tests.modules.offline import assert_wilson, response_logprob
 
 ROWS, SAMPLES = 64, 2
 
@@ -109,6 +112,25 @@ def test_figures_are_those_of_the_samples(compared: tuple[Path, float]) -> None:
     assert [row["prompt"] for row in samples["start"]] == [row["prompt"] for row in samples["moved"]]
 
 
+def test_intervals_take_the_responses_to_one_prompt_together(compared: tuple[Path, float]) -> None:
+    """Some prompts stand in several rows, so neither a response nor a row is independent of all others."""
+    metrics, samples, _ = read(compared[0])
+    for name, found in samples.items():
+        prompts = {row["prompt"] for row in found}
+        assert len(prompts) < ROWS
+        for metric in ("gold", "reward", "length", "kl", "correct", "padded", "ended_with_eos"):
+            mean, n = math.fsum(row[metric] for row in found) / len(found), len(found)
+            sums = [math.fsum(row[metric] - mean for row in found if row["prompt"] == prompt) for prompt in prompts]
+            variance = len(sums) / (len(sums) - 1) * math.fsum(x * x for x in sums) / n**2
+            low, high = metrics[f"{name}/{metric}_low"], metrics[f"{name}/{metric}_high"]
+            if metric not in stage.SHARES:
+                half = 1.959964 * math.sqrt(variance)
+                assert (low, high) == (pytest.approx(mean - half, abs=1e-9), pytest.approx(mean + half, abs=1e-9))
+            elif 0 < mean < 1:
+                ordinary = mean * (1 - mean) / (n - 1)
+                assert_wilson(low, high, mean, n / max(variance / ordinary, 1))
+
+
 def test_world_metrics_and_bookkeeping(compared: tuple[Path, float]) -> None:
     folder, returned = compared
     metrics, _, events = read(folder)
@@ -135,23 +157,21 @@ def test_reward_model_among_the_models_gets_its_accuracy(compared: tuple[Path, f
     metrics, _, _ = read(compared[0])
     low, share, high = (metrics[f"judge/accuracy{end}"] for end in ("_low", "", "_high"))
     assert 0.1 < low < share < high < 0.9  # a head of random weights
-    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(share * (1 - share) / ROWS), rel=0.2)
+    assert_wilson(low, high, share, n=ROWS)
     assert "judge/kl" not in metrics
 
 
-def test_kl_is_what_a_plain_forward_says(folders: dict[str, str]) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_kl_is_what_a_plain_forward_says(folders: dict[str, str], temperature: float) -> None:
+    """Both models are read at the temperature of sampling."""
     lm = load_causal_lm(folders["moved"]).eval()
     other = load_causal_lm(folders["start"]).eval()
     prompts, responses = [[1, 7, 9], [1, 30]], [[11, 12, 13], [14], [15, 2], [16, 17, 18, 2]]
     groups = [Group(prompt, responses[2 * i : 2 * i + 2]) for i, prompt in enumerate(prompts)]
-    found = sequence_kl(lm, other, groups, 1.0, "cpu")
+    found = sequence_kl(lm, other, groups, temperature, "cpu")
     for place, response in enumerate(responses):
-        prompt = prompts[place // 2]
-        ids, expected = torch.tensor([prompt + response]), 0.0
-        for model, sign in ((lm, 1), (other, -1)):
-            logprobs = model(ids).logits[0].log_softmax(-1)
-            expected += sign * sum(logprobs[len(prompt) - 1 + i, t].item() for i, t in enumerate(response))
-        assert found[place] == pytest.approx(expected, abs=1e-4)
+        expected = [response_logprob(model, prompts[place // 2], response, temperature).sum() for model in (lm, other)]
+        assert found[place] == pytest.approx((expected[0] - expected[1]).item(), abs=1e-4)
 
 
 def test_estimate_agrees_with_the_exact_divergence(folders: dict[str, str]) -> None:
@@ -211,6 +231,28 @@ def test_mistakes_are_named(folders: dict[str, str], tmp_path: Path) -> None:
     small = build_tiny(tmp_path / "small", texts, vocab_size=280, hidden_size=32, layers=1, heads=2)
     with pytest.raises(UserError, match="another vocabulary, so there is no KL"):
         evaluate(configured(tmp_path, evaluate__reference=small), tmp_path, folders["start"])
+
+
+def test_accuracy_is_over_the_pairs_of_rankings(folders: dict[str, str], tmp_path: Path) -> None:
+    """A ranking of three with a tie has two pairs, so a mean over prompts would be another number."""
+    ranked = [
+        {"prompt": "a", "responses": ["one", "two words", "three words long"], "ranking": [0, 1, 1]},
+        {"prompt": "b", "responses": ["one", "two words"], "ranking": [1, 0]},
+        {"prompt": "c", "responses": ["three words long", "one", "two words", "one two"], "ranking": [0, 1, 2, 3]},
+    ]
+    path = tmp_path / "rankings.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ranked))
+    settings = config.plain(configured(tmp_path, evaluate__preferences=str(path)))
+    found, pairs = stage.reward_accuracy(settings, folders["reward"])
+    score = FolderReward(folders["reward"])
+    right = []
+    for row in ranked:
+        values = score([row["prompt"]] * len(row["responses"]), row["responses"], [{}] * len(row["responses"])).tolist()
+        for (a, first), (b, second) in itertools.permutations(zip(row["ranking"], values, strict=True), 2):
+            right += [first > second] if a < b else []
+    assert pairs == len(right) == 2 + 1 + 6
+    assert 0 < sum(right) < 9
+    assert found["accuracy"][0] == pytest.approx(sum(right) / 9)
 
 
 def test_which_folders_are_reward_models(folders: dict[str, str]) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf_lightning.models.tiny import build_tiny
+from rlhf_lightning.ops.groups import Group, pack
 from tests.conftest import tiny_config
 
 WORDS = ["red", "green", "blue", "white", "black", "amber", "cyan", "olive"]
@@ -36,10 +40,10 @@ def start(folder: Path) -> str:
     return build_tiny(folder / "start", texts * 3, vocab_size=330, hidden_size=32, layers=2, heads=2)
 
 
-def lm() -> LlamaForCausalLM:
+def lm(**changes: object) -> LlamaForCausalLM:
     """Return the same random decoder every time, in float64."""
     torch.manual_seed(1)
-    return LlamaForCausalLM(tiny_config()).double()
+    return LlamaForCausalLM(tiny_config(**changes)).double()
 
 
 def classifier() -> LlamaForSequenceClassification:
@@ -71,8 +75,42 @@ def fit(module: LightningModule, data: LightningDataModule, steps: int, accumula
     return trainer
 
 
-def response_logprob(model: LlamaForCausalLM, prompt: list[int], response: list[int]) -> Tensor:
+class Batches(LightningDataModule):
+    """Lists of groups: each of `train` is a microbatch of one step, each of `val` a held-out batch."""
+
+    def __init__(self, train: Sequence[Sequence[Group]] = (), val: Sequence[Sequence[Group]] = ()) -> None:
+        super().__init__()
+        self.rows, self.steps_per_epoch = {}, 1
+        # weights that make a mean over the step of sums over microbatches, after Lightning's mean over microbatches
+        tokens = sum(group.counted_tokens for part in train for group in part)
+        weights = {"per_token": len(train) / max(tokens, 1), "per_group": len(train) / max(sum(map(len, train)), 1)}
+        self.train, self.val = [pack(part, **weights) for part in train], [pack(part) for part in val]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.train, batch_size=None)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.val, batch_size=None)  # type: ignore[arg-type]
+
+
+def validate(module: LightningModule, batches: Sequence[Sequence[Group]]) -> dict[str, float]:
+    """Return what a module logs on held-out batches, without training."""
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    (metrics,) = trainer.validate(module, Batches(val=batches), verbose=False)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def assert_wilson(low: float, high: float, share: float, n: int) -> None:
+    """Assert that both ends are Wilson's: the shares p that lie 1.96 of their own standard errors from `share`."""
+    assert low < share < high
+    for p in (low, high):
+        assert (p - share) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / n, rel=1e-5)
+
+
+def response_logprob(
+    model: LlamaForCausalLM, prompt: list[int], response: list[int], temperature: float = 1.0
+) -> Tensor:
     """Return log pi of each token of `response` after `prompt`, one plain forward pass."""
-    logprobs = model(torch.tensor([[*prompt, *response]])).logits[0].log_softmax(-1)
+    logprobs = (model(torch.tensor([[*prompt, *response]])).logits[0] / temperature).log_softmax(-1)
     places = range(len(prompt) - 1, len(prompt) + len(response) - 1)
     return torch.stack([logprobs[i, t] for i, t in zip(places, response, strict=True)])

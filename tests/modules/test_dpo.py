@@ -16,7 +16,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
 from rlhf_lightning.ops.groups import Group, pack
 from tests.conftest import quiet_lightning
-from tests.modules.offline import adam, fit, lm, preferences, response_logprob, sgd, start
+from tests.modules.offline import adam, assert_wilson, fit, lm, preferences, response_logprob, sgd, start, validate
 
 GROUPS = [
     Group([1, 5, 6], [[8, 9, 2], [10, 2]], label=0.9),
@@ -86,6 +86,53 @@ def test_losses_by_hand(options: dict[str, Any], averaged: bool) -> None:
         expected.append(term + options.get("sft_coef", 0.0) * nll)
     loss = build(beta=beta, **options).training_step(pack(GROUPS), 0)
     assert loss.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+@quiet_lightning
+def test_every_held_out_number_by_hand(averaged: bool) -> None:
+    """Two pairs and a prompt whose responses tie, which has no pair: the loss is over prompts, the rest is not."""
+    tied = Group([1, 9], [[5, 2], [6, 6, 2]], ranks=[0, 0])
+    module = build(beta=0.4, label_smoothing=0.1, sft_coef=0.5, length_normalized=averaged)
+    logged = validate(module, [GROUPS[:1], [GROUPS[1], tied]])
+    rewards = [[0.4 * x.item() for x in pair] for pair in ratios(averaged)]
+    for y in tied.responses:
+        x = response_logprob(moved(), [1, 9], list(y)) - response_logprob(lm(), [1, 9], list(y))
+        rewards.append([0.4 * (x.mean() if averaged else x.sum()).item()])
+    logprobs = [
+        [response_logprob(moved(), list(g.prompt), list(y)).sum().item() for y in g.responses] for g in (*GROUPS, tied)
+    ]
+    gaps = [chosen - rejected for chosen, rejected in rewards[:2]]
+    smoothed = [0.9 * group.label + 0.1 * (1 - group.label) for group in GROUPS]
+    losses = [math.log1p(math.exp(-gap)) + (1 - p) * gap for gap, p in zip(gaps, smoothed, strict=True)]
+    right = sum(gap > 0 for gap in gaps)
+    assert right == 1
+    assert_wilson(logged.pop("val/accuracy_low"), logged.pop("val/accuracy_high"), right / 2, n=2)
+    assert (
+        logged
+        == pytest.approx(
+            {
+                "val/loss": sum(losses) / 3,  # without the SFT term, so that runs compare
+                "val/accuracy": right / 2,
+                "val/margin": sum(gaps) / 2,
+                "val/chosen_reward": sum(pair[0] for pair in rewards) / 4,
+                "val/rejected_reward": sum(pair[1] for pair in rewards[:2]) / 2,
+                "val/chosen_logprob": (logprobs[0][0] + logprobs[1][0] + sum(logprobs[2])) / 4,
+                "val/rejected_logprob": (logprobs[0][1] + logprobs[1][1]) / 2,
+            },
+            rel=1e-5,
+        )
+    )
+
+
+def test_the_adapter_off_reference_is_read_in_evaluation_mode() -> None:
+    """A run with dropout is refused before its first update, so only a reference that is asked directly can tell."""
+    module = DPO(partial(lm, attention_dropout=0.5), sgd(), lora={"r": 2, "alpha": 4, "dropout": 0.5})
+    module.configure_model()
+    module.train()
+    expected = [response_logprob(lm(), list(g.prompt), list(y)).sum() for g in GROUPS for y in g.responses]
+    torch.testing.assert_close(module.reference_logprobs(pack(GROUPS)), torch.stack(expected), rtol=1e-6, atol=0)
+    assert module.policy.training  # and the policy learns as before
 
 
 def test_a_policy_that_is_its_reference_has_loss_log_two() -> None:

@@ -198,6 +198,16 @@ def test_target_kl_ends_the_ppo_epochs() -> None:
 
 
 @quiet_lightning
+def test_target_kl_is_compared_with_the_mean_over_the_minibatches_of_an_epoch() -> None:
+    """The first minibatch has no KL to the sampling policy yet, so the mean of two is half of the last one's."""
+    options: dict[str, Any] = {"minibatches": 2}
+    mean = fit(build(inner_epochs=1, **options), Prompts(1)).rows[0]["kl/old"]
+    for share, updates in ((0.9, 2), (1.5, 4)):
+        row = fit(build(inner_epochs=2, target_kl=share * mean, **options), Prompts(1)).rows[0]
+        assert row["ppo/updates"] == updates
+
+
+@quiet_lightning
 def test_rate_is_annealed_by_update() -> None:
     module = build(lr=1.0e-3, ppo_epochs=2, num_minibatches=2)
     module.make_schedule = partial(schedule, shape="linear", final=0.0)

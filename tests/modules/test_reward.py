@@ -16,7 +16,7 @@ from rlhf_lightning.models.folder import write_model
 from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer
 from rlhf_lightning.ops.groups import Group, pack
 from tests.conftest import quiet_lightning
-from tests.modules.offline import adam, classifier, fit, preferences, sgd, start
+from tests.modules.offline import Batches, adam, assert_wilson, classifier, fit, preferences, sgd, start
 
 
 def score(prompt: list[int], response: list[int]) -> torch.Tensor:
@@ -54,6 +54,57 @@ def test_rankings(loss: str) -> None:
         expected = sum(denominators) + denominators[1] - sum(scores[:3])
     found = module.training_step(pack([Group([1, 5], responses, ranks=ranks)]), 0)
     assert found.item() == pytest.approx(expected, rel=1e-6)
+
+
+@quiet_lightning
+def test_every_logged_number_by_hand() -> None:
+    """Five prompts in two batches, four of them with a pair: a prompt whose responses tie counts as a prompt only."""
+    parts = [
+        [Group([1, 5, 6], [[8, 9, 2], [10, 2]], margin=0.7), Group([1, 9], [[5, 2], [6, 2]], ranks=[0, 0])],
+        [
+            Group([1, 7], [[11, 2], [12, 13, 14, 2]], label=0.8),
+            Group([1, 8], [[15, 2], [15, 2]]),  # equal scores: half a point
+            Group([1, 11], [[16, 2], [17, 18, 2]], ranks=[1, 0]),
+        ],
+    ]
+    losses, gaps, best, rest = [], [], [], []
+    for group in (group for part in parts for group in part):
+        scores = [score(list(group.prompt), list(y)).item() for y in group.responses]
+        ranks = group.ranks or [0, 1]
+        best += [s for s, rank in zip(scores, ranks, strict=True) if rank == 0]
+        rest += [s for s, rank in zip(scores, ranks, strict=True) if rank == 1]
+        gap = torch.tensor((scores[0] - scores[1]) * (ranks[1] - ranks[0])).double()
+        m, p = group.margin, group.label
+        loss = -p * logsigmoid(gap - m) - (1 - p) * logsigmoid(-gap - m)
+        losses.append(loss.item() if ranks != [0, 0] else 0.0)
+        gaps += [gap.item()] if ranks != [0, 0] else []
+    # expected calibration error over ten bins, each pair in both orders
+    bins: dict[int, list[tuple[float, int]]] = {}
+    for gap in gaps:
+        chance = 1 / (1 + math.exp(-gap))
+        for forecast, outcome in ((chance, 1), (1 - chance, 0)):
+            bins.setdefault(int(forecast * 10), []).append((forecast, outcome))
+    errors = [abs(sum(forecast - outcome for forecast, outcome in forecasts)) for forecasts in bins.values()]
+    scores, right = (
+        torch.tensor(best + rest).double(),
+        sum(1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps),
+    )
+    assert 0 < right < 3.5
+    expected = {
+        "loss": sum(losses) / 5,
+        "accuracy": right / 4,
+        "margin": sum(gaps) / 4,
+        "chosen_score": sum(best) / 6,
+        "rejected_score": sum(rest) / 4,
+        "score_mean": scores.mean().item(),
+        "score_std": scores.std(correction=0).item(),
+    }
+    trainer = fit(RewardModel(classifier, sgd(lr=0.0)), Batches(parts, parts), 1, accumulate=2)
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert {k[6:]: v for k, v in logged.items() if k[:6] == "train/"} == pytest.approx(expected, rel=1e-5)
+    assert_wilson(logged.pop("val/accuracy_low"), logged.pop("val/accuracy_high"), right / 4, n=4)
+    expected["calibration_error"] = sum(errors) / 8
+    assert {k[4:]: v for k, v in logged.items() if k[:4] == "val/"} == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

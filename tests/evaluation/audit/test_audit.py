@@ -228,3 +228,19 @@ def test_notes_are_no_failures(tmp_path: Path, folder: str) -> None:
         "the best response is longer than the worst in 100%"
     )
     assert "correlation with length 1.00" in notes["rewards are numbers that differ"]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_is_said_of_length_is_so(tmp_path: Path, folder: str, sign: int) -> None:
+    """11 of 16 best responses are longer and 2 as long: 12 of 16, of which Wilson's interval is [0.505, 0.898]."""
+    sizes = [(2, 1)] * 11 + [(1, 1)] * 2 + [(1, 2)] * 3
+    rows = [
+        {"prompt": f"name {w}", "chosen": "!" * a, "rejected": "?" * b}  # a token each
+        for w, (a, b) in zip(WORDS, sizes, strict=True)
+    ]
+    found = audit(tmp_path, folder, pairs(tmp_path, rows), reward_from=lambda p, r, m: [sign * len(x) for x in r])
+    assert found["length does not tell which is chosen"] == (
+        "ok",
+        "the best response is longer than the worst in 75% [51%, 90%]",
+    )
+    assert found["rewards are numbers that differ"][1].endswith(f"correlation with length {sign}.00")
