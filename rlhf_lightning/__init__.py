@@ -3,29 +3,55 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf_lightning.data.datamodules import DemonstrationData, PreferenceData, PromptData
+    from rlhf_lightning.data.template import Template
+    from rlhf_lightning.generation.engine import Engine, Generations
+    from rlhf_lightning.generation.local import LocalEngine
+    from rlhf_lightning.modules.dpo import DPO
+    from rlhf_lightning.modules.ppo import PPO
+    from rlhf_lightning.modules.reward import RewardModel
+    from rlhf_lightning.modules.sft import SFT
+    from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList, pack
 
 __version__ = "0.1.0"
+__all__ = [
+    "DPO",
+    "PPO",
+    "SFT",
+    "DemonstrationData",
+    "Engine",
+    "Generations",
+    "Group",
+    "GroupBatch",
+    "GroupList",
+    "LocalEngine",
+    "PreferenceData",
+    "PromptData",
+    "RewardModel",
+    "Template",
+    "__version__",
+    "pack",
+]
 
-_HOME = {
-    "SFT": "modules.sft",
-    "RewardModel": "modules.reward",
-    "DPO": "modules.dpo",
-    "PPO": "modules.ppo",
-    "DemonstrationData": "data.datamodules",
-    "PreferenceData": "data.datamodules",
-    "PromptData": "data.datamodules",
-    "Group": "ops.groups",
-    "GroupBatch": "ops.groups",
-    "pack": "ops.groups",
-    "Template": "data.template",
-    "Sampler": "generation.local",
+_MODULES = {
+    "data.datamodules": ("DemonstrationData", "PreferenceData", "PromptData"),
+    "data.template": ("Template",),
+    "generation.engine": ("Engine", "Generations"),
+    "generation.local": ("LocalEngine",),
+    "modules.dpo": ("DPO",),
+    "modules.ppo": ("PPO",),
+    "modules.reward": ("RewardModel",),
+    "modules.sft": ("SFT",),
+    "ops.groups": ("Group", "GroupBatch", "GroupList", "pack"),
 }
-__all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use, so that `rlhf --help` does not import torch."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.policy import interval, sequence_kl
+from rlhf_lightning.evaluation.reward_model import evaluate_reward_model
 from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.tiny import build_tiny
@@ -242,8 +243,10 @@ def test_accuracy_is_over_the_pairs_of_rankings(folders: dict[str, str], tmp_pat
     ]
     path = tmp_path / "rankings.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ranked))
-    settings = config.plain(configured(tmp_path, evaluate__preferences=str(path)))
-    found, pairs = stage.reward_accuracy(settings, folders["reward"])
+    data = stage.preferences(
+        started(configured(tmp_path, evaluate__preferences=str(path)), tmp_path), folders["reward"]
+    )
+    found, pairs = evaluate_reward_model(load_scalar_model(folders["reward"], trained=True), data)
     score = FolderReward(folders["reward"])
     right = []
     for row in ranked:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from rlhf_lightning import DPO, PPO, SFT, DemonstrationData, PreferenceData, PromptData, RewardModel, Sampler
-from rlhf_lightning.data.planning import MicroBatch
+from rlhf_lightning import DPO, PPO, SFT, DemonstrationData, PreferenceData, PromptData, RewardModel
+from rlhf_lightning.generation.answers import answer
 from rlhf_lightning.models.folder import write_model
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.tiny import build_tiny
@@ -129,9 +129,11 @@ class SmallWorld:
             self.tokenizer, None, "world", max_length=128, cache_dir=self.folder / "cache", world={"val_rows": HELD_OUT}
         )
         data.setup()
-        batch = data.collate("val", MicroBatch(tuple(range(HELD_OUT)), None, None, step=0))
-        drawn = Sampler(lm, data.template.eos_ids, NEW_TOKENS)(batch.prompt_ids, 1, ("learning",))
-        return Answers(batch.metadata, batch.prompts, [data.template.decode(ids) for ids in drawn.responses])
+        engine = LocalEngine()
+        engine.start(lm, data.template.eos_ids)
+        prompts = [data.group("val", row) for row in range(HELD_OUT)]
+        answers = answer(engine, data.template, prompts, max_new_tokens=NEW_TOKENS, seed_parts=("learning",))
+        return Answers(answers.metadata, answers.prompts, answers.texts)
 
 
 cosine = partial(schedule, shape="cosine", warmup=0.05)

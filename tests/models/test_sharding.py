@@ -33,7 +33,7 @@ def measure(rank: int, folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rlhf_lightning.generation.local import Sampler
+    from rlhf_lightning.generation.local import LocalEngine
     from rlhf_lightning.models.completion import CompletionModel
     from rlhf_lightning.models.loading import decoder_layers
     from rlhf_lightning.models.sharding import shard
@@ -52,7 +52,9 @@ def measure(rank: int, folder: str) -> None:
     hook = middle.self_attn.register_forward_hook(lambda *_: inside.append(held()))
     # rank 1 has one prompt more, and no answer ends before it is as long as it may be
     prompts = [[1, 2, 3]] * (1 + rank)
-    Sampler(model.lm, [63], 6 + 4 * rank)(prompts, 2)
+    engine = LocalEngine()
+    engine.start(model.lm, [63])
+    engine.generate(prompts, 2, max_new_tokens=6 + 4 * rank)
     hook.remove()
     found |= {"inside": max(inside), "after": held()}
     Path(folder, f"{rank}.json").write_text(json.dumps(found))

@@ -82,7 +82,7 @@ class Batches(LightningDataModule):
         super().__init__()
         self.rows, self.steps_per_epoch = {}, 1
         # weights that make a mean over the step of sums over microbatches, after Lightning's mean over microbatches
-        tokens = sum(group.counted_tokens for part in train for group in part)
+        tokens = sum(group.loss_tokens for part in train for group in part)
         weights = {"per_token": len(train) / max(tokens, 1), "per_group": len(train) / max(sum(map(len, train)), 1)}
         self.train, self.val = [pack(part, **weights) for part in train], [pack(part) for part in val]
 

@@ -38,8 +38,8 @@ from tests.modules.bandit import (
     [
         {"estimator": "gae"},
         {"estimator": "gae", "load_critic": load_critic, "critic_lr": 1e-2, "num_minibatches": 2},
-        {"estimator": "rloo", "samples": 4, "ppo_epochs": 2},
-        {"estimator": "grpo", "samples": 4, "ppo_epochs": 2, "kl_in": "loss", "kl_estimator": "k3"},
+        {"estimator": "rloo", "num_generations": 4, "ppo_epochs": 2},
+        {"estimator": "grpo", "num_generations": 4, "ppo_epochs": 2, "kl_in": "loss", "kl_estimator": "k3"},
     ],
     ids=["value head", "critic", "rloo", "grpo"],
 )
@@ -200,10 +200,10 @@ def test_target_kl_ends_the_ppo_epochs() -> None:
 @quiet_lightning
 def test_target_kl_is_compared_with_the_mean_over_the_minibatches_of_an_epoch() -> None:
     """The first minibatch has no KL to the sampling policy yet, so the mean of two is half of the last one's."""
-    options: dict[str, Any] = {"minibatches": 2}
-    mean = fit(build(inner_epochs=1, **options), Prompts(1)).rows[0]["kl/old"]
+    options: dict[str, Any] = {"num_minibatches": 2}
+    mean = fit(build(ppo_epochs=1, **options), Prompts(1)).rows[0]["kl/old"]
     for share, updates in ((0.9, 2), (1.5, 4)):
-        row = fit(build(inner_epochs=2, target_kl=share * mean, **options), Prompts(1)).rows[0]
+        row = fit(build(ppo_epochs=2, target_kl=share * mean, **options), Prompts(1)).rows[0]
         assert row["ppo/updates"] == updates
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_lightning.generation.local import Samples
+from rlhf_lightning.generation.engine import Generations
 from rlhf_lightning.ops.groups import Group, pack
 from tests.conftest import quiet_lightning
 from tests.modules.bandit import Prompts, build, fit, load, load_critic, weights
@@ -26,7 +26,7 @@ from tests.modules.bandit import Prompts, build, fit, load, load_critic, weights
 SIZE, ITERATIONS, EOS, LR = 3, 2, 2, 0.5
 PTX = ([1, 4], [[9, 10, 11, EOS], [12, EOS]])
 COMMON: dict[str, Any] = {
-    "estimator": "gae", "load_critic": None, "critic_lr": None, "samples": 2, "inner_epochs": 2, "minibatches": 1,
+    "estimator": "gae", "load_critic": None, "critic_lr": None, "num_generations": 2, "ppo_epochs": 2, "num_minibatches": 1,
     "temperature": 0.7, "microbatch_tokens": 4096, "clip_low": 0.05, "clip_high": 0.1, "value_clip": 0.1, "gamma": 0.9,
     "lam": 0.8, "vf_coef": 0.3, "entropy_coef": 0.2, "ptx_coef": 0.0, "kl_beta": 0.1, "kl_target": None, "kl_horizon": 40,
     "kl_estimator": "k1", "kl_in": "reward", "whiten_advantages": True, "whiten_rewards": False, "reward_scale": False,
@@ -39,27 +39,28 @@ RUNS: dict[str, dict[str, Any]] = {
         "kl_estimator": "k3", "microbatch_tokens": 12,
     },
     "ppo without clipping of values": {"load_critic": load_critic, "value_clip": None, "temperature": 1.0},
-    "ppo in minibatches": {"minibatches": 2, "inner_epochs": 1},
-    "rloo": {"estimator": "rloo", "samples": 3, "kl_estimator": "k2", "ptx_coef": 2.0},
+    "ppo in minibatches": {"num_minibatches": 2, "ppo_epochs": 1},
+    "rloo": {"estimator": "rloo", "num_generations": 3, "kl_estimator": "k2", "ptx_coef": 2.0},
     "grpo, k2 in the loss": {"estimator": "grpo", "kl_in": "loss", "kl_estimator": "k2", "kl_target": 1e-4},
     "grpo, k3 in the loss": {"estimator": "grpo", "kl_in": "loss", "kl_estimator": "k3", "kl_beta": 0.5},
 }  # fmt: skip
 
 
 class Script:
-    """A sampler of made-up responses that keeps every rollout as (prompt, response) pairs."""
+    """An engine of made-up responses that keeps every rollout as (prompt, response) pairs."""
 
     def __init__(self) -> None:
         self.random = random.Random(5)
         self.rollouts: list[list[tuple[list[int], list[int]]]] = []
 
-    def __call__(self, *_: Any) -> Any:
-        return self.answer
+    def start(self, *_: Any) -> None: ...
 
-    def answer(self, prompts: Sequence[Sequence[int]], n: int, *_: Any) -> Samples:
+    def close(self) -> None: ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, **_: Any) -> Generations:
         responses = [self.response() for _ in range(n * len(prompts))]
         self.rollouts.append([(list(prompts[i // n]), y) for i, y in enumerate(responses)])
-        return Samples(responses, [y[-1] == EOS for y in responses])
+        return Generations(responses, [y[-1] == EOS for y in responses])
 
     def response(self) -> list[int]:
         ids = [self.random.randrange(3, 16) for _ in range(self.random.randint(1, 4))]
@@ -151,7 +152,7 @@ class ByHand:
                 flat = torch.cat(rewards)
                 rewards = list((whiten(flat) + flat.mean()).split(lengths))
             return torch.cat([self.gae(r, v) for r, v in zip(rewards, values, strict=True)])
-        n, totals, advantages = self.o["samples"], [r.sum() for r in rewards], []
+        n, totals, advantages = self.o["num_generations"], [r.sum() for r in rewards], []
         for i, total in enumerate(totals):
             prompt = torch.stack(totals[i // n * n : i // n * n + n])
             if self.o["estimator"] == "rloo":
@@ -195,14 +196,14 @@ class ByHand:
         columns = [old, ref, advantages.split(lengths), old_values, returns.split(lengths)]
         rows, ratios = [], []
         for chosen in updates:
-            responses = [i for i in range(len(pairs)) if i // o["samples"] in chosen]
+            responses = [i for i in range(len(pairs)) if i // o["num_generations"] in chosen]
             part = [torch.cat([column[i] for i in responses]) for column in columns]
             row, ratio = self.update([pairs[i] for i in responses], *part)
             rows.append(row)
             ratios.append(ratio)
         self.updates += len(rows)
         metrics |= {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        metrics |= {"ppo/updates": self.updates, "ppo/inner_epochs": o["inner_epochs"]}
+        metrics |= {"ppo/updates": self.updates, "ppo/epochs": o["ppo_epochs"]}
         metrics |= {
             "policy/ratio_min": torch.cat(ratios).min().item(),
             "policy/ratio_max": torch.cat(ratios).max().item(),
@@ -260,9 +261,9 @@ class ByHand:
 
 
 def orders(options: dict[str, Any]) -> list[list[list[int]]]:
-    """Return every choice of prompts for the updates of an iteration: two minibatches are two prompts and then one."""
-    epochs = options["inner_epochs"]
-    if options["minibatches"] == 1:
+    """Return every choice of prompts for the updates of an iteration: two num_minibatches are two prompts and then one."""
+    epochs = options["ppo_epochs"]
+    if options["num_minibatches"] == 1:
         return [[[*range(SIZE)]] * epochs]
     splits = [[[i for i in range(SIZE) if i != last], [last]] for last in range(SIZE)]
     return [[*itertools.chain(*chosen)] for chosen in itertools.product(splits, repeat=epochs)]
@@ -272,7 +273,7 @@ def orders(options: dict[str, Any]) -> list[list[list[int]]]:
 @quiet_lightning
 def test_a_run_by_hand(name: str) -> None:
     options, script = COMMON | RUNS[name], Script()
-    module = build(reward=by_ids, gold=by_length, sampler=script, **options)
+    module = build(reward=by_ids, gold=by_length, engine=script, **options)
     module.make_optimizer = partial(torch.optim.SGD, lr=LR)  # Adam would magnify rounding
     history = fit(module, Prompts(ITERATIONS, SIZE, pack([Group(*PTX)]) if options["ptx_coef"] else None, val=True))
     hand = ByHand(options)

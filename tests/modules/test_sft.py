@@ -33,7 +33,7 @@ def test_logged_losses_are_means_over_tokens_and_the_norm_is_that_of_the_step() 
     model = lm()
     loss = -torch.cat(
         [
-            response_logprob(model, list(group.prompt), list(group.responses[0]))[-2 if group.counted else None :]
+            response_logprob(model, list(group.prompt), list(group.responses[0]))[-2 if group.loss_mask else None :]
             for part in parts
             for group in part
         ]
