@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from rlhf_lightning import DPO, PPO, SFT, DemonstrationData, PreferenceData, PromptData, RewardModel
+from rlhf_lightning import DPO, PPO, SFT, DemonstrationData, LocalEngine, PreferenceData, PromptData, RewardModel
 from rlhf_lightning.generation.answers import answer
 from rlhf_lightning.models.folder import write_model
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer

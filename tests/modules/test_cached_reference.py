@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from transformers import LlamaForCausalLM
 
 from rlhf_lightning import PreferenceData
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.models.frozen import Frozen
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
-from rlhf_lightning.modules.cached_reference import attach_references
+from rlhf_lightning.modules.cached_reference import CachedReference
+from rlhf_lightning.ops.groups import pack
 from tests.modules.offline import preferences, response_logprob, start
 
 
@@ -25,11 +28,17 @@ def test_the_cache_belongs_to_the_weights_and_every_row_to_its_pair(tmp_path: Pa
         other.get_input_embeddings().weight.mul_(1.5)
     for model in (load_causal_lm(folder), other):
         assert isinstance(model, LlamaForCausalLM)
-        attach_references(Frozen(CompletionModel(model)), data)
-        for row in range(6):
-            group = data.group("train", row)
-            assert group.ref_logprobs is not None
-            for response, found in zip(group.responses, group.ref_logprobs, strict=True):
+        cached = CachedReference(Frozen(CompletionModel(model)), data, "packed")
+        groups = [data.group("train", row) for row in (4, 1, 2)]  # a batch in another order
+        logprobs = iter(cached(pack(groups), "train").tolist())
+        for group in groups:
+            for response in group.responses:
                 with torch.no_grad():
                     expected = response_logprob(model, list(group.prompt), list(response)).sum().item()
-                assert found == pytest.approx(expected, abs=1e-3)
+                assert next(logprobs) == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_loader_without_rows_cannot_be_cached(tmp_path: Path) -> None:
+    reference = Frozen(CompletionModel(load_causal_lm(start(tmp_path))))
+    with pytest.raises(UserError, match=r"dpo\.reference=cached reads the rows of a PreferenceData"):
+        CachedReference(reference, LightningDataModule(), "packed")
