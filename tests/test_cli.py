@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,27 +10,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_lightning.__main__ import normalize
+from tests.helpers.cli import SMALL, newest, rlhf
 
 pytestmark = pytest.mark.slow
-SMALL = ["model.build.hidden_size=32", "model.build.layers=1", "model.build.heads=2", "model.build.vocab_size=300"]
-
-
-def rlhf(folder: Path, *arguments: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
-    """Run the command in `folder` and check how it ended; None is any failure."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "RLHF_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "rlhf_lightning", *arguments], cwd=folder, env=env, text=True, capture_output=True
-    )
-    ended = done.returncode != 0 if code is None else done.returncode == code
-    assert ended, done.stdout[-2000:] + done.stderr[-3000:]
-    if code == 2:
-        assert "Traceback" not in done.stderr
-        assert done.stderr.startswith("rlhf: ") or done.stderr.startswith("usage: ")
-    return done
-
-
-def newest(folder: Path, stage: str) -> Path:
-    return max((folder / "outputs" / stage).glob("*/*"))
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_lightning.errors import UserError
 from rlhf_lightning import distributed
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.runtime import launch
-from tests.test_cli import SMALL, rlhf
+from tests.helpers.cli import SMALL, rlhf
 
 STEP = ["stage=sft", "data=demonstrations/jsonl", "data.train=rows.jsonl", "max_steps=2", "data.batch_size=8", *SMALL]
 TWO = ["trainer.devices=2", "strategy=ddp"]

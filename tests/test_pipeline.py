@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_cli import SMALL, rlhf
+from tests.helpers.cli import SMALL, rlhf
 
 pytestmark = pytest.mark.slow
 QUICK = ["pipeline=demo", "debug=fast", "pipeline.stages.evaluate.set.evaluate.rows=4", *SMALL]

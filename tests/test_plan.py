@@ -19,7 +19,7 @@ from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.ops.groups import Group, pack
 from rlhf_lightning.runtime import config
 from rlhf_lightning.runtime import memory as plan
-from tests.test_cli import rlhf
+from tests.helpers.cli import rlhf
 
 
 def settings(*overrides: str) -> dict[str, Any]:

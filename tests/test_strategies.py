@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.test_cli import SMALL, rlhf
+from tests.helpers.cli import SMALL, rlhf
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 TWO = ["strategy=ddp", "trainer.devices=2"]

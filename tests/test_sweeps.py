@@ -15,7 +15,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from rlhf_lightning.__main__ import sweep_id
 from rlhf_lightning.runtime import sweeps
-from tests.test_cli import SMALL, rlhf
+from tests.helpers.cli import SMALL, rlhf
 
 
 def made(folder: Path, betas: list[float], metrics: list[dict[str, float] | None]) -> list[sweeps.Trial]:

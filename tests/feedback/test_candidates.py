@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf_lightning.feedback.shards import merge, places
-from tests.test_cli import SMALL, newest, rlhf
+from tests.helpers.cli import SMALL, newest, rlhf
 
 slow = pytest.mark.slow
 REWARDS = """
