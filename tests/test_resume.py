@@ -17,7 +17,7 @@ from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, loa
 from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.modules.schedules import schedule
 from rlhf_lightning.world import gold_reward, rows
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 
 DATA = {"sft": DemonstrationData, "reward": PreferenceData, "dpo": PreferenceData, "ppo": PromptData}
 

@@ -181,6 +181,7 @@ def test_optuna_goes_on_after_a_failed_trial(rows: Path) -> None:
     assert [row["status"].partition(":")[0] for row in table(folder)] == ["failed", "done", "failed"]
 
 
+@pytest.mark.slow
 def test_a_grid_that_no_seed_fixes_is_refused(rows: Path) -> None:
     more = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "optimizer.lr=choice(1e-3,1e-2)"]
     done = rlhf(rows, "-m", "stage=sft", "data=demonstrations/jsonl", "data.train=rows.jsonl", *more, code=None)

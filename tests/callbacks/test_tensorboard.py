@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from rlhf_lightning import RewardModel
 from rlhf_lightning.callbacks.tensorboard import Samples, as_markdown, clean, judged_by, write_hparams
 from rlhf_lightning.ops.groups import Group
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 from tests.modules.offline import classifier, sgd
 
 

@@ -15,7 +15,7 @@ from rlhf_lightning.modules.schedules import schedule
 from rlhf_lightning.ops.groups import Group, pack
 from rlhf_lightning.ops.ranking import pairwise_ranking
 from rlhf_lightning.ops.seeding import generator
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 from tests.modules.offline import WORDS, adam, fit, start
 
 PLANTED = torch.tensor([1.2, 0.7, 0.2, -0.1, -0.6, -1.4], dtype=torch.float64)  # mean 0

@@ -17,7 +17,7 @@ from rlhf_lightning.data.datamodules import PromptBatch
 from rlhf_lightning.modules.ppo import PPO
 from rlhf_lightning.modules.rollout import Rollout
 from rlhf_lightning.ops.groups import Group, GroupBatch
-from tests.conftest import tiny_config
+from tests.helpers.models import tiny_config
 
 VOCAB, GOOD = 16, 7
 

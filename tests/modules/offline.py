@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf_lightning.models.tiny import build_tiny
-from tests.conftest import tiny_config
+from tests.helpers.models import tiny_config
 
 WORDS = ["red", "green", "blue", "white", "black", "amber", "cyan", "olive"]
 WORDS += ["pink", "teal", "brown", "grey", "lime", "navy", "ruby", "gold"]
