@@ -63,7 +63,7 @@ def app(cfg: DictConfig) -> float | list[float] | None:
 def run_stage(cfg: DictConfig) -> float | None:
     """Import what stages need, which takes seconds, and run the stage."""
     gc.disable()  # imports make a million objects that stay; looking through them again and again takes a second
-    from rlhf_lightning import run
+    from rlhf_lightning.stages import train as run
 
     gc.freeze()
     gc.enable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -21,6 +22,10 @@ from tests.helpers.models import tiny_config
 from tests.must_run import pytest_addoption, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
 
 SHARED = Path(os.environ.get("RLHF_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # the million objects of imported modules stay: no collection needs to look through them
 
 
 @pytest.fixture(autouse=True)

@@ -74,13 +74,13 @@ def run(stage: str, start: str, folder: Path, kill: int | None, accumulate: int,
     callbacks: list[Callback] = [StepCheckpoint(folder, every_n_steps=1), RandomState()]
     callbacks += [Kill(kill)] if kill is not None else []
     trainer = Trainer(
-        max_steps=10, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=callbacks,
+        max_steps=8, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=callbacks,
         enable_progress_bar=False, enable_model_summary=False, plugins=[AtomicCheckpointIO()],
         use_distributed_sampler=False, accumulate_grad_batches=accumulate,
     )  # fmt: skip
     last = folder / "last.ckpt"
     trainer.fit(module, data, ckpt_path=str(last) if resume else None)
-    assert trainer.global_step == 10
+    assert trainer.global_step == 8
     return module
 
 
