@@ -95,7 +95,7 @@ def reward_model(folder: Path, won: Tensor, times: int, seed: int) -> Tensor:
     return found - found.mean()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in (1, 2))])
 def test_error_falls_with_the_root_of_the_number(seed: int) -> None:
     """100 fits at each of four sizes: the slope is -1/2, and every error is the one the Fisher information predicts."""
     sizes = [20, 80, 320, 1280]

@@ -56,7 +56,7 @@ def test_rankings(loss: str) -> None:
     assert found.item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly)])
 @quiet_lightning
 def test_separable_pairs_are_ordered_and_the_export_says_the_same(tmp_path: Path, seed: int) -> None:
     folder = start(tmp_path)
