@@ -31,7 +31,7 @@ def test_sixteen_rows_are_memorised(tmp_path: Path, seed: int) -> None:
     rows = demonstrations(16)
     data = DemonstrationData(tokenizer, rows, rows, batch_size=16, seed=seed, cache_dir=tmp_path)
     module = SFT(lambda: load_causal_lm(folder), adam())
-    trainer = fit(module, data, 120)
+    trainer = fit(module, data, 60)
     assert trainer.callback_metrics["val/loss"] < 0.02
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "say teal"}], add_generation_prompt=True)
     ids = torch.tensor([ids["input_ids"]])
