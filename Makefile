@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := -n 2 --dist loadgroup -q --hypothesis-profile=ci
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup setup-test demo check test test-fast mutants bench clean
+.PHONY: help setup setup-test demo check test test-fast nightly mutants bench clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -32,11 +33,14 @@ check: $(VENV)/.test ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-test: $(VENV)/.test ## every tier this machine can run
-	$(BIN)/pytest -n 2 --dist worksteal -q --hypothesis-profile=ci --must-run slow,dist,oracle
+test: $(VENV)/.test ## every tier this machine can run, but nightly
+	$(BIN)/pytest $(PYTEST) -m "not nightly" --must-run slow,dist,oracle
 
 test-fast: $(VENV)/.test ## the unit tier only
-	$(BIN)/pytest -q -m "not slow and not dist and not oracle"
+	$(BIN)/pytest $(PYTEST) -m "not slow and not dist and not oracle and not nightly"
+
+nightly: $(VENV)/.test ## the slow variants that make test leaves out
+	$(BIN)/pytest $(PYTEST) -m nightly --must-run nightly
 
 mutants: $(VENV)/.test ## plant known RLHF mistakes one by one and show which test catches each
 	$(BIN)/python tests/mutants/check.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -13,13 +14,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: two worker
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from rlhf_lightning.models.loading import resolve_model
 from rlhf_lightning.ops.groups import Group
+from tests.helpers.models import tiny_config
 from tests.must_run import pytest_addoption, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
 
 SHARED = Path(os.environ.get("RLHF_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # the million objects of imported modules stay: no collection needs to look through them
 
 
 @pytest.fixture(autouse=True)
@@ -47,16 +53,6 @@ def _leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     os.environ.clear()
     os.environ.update(before)
     assert not leaked, f"the test left environment variables behind: {sorted(leaked)}"
-
-
-def tiny_config(**changes: object) -> LlamaConfig:
-    """Return the config of a Llama small enough for any test."""
-    values: dict[str, object] = {
-        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
-    }  # fmt: skip
-    return LlamaConfig(**(values | changes))  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -103,19 +99,3 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> str:
     shared = tmp_path_factory.getbasetemp()
     # the workers of one session convert it once
     return resolve_model("smollm2", shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared)
-
-
-def quiet_lightning(test: object) -> object:
-    """Mark a test in which Lightning's advice is not an error."""
-    for text in (
-        ".*does not have many workers.*",
-        ".*isinstance.treespec, LeafSpec.*",
-        ".*The '.*_dataloader' does not have.*",
-        ".*Trying to infer the `batch_size`.*",
-        ".*you skipped validation.*|.*You defined a `validation_step`.*",
-        ".*Checkpoint directory.*exists and is not empty.*",
-        ".*in eval mode at the start of training.*",
-        ".*is smaller than the logging interval.*",
-    ):
-        test = pytest.mark.filterwarnings(f"ignore:{text}")(test)  # type: ignore[arg-type]
-    return test

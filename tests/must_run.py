@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-TIERS = ("slow", "dist", "oracle")
+TIERS = ("slow", "dist", "oracle", "nightly")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,27 +10,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_lightning.__main__ import normalize
+from tests.helpers.cli import SMALL, newest, rlhf
 
-pytestmark = pytest.mark.slow
-SMALL = ["model.build.hidden_size=32", "model.build.layers=1", "model.build.heads=2", "model.build.vocab_size=300"]
-
-
-def rlhf(folder: Path, *arguments: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
-    """Run the command in `folder` and check how it ended; None is any failure."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "RLHF_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "rlhf_lightning", *arguments], cwd=folder, env=env, text=True, capture_output=True
-    )
-    ended = done.returncode != 0 if code is None else done.returncode == code
-    assert ended, done.stdout[-2000:] + done.stderr[-3000:]
-    if code == 2:
-        assert "Traceback" not in done.stderr
-        assert done.stderr.startswith("rlhf: ") or done.stderr.startswith("usage: ")
-    return done
-
-
-def newest(folder: Path, stage: str) -> Path:
-    return max((folder / "outputs" / stage).glob("*/*"))
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cli")]
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +208,24 @@ def test_mistakes_are_one_readable_line(name: str, pairs: Path, sft: str) -> Non
     done = rlhf(pairs, *arguments, *(small if arguments else []), code=2)
     assert expected in done.stderr, done.stderr
     assert len(done.stderr.splitlines()) <= 6, done.stderr
+
+
+def test_a_fork_of_the_tests_is_a_process_of_its_own(pairs: Path) -> None:
+    """What most tests run, a fork of a process that has imported everything, beside the command as users start it."""
+    command = ["stage=sft", "data=preferences/jsonl", "data.val=pairs.jsonl", "max_steps=2", *SMALL]
+    forks = {"fork": True, "interpreter": False}
+    for wrong, code in (([], 0), (["optimizer.lr=-1"], 2), (["max_steps=many"], 2)):
+        done = [
+            rlhf(pairs, *command, "data.train=pairs.jsonl", f"name={name}", *wrong, code=code, fork=fork)
+            for name, fork in forks.items()
+        ]
+        assert done[0].stderr == done[1].stderr
+        assert [len(text.stdout.splitlines()) for text in done] == [len(done[0].stdout.splitlines())] * 2
+    runs = [min((pairs / "outputs" / "sft" / name).iterdir()) for name in forks]
+    files = [{str(path.relative_to(run)) for path in run.rglob("*") if "events" not in path.name} for run in runs]
+    assert files[0] == files[1]
+    weights = [(run / "model" / "model.safetensors").read_bytes() for run in runs]
+    assert weights[0] == weights[1]
 
 
 def test_model_names_are_short_for_the_hub_option() -> None:

@@ -9,20 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.runtime import config
+from tests.helpers.compose import composed
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(str(f.relative_to(ROOT / "conf").with_suffix("")) for f in (ROOT / "conf").rglob("*.yaml"))
-
-
-def composed(*overrides: str) -> Any:
-    with initialize_config_module("rlhf_lightning.conf", version_base="1.3"):
-        return compose("rlhf", overrides=list(overrides))
 
 
 def choice(file: str) -> list[str]:

@@ -7,11 +7,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
 
 from rlhf_lightning.__main__ import normalize
 from rlhf_lightning.models.tiny import build_tiny
-from tests.conftest import quiet_lightning
+from tests.helpers.compose import composed
+from tests.helpers.lightning import quiet_lightning
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,5 +53,4 @@ def test_commands_compose(command: str) -> None:
     words = shlex.split(command.replace("<", "").replace(">", "").replace("...", ""))[1:]
     overrides = normalize([w for w in words if "=" in w and not w.startswith("hydra.")])
     overrides = [o if "," not in o else o.split(",")[0] for o in overrides]
-    with initialize_config_module("rlhf_lightning.conf", version_base="1.3"):
-        compose("rlhf", overrides=overrides)
+    composed(*overrides)

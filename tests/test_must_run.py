@@ -23,19 +23,30 @@ def test_ran():
 @pytest.mark.oracle
 def test_left_out():
     pytest.skip("there is no oracle here")
+
+@pytest.mark.nightly
+def test_variant():
+    pass
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("asked", "code", "workers"), [("slow", 0, []), ("slow,oracle", 1, []), ("dist", 1, ["-n", "1"])]
+    ("asked", "code", "more"),
+    [
+        ("slow", 0, []),
+        ("slow,oracle,nightly", 1, []),
+        ("dist", 1, ["-n", "1"]),
+        ("slow,nightly", 1, ["-m", "not nightly"]),
+    ],
 )
 def test_a_marker_without_a_passing_test_fails_the_session(
-    tmp_path: Path, asked: str, code: int, workers: list[str]
+    tmp_path: Path, asked: str, code: int, more: list[str]
 ) -> None:
     (tmp_path / "test_cases.py").write_text(CASES)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  slow: x\n  dist: x\n  oracle: x\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.must_run", f"--must-run={asked}", *workers]
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  slow: x\n  dist: x\n  oracle: x\n  nightly: x\n")
+    left_out = "not nightly" in more
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.must_run", f"--must-run={asked}", *more]
     done = subprocess.run(
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True
     )
@@ -44,9 +55,11 @@ def test_a_marker_without_a_passing_test_fails_the_session(
     assert "slow 1 passed" in done.stdout
     assert "oracle 0 passed" in done.stdout
     assert ("ERROR: no test marked" in done.stdout) == bool(code)
-    assert done.stdout.strip().splitlines()[-1].startswith("2 passed, 1 skipped")
+    assert f"nightly {int(not left_out)} passed" in done.stdout
+    assert done.stdout.strip().splitlines()[-1].startswith(f"{2 if left_out else 3} passed, 1 skipped")
 
 
 def test_make_test_asks_for_every_tier() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    assert "--must-run slow,dist,oracle" in makefile
+    assert '-m "not nightly" --must-run slow,dist,oracle\n' in makefile
+    assert "-m nightly --must-run nightly\n" in makefile

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from rlhf_lightning.errors import UserError
@@ -19,12 +18,12 @@ from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.ops.groups import Group, pack
 from rlhf_lightning.runtime import config
 from rlhf_lightning.runtime import memory as plan
-from tests.test_cli import rlhf
+from tests.helpers.cli import rlhf
+from tests.helpers.compose import composed
 
 
 def settings(*overrides: str) -> dict[str, Any]:
-    with initialize_config_module("rlhf_lightning.conf", version_base="1.3"):
-        cfg = compose("rlhf", overrides=["data.train=rows.jsonl", *overrides])
+    cfg = composed("data.train=rows.jsonl", *overrides)
     OmegaConf.update(cfg, "paths.outputs", "outputs")
     return config.plain(cfg)
 

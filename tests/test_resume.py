@@ -17,7 +17,7 @@ from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, loa
 from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.modules.schedules import schedule
 from rlhf_lightning.world import gold_reward, rows
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 
 DATA = {"sft": DemonstrationData, "reward": PreferenceData, "dpo": PreferenceData, "ppo": PromptData}
 
@@ -74,13 +74,13 @@ def run(stage: str, start: str, folder: Path, kill: int | None, accumulate: int,
     callbacks: list[Callback] = [StepCheckpoint(folder, every_n_steps=1), RandomState()]
     callbacks += [Kill(kill)] if kill is not None else []
     trainer = Trainer(
-        max_steps=10, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=callbacks,
+        max_steps=8, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=callbacks,
         enable_progress_bar=False, enable_model_summary=False, plugins=[AtomicCheckpointIO()],
         use_distributed_sampler=False, accumulate_grad_batches=accumulate,
     )  # fmt: skip
     last = folder / "last.ckpt"
     trainer.fit(module, data, ckpt_path=str(last) if resume else None)
-    assert trainer.global_step == 10
+    assert trainer.global_step == 8
     return module
 
 

@@ -9,7 +9,7 @@ from statistics import mean
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.test_cli import rlhf
+from tests.helpers.cli import rlhf
 
 pytestmark = pytest.mark.slow
 SENTIMENT = """

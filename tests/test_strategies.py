@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.test_cli import SMALL, rlhf
+from tests.helpers.cli import SMALL, environment, rlhf
 
-pytestmark = [pytest.mark.slow, pytest.mark.dist]
+pytestmark = [pytest.mark.slow, pytest.mark.dist, pytest.mark.xdist_group("strategies")]
 TWO = ["strategy=ddp", "trainer.devices=2"]
 STRATEGIES = ("ddp", "fsdp2", "tensor_parallel")
 STAGES = {
@@ -34,6 +34,7 @@ STAGES = {
     "grpo": ["grpo.max_new_tokens=6", "grpo.num_generations=2", "adapter=lora"],
 }
 ONLINE = ("ppo", "rloo", "grpo")
+PER_COMMIT = ("dpo", "ppo", "grpo")  # packed pairs, rollouts with a critic, groups with an adapter
 BROKEN = """
 import os, time
 from pathlib import Path
@@ -100,8 +101,12 @@ def alone(folder: Path) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize(
     ("stage", "strategy"),
-    # GRPO is tried with LoRA, which tensor parallelism refuses: the next test
-    [pair for pair in product(STAGES, STRATEGIES) if pair != ("grpo", "tensor_parallel")],
+    [
+        pytest.param(stage, strategy, marks=[] if stage in PER_COMMIT else pytest.mark.nightly)
+        for stage, strategy in product(STAGES, STRATEGIES)
+        # GRPO is tried with LoRA, which tensor parallelism refuses: the next test
+        if (stage, strategy) != ("grpo", "tensor_parallel")
+    ],
 )
 def test_two_ranks_learn_what_one_learns(stage: str, strategy: str, folder: Path, alone: Callable[[str], Path]) -> None:
     one, two = alone(stage), run(folder, stage, strategy, f"strategy={strategy}", "trainer.devices=2")
@@ -135,7 +140,7 @@ def test_what_cannot_work_says_why(folder: Path, more: list[str], message: str) 
     assert re.search(message, done.stderr), done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.nightly), "fsdp2"])
 def test_resume_on_as_many_ranks_is_exact_and_on_others_is_not(strategy: str, folder: Path) -> None:
     flat = ["schedule=constant", "schedule.warmup=0", "callbacks.checkpoint.every_n_steps=1"]
     two = [f"strategy={strategy}", "trainer.devices=2", *flat]
@@ -191,9 +196,9 @@ def test_layers_split_over_two_devices_and_sharded_over_two(folder: Path, alone:
 
 
 def test_a_run_goes_on_under_another_strategy(folder: Path) -> None:
-    flat = ["schedule=constant", "schedule.warmup=0", "callbacks.checkpoint.every_n_steps=1", "trainer.devices=2"]
-    whole = run(folder, "sft", "whole", *flat, "strategy=ddp")
-    expected = load_file(whole / "model" / "model.safetensors")
+    flat = ["schedule=constant", "schedule.warmup=0", "callbacks.checkpoint.every_n_steps=1"]
+    expected = load_file(run(folder, "sft", "whole", *flat) / "model" / "model.safetensors")
+    flat.append("trainer.devices=2")
     half = run(folder, "sft", "half", *flat, "strategy=fsdp2", "max_steps=2")
     split = run(folder, "sft", "split", *flat, "strategy=tensor_parallel", f"resume={half}", "max_steps=3")
     again = run(folder, "sft", "joined", *flat, "strategy=fsdp2", f"resume={split}")
@@ -201,7 +206,7 @@ def test_a_run_goes_on_under_another_strategy(folder: Path) -> None:
         torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=2e-5, msg=name)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.nightly)])
 def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(strategy: str, folder: Path) -> None:
     long = [
         "data=preferences/jsonl",
@@ -218,9 +223,12 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(strategy: str, folder: 
         f"strategy={strategy}",
         "trainer.devices=2",
     ]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "RLHF_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     child = subprocess.Popen(
-        [sys.executable, "-m", "rlhf_lightning", *command], cwd=folder, env=env, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "rlhf_lightning", *command],
+        cwd=folder,
+        env=environment(folder),
+        stderr=subprocess.PIPE,
+        text=True,
     )
     place = folder / "outputs" / "sft" / f"signal-{strategy}"
     deadline = time.monotonic() + 90

@@ -15,7 +15,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from rlhf_lightning.__main__ import sweep_id
 from rlhf_lightning.runtime import sweeps
-from tests.test_cli import SMALL, rlhf
+from tests.helpers.cli import SMALL, rlhf
 
 
 def made(folder: Path, betas: list[float], metrics: list[dict[str, float] | None]) -> list[sweeps.Trial]:
@@ -163,7 +163,7 @@ def test_two_trials_of_two_ranks(rows: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit_local", marks=pytest.mark.nightly)])
 def test_trials_by_other_launchers(rows: Path, launcher: str) -> None:
     beside = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else ["hydra.launcher.timeout_min=5"]
     _, folder = sweep(rows, launcher, "seed=0,1", f"hydra/launcher={launcher}", *beside)
@@ -175,12 +175,13 @@ def test_trials_by_other_launchers(rows: Path, launcher: str) -> None:
 def test_optuna_goes_on_after_a_failed_trial(rows: Path) -> None:
     _, folder = sweep(
         rows, "random", "hydra/sweeper=optuna", "hydra/sweeper/sampler=random", "hydra.sweeper.sampler.seed=0",
-        "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1", "hydra.sweeper.max_failure_rate=1.0",
+        "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1", "hydra.sweeper.max_failure_rate=1.0",
         "hydra.sweeper.direction=minimize", "optimizer.lr=choice(1e-3,1e30)",
     )  # fmt: skip
-    assert [row["status"].partition(":")[0] for row in table(folder)] == ["failed", "done", "failed"]
+    assert [row["status"].partition(":")[0] for row in table(folder)] == ["failed", "done"]
 
 
+@pytest.mark.slow
 def test_a_grid_that_no_seed_fixes_is_refused(rows: Path) -> None:
     more = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "optimizer.lr=choice(1e-3,1e-2)"]
     done = rlhf(rows, "-m", "stage=sft", "data=demonstrations/jsonl", "data.train=rows.jsonl", *more, code=None)
@@ -214,7 +215,7 @@ def records(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_beta_sweep_measures_the_frontier(tmp_path: Path) -> None:
-    rlhf(tmp_path, "stage=sft", "data=world", "debug=fast", "name=start", *SMALL)
+    rlhf(tmp_path, "stage=sft", "data=world", "data.world.rows=200", "debug=fast", "name=start", *SMALL)
     start = next((tmp_path / "outputs" / "sft" / "start").iterdir()) / "model"
     given = ["debug=fast", "pipeline.stages.evaluate.set.evaluate.rows=4", "+pipeline.stages.dpo.set.dpo.beta=0.1,0.5"]
     done = rlhf(tmp_path, "-m", "sweep=dpo_beta", f"init_from={start}", *given)

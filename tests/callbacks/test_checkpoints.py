@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from rlhf_lightning.callbacks.checkpoints import AtomicCheckpointIO, RandomState, StepCheckpoint
 from rlhf_lightning.callbacks.stop import Stop
 from rlhf_lightning.errors import UserError
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 
 
 class Dropped(LightningModule):

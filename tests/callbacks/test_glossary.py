@@ -21,7 +21,7 @@ from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, loa
 from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.modules.schedules import schedule
 from rlhf_lightning.world import gold_reward, measures, rows
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 DATA = {"sft": DemonstrationData, "reward": PreferenceData, "dpo": PreferenceData, "ppo": PromptData}

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from rlhf_lightning.callbacks.notices import Notices
 from tests.callbacks.test_progress import Endless, Plain
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 from tests.modules import bandit
 
 

@@ -24,7 +24,7 @@ from rlhf_lightning.callbacks.progress import (
     planned_updates,
     progress_bar,
 )
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 from tests.modules.bandit import Prompts, build
 
 

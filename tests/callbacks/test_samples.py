@@ -20,7 +20,7 @@ from rlhf_lightning.callbacks.samples import Samples, as_markdown, clean
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.modules.base import StageModule
 from rlhf_lightning.ops.groups import Group
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 from tests.modules import bandit
 from tests.modules.offline import classifier, sgd
 

@@ -14,7 +14,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from torch import Tensor, nn
 
 from rlhf_lightning.callbacks.tensorboard import judged_by, write_hparams
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 
 
 class Small(LightningModule):

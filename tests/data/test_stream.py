@@ -17,8 +17,8 @@ from rlhf_lightning.data.sources import Source, read_source
 from rlhf_lightning.data.stream import Windows
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.loading import load_tokenizer
+from tests.helpers.cli import SMALL, newest, rlhf
 from tests.modules.offline import start
-from tests.test_cli import SMALL, newest, rlhf
 
 
 @pytest.fixture(scope="module")

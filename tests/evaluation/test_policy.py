@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, open_dict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -27,6 +25,7 @@ from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.stages import STAGES
 from rlhf_lightning.stages import evaluate as stage
 from rlhf_lightning.world import gold_reward, rows
+from tests.helpers.compose import composed
 from tests.modules.offline import assert_wilson, response_logprob
 
 ROWS, SAMPLES = 64, 2
@@ -59,12 +58,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def configured(folder: Path, **changes: Any) -> DictConfig:
     """Compose the stage as the command line would, with `changes` by dotted key."""
-    GlobalHydra.instance().clear()
-    with initialize_config_module("rlhf_lightning.conf", version_base="1.3"):
-        cfg = compose("rlhf", overrides=[
-            "stage=evaluate", "data=world", f"data.world.val_rows={ROWS}", f"paths.cache={folder / 'cache'}",
-            f"evaluate.num_generations={SAMPLES}", "evaluate.max_new_tokens=6", "gold_from=world", f"paths.run={folder}",
-        ])  # fmt: skip
+    cfg = composed(
+        "stage=evaluate", "data=world", f"data.world.val_rows={ROWS}", f"paths.cache={folder / 'cache'}",
+        f"evaluate.num_generations={SAMPLES}", "evaluate.max_new_tokens=6", "gold_from=world", f"paths.run={folder}",
+    )  # fmt: skip
     with open_dict(cfg):
         for key, value in changes.items():
             node, _, name = key.rpartition("__")

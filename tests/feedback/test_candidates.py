@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from rlhf_lightning.feedback.shards import merge, places
-from tests.test_cli import SMALL, newest, rlhf
+from tests.helpers.cli import SMALL, newest, rlhf
 
+pytestmark = pytest.mark.xdist_group("candidates")
 slow = pytest.mark.slow
 REWARDS = """
 import os, signal
@@ -109,7 +110,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(folder: Path, alone
 
 @slow
 @pytest.mark.dist
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "tensor_parallel"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.nightly), "tensor_parallel"])
 def test_two_devices_write_the_file_of_one(strategy: str, folder: Path, alone: Path) -> None:
     # 18 prompts in batches of 4 are five batches: one rank of ddp and fsdp2 has one less, and keeps the other company
     assert read(candidates(folder, strategy, f"strategy={strategy}", "trainer.devices=2")) == read(alone)

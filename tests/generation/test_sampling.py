@@ -17,7 +17,7 @@ from rlhf_lightning.generation.engine import Generations
 from rlhf_lightning.generation.local import LocalEngine, invert
 from rlhf_lightning.models.adapters import add_lora, merge_lora
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
-from tests.conftest import tiny_config
+from tests.helpers.models import tiny_config
 
 EOS = {2}
 PROMPTS = [[1, 5, 6, 7, 8, 9, 10], [1], [1, 20, 21], [1, 30], [1, 40, 41, 42, 43]]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from rlhf_lightning.rewards.scoring import load_reward
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 from tests.learning.small_world import SmallWorld
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("small world")]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly)])
 @quiet_lightning
 def test_proxy_up_and_gold_down_without_a_kl_penalty(small: SmallWorld, seed: int) -> None:
     """The proxy is a reward model from 512 fair preferences: right about the SFT model's answers, not far from them.

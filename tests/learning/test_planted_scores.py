@@ -15,7 +15,7 @@ from rlhf_lightning.modules.schedules import schedule
 from rlhf_lightning.ops.groups import Group, pack
 from rlhf_lightning.ops.ranking import pairwise_ranking
 from rlhf_lightning.ops.seeding import generator
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 from tests.modules.offline import WORDS, adam, fit, start
 
 PLANTED = torch.tensor([1.2, 0.7, 0.2, -0.1, -0.6, -1.4], dtype=torch.float64)  # mean 0
@@ -95,7 +95,7 @@ def reward_model(folder: Path, won: Tensor, times: int, seed: int) -> Tensor:
     return found - found.mean()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in (1, 2))])
 def test_error_falls_with_the_root_of_the_number(seed: int) -> None:
     """100 fits at each of four sizes: the slope is -1/2, and every error is the one the Fisher information predicts."""
     sizes = [20, 80, 320, 1280]
@@ -108,7 +108,7 @@ def test_error_falls_with_the_root_of_the_number(seed: int) -> None:
         assert 0.88 < error / best < 1.12
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_wald_intervals_cover(seed: int) -> None:
     """95% intervals from the observed information hold the planted score in 93 to 97% of 1,000 fits."""
     found, spread = fits(1000, 40, "coverage", seed)

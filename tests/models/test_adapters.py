@@ -18,7 +18,7 @@ from transformers import (
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.adapters import adapter_off, add_lora, merge_lora
-from tests.conftest import tiny_config
+from tests.helpers.models import tiny_config
 
 IDS = torch.tensor([[1, 5, 6, 7, 8], [1, 9, 10, 11, 2]])
 

@@ -17,7 +17,7 @@ from rlhf_lightning.models.completion import CompletionModel, choose_layout, hid
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.ops.groups import Group, pack
 from rlhf_lightning.ops.masking import group_attention_mask
-from tests.conftest import tiny_config
+from tests.helpers.models import tiny_config
 
 tokens = st.lists(st.integers(3, 63), min_size=1, max_size=5)
 some_groups = st.lists(st.builds(Group, tokens, st.lists(tokens, min_size=1, max_size=4)), min_size=1, max_size=5)

@@ -23,7 +23,7 @@ from transformers import (
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.completion import CompletionModel, ScalarModel, choose_layout
 from rlhf_lightning.ops.groups import Group, pack
-from tests.conftest import tiny_config
+from tests.helpers.models import tiny_config
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from rlhf_lightning.modules.ppo import PPO
 from rlhf_lightning.modules.rollout import Rollout
 from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList
-from tests.conftest import tiny_config
+from tests.helpers.models import tiny_config
 
 VOCAB, GOOD = 16, 7
 

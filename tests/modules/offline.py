@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.ops.groups import Group, pack
-from tests.conftest import tiny_config
+from tests.helpers.models import tiny_config
 
 WORDS = ["red", "green", "blue", "white", "black", "amber", "cyan", "olive"]
 WORDS += ["pink", "teal", "brown", "grey", "lime", "navy", "ruby", "gold"]

@@ -16,7 +16,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.modules.base import decay_groups
 from rlhf_lightning.ops.groups import Group, pack
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 from tests.modules.offline import demonstrations, fit, lm, sgd, start
 
 

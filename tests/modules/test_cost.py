@@ -15,7 +15,7 @@ from rlhf_lightning import DPO, SFT, DemonstrationData, PreferenceData, RewardMo
 from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.modules.rollout import Rollout
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 from tests.modules import bandit
 from tests.modules.offline import WORDS, fit, sgd, start
 

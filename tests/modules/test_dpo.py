@@ -15,7 +15,7 @@ from rlhf_lightning import DPO, PreferenceData
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
 from rlhf_lightning.ops.groups import Group, pack
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 from tests.modules.offline import adam, assert_wilson, fit, lm, preferences, response_logprob, sgd, start, validate
 
 GROUPS = [
@@ -175,7 +175,7 @@ def test_preferences_are_learned(tmp_path: Path, options: dict[str, Any]) -> Non
     rows = preferences(48)
     data = PreferenceData(load_tokenizer(folder), rows[:32], rows[32:], batch_size=16, cache_dir=tmp_path)
     module = DPO(partial(load_causal_lm, folder), adam(3e-3), **options)
-    metrics = fit(module, data, 40).callback_metrics
+    metrics = fit(module, data, 20).callback_metrics
     assert metrics["val/accuracy"] == 1.0
     assert metrics["val/margin"] > 0.1
     assert metrics["val/chosen_reward"] > metrics["val/rejected_reward"]

@@ -14,7 +14,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Generations
 from rlhf_lightning.modules.ppo import PPO
 from rlhf_lightning.modules.rollout import Rollout
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 from tests.modules.bandit import (
     Prompts,
     attached,

@@ -16,7 +16,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
 from rlhf_lightning.modules.invariants import apart, is_exact
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 from tests.modules import bandit
 from tests.modules.offline import adam, demonstrations, fit, lm, preferences, sgd, start
 

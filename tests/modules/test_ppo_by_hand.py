@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlhf_lightning.generation.engine import Generations
 from rlhf_lightning.ops.groups import Group, pack
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 from tests.modules.bandit import Prompts, build, fit, load, load_critic, weights
 
 SIZE, ITERATIONS, EOS, LR = 3, 2, 2, 0.5
@@ -39,7 +39,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "kl_estimator": "k3", "microbatch_tokens": 12,
     },
     "ppo without clipping of values": {"load_critic": load_critic, "value_clip": None, "temperature": 1.0},
-    "ppo in minibatches": {"num_minibatches": 2, "ppo_epochs": 1},
+    "ppo in num_minibatches": {"num_minibatches": 2, "ppo_epochs": 1},
     "rloo": {"estimator": "rloo", "num_generations": 3, "kl_estimator": "k2", "ptx_coef": 2.0},
     "grpo, k2 in the loss": {"estimator": "grpo", "kl_in": "loss", "kl_estimator": "k2", "kl_target": 1e-4},
     "grpo, k3 in the loss": {"estimator": "grpo", "kl_in": "loss", "kl_estimator": "k3", "kl_beta": 0.5},

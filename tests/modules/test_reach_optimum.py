@@ -23,7 +23,7 @@ from rlhf_lightning import DPO
 from rlhf_lightning.modules.ppo import PPO
 from rlhf_lightning.modules.schedules import schedule
 from rlhf_lightning.ops.groups import Group, GroupList, pack
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 from tests.modules import bandit, offline
 
 BETA, PROMPT = 0.5, [0]
@@ -81,7 +81,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize("method", ["ppo", pytest.param("rloo", marks=pytest.mark.nightly), "grpo"])
 @quiet_lightning
 def test_sampled_methods_reach_the_optimum(method: str) -> None:
     options, iterations = OPTIONS[method], 150

@@ -15,7 +15,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.folder import write_model
 from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer
 from rlhf_lightning.ops.groups import Group, pack
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 from tests.modules.offline import Batches, adam, assert_wilson, classifier, fit, preferences, sgd, start
 
 

@@ -10,7 +10,7 @@ import torch
 from rlhf_lightning import SFT, DemonstrationData
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
 from rlhf_lightning.ops.groups import Group, pack
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 from tests.modules.offline import Batches, adam, demonstrations, fit, lm, response_logprob, sgd, start
 
 
@@ -54,7 +54,7 @@ def test_sixteen_rows_are_memorised(tmp_path: Path, seed: int) -> None:
     rows = demonstrations(16)
     data = DemonstrationData(tokenizer, rows, rows, batch_size=16, seed=seed, cache_dir=tmp_path)
     module = SFT(lambda: load_causal_lm(folder), adam())
-    trainer = fit(module, data, 120)
+    trainer = fit(module, data, 60)
     assert trainer.callback_metrics["val/loss"] < 0.02
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "say teal"}], add_generation_prompt=True)
     ids = torch.tensor([ids["input_ids"]])

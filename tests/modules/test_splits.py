@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_lightning import DPO, SFT, DemonstrationData, PreferenceData, RewardModel
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 from tests.modules.bandit import KeepWeights
 from tests.modules.offline import fit, sgd, start
 

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.models.tiny import build_tiny
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 from tests.modules.offline import WORDS, fit
 
 STEPS, BATCH, RATE, DECAY = 10, 4, 3e-3, 0.1

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rlhf_lightning import PreferenceData, RewardModel
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 from tests.oracle.side_by_side import (
     BATCH,
     arguments,

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_lightning import SFT, DemonstrationData
 from rlhf_lightning.models.loading import load_causal_lm
-from tests.conftest import quiet_lightning
+from tests.helpers.lightning import quiet_lightning
 from tests.oracle.side_by_side import (
     BATCH,
     Curve,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ def row_of(family: str, **wanted: Any) -> tuple[Prompt, dict[str, Any]]:
     return found, found.row(0)
 
 
+@cache
 def pairs(n: int = 1500, **labeller: Any) -> list[dict[str, Any]]:
     return list(rows("preferences", n, seed=1, labeller=labeller))
 
