@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,18 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.runtime import config
+from rlhf_lightning.runtime.explain import RENAMED, explain
+from rlhf_lightning.runtime.instantiate import ALLOWED, instantiate, targets
+from rlhf_lightning.runtime.settings import groups
+from rlhf_lightning.stages import STAGES
 from tests.helpers.compose import composed
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(str(f.relative_to(ROOT / "conf").with_suffix("")) for f in (ROOT / "conf").rglob("*.yaml"))
+FILES = sorted(
+    str(f.relative_to(ROOT / "conf").with_suffix(""))
+    for f in (ROOT / "conf").rglob("*.yaml")
+    if not f.name.startswith("_")  # parts of other files
+)
 
 
 def choice(file: str) -> list[str]:
@@ -29,25 +35,24 @@ def choice(file: str) -> list[str]:
 def test_every_file_composes_and_binds(file: str) -> None:
     stage = [] if file.startswith(("stage/", "pipeline/", "experiment/", "sweep/")) else ["stage=sft"]
     cfg = composed(*stage, *choice(file))
-    for key, target in config.targets(OmegaConf.to_container(cfg), ""):
-        assert target in config.ALLOWED, key
+    for key, target in targets(OmegaConf.to_container(cfg), ""):
+        assert target in ALLOWED, key
         node = OmegaConf.select(cfg, key.rpartition(".")[0])
         given = {k for k in node if not str(k).startswith("_")}
         accepted = parameters(get_object(target))
         assert given <= accepted, f"{key}: {given - accepted}"
 
 
-@pytest.mark.parametrize("stage", config.STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_stage_hyperparameters_are_the_modules(stage: str) -> None:
     cfg = composed(f"stage={stage}")
-    if stage in ("evaluate", "audit"):
-        folder = {"evaluate": "evaluation"}.get(stage, stage)
-        files = [ROOT / "rlhf_lightning" / "run.py", *(ROOT / "rlhf_lightning" / folder).glob("*.py")]
-        used = "".join(file.read_text() for file in files)
-        assert all(f'"{key}"' in used for key in cfg[stage])
+    if "module" not in cfg:  # read by the stage's own file
+        source = (ROOT / "rlhf_lightning" / "stages" / f"{stage}.py").read_text()
+        elsewhere = {*STAGES[stage].models, *STAGES[stage].sources}
+        assert all(f'options["{key}"]' in source or f"{stage}.{key}" in elsewhere for key in cfg[stage])
         return
     accepted = parameters(get_object(cfg.module._target_))
-    given = set(cfg[stage]) - {"critic"}  # run.py turns it into load_critic
+    given = set(cfg[stage]) - {"critic"}  # stages/online.py turns it into load_critic
     assert given <= accepted, given - accepted
     data = parameters(get_object(cfg.data._target_))
     assert {k for k in cfg.data if k != "_target_"} <= data
@@ -83,65 +88,32 @@ def test_only_listed_targets_are_built(tmp_path: Path) -> None:
     ):
         for node in ({"_target_": target, "_args_": arguments}, {"a": [{"_target_": target, "_args_": arguments}]}):
             with pytest.raises(UserError, match="is not an allowed target"):
-                config.instantiate(
-                    OmegaConf.create({"_target_": "torch.optim.AdamW", "_partial_": True, "x": node}), "key"
-                )
+                instantiate(OmegaConf.create({"_target_": "torch.optim.AdamW", "_partial_": True, "x": node}), "key")
     assert not marker.exists()
 
 
-def test_targets_inside_arguments_are_checked_as_well() -> None:
-    node = OmegaConf.create({"_target_": "torch.optim.AdamW", "_partial_": True})
-    with pytest.raises(UserError, match=r"lora\.alpha\._target_=torch\.load is not an allowed target"):
-        config.instantiate(node, "module", lora={"alpha": {"_target_": "torch.load", "f": "x"}})
+def test_targets_inside_arguments_are_not_built() -> None:
+    node = OmegaConf.create({"_target_": "rlhf_lightning.modules.schedules.schedule", "_partial_": True})
+    evil = {"_target_": "torch.load", "f": "x"}
+    assert instantiate(node, "module", final=evil).keywords["final"] is evil
+
+
+def test_stages_are_rows_of_one_table() -> None:
+    """A stage is a row, a file that runs it, and a file of its settings; no row is without."""
+    assert list(STAGES) == [stage.name for stage in STAGES.values()]
+    assert set(groups()["stage"]) == set(STAGES)
+    for stage in STAGES.values():
+        assert callable(stage.load())
+        assert composed(f"stage={stage.name}").stage == stage.name
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_old_keys_are_refused_with_the_new_name(old: str, new: str) -> None:
+    key = f"data.{old}" if old == "workers" else f"ppo.{old}"
+    error = Exception(f"Could not override '{key}'.")
+    assert explain(error, ["stage=ppo"]) == f"there is no key {key}: it is now {key.partition('.')[0]}.{new}"
 
 
 def test_every_allowed_target_exists() -> None:
-    for name in config.ALLOWED:
+    for name in ALLOWED:
         assert callable(get_object(name)), name
-
-
-FORBIDDEN = {
-    "ops": {"lightning", "transformers", "hydra", "omegaconf", "datasets", "peft", "rlhf_lightning"},
-    "world": {"torch", "lightning", "transformers", "hydra", "omegaconf"},
-    "data": {"hydra", "omegaconf"},
-    "models": {"hydra", "omegaconf", "lightning"},
-    "modules": {"hydra", "omegaconf"},
-    "callbacks": {"hydra", "omegaconf"},
-}
-ABOVE = {
-    "ops": ["data", "models", "modules", "callbacks", "evaluation", "world", "run", "pipeline", "config", "artifacts"],
-    "world": ["data", "models", "modules", "callbacks", "evaluation", "run", "pipeline", "config", "artifacts", "ops"],
-    "data": ["modules", "callbacks", "evaluation", "run", "pipeline", "config"],
-    "models": ["modules", "callbacks", "evaluation", "run", "pipeline", "config"],
-    "modules": ["callbacks", "evaluation", "run", "pipeline", "config"],
-    "callbacks": ["evaluation", "run", "pipeline", "config"],
-    "evaluation": ["run", "pipeline"],
-    "preferences": ["run", "pipeline", "config"],
-}
-
-
-@pytest.mark.parametrize("package", ABOVE)
-def test_imports_point_downwards(package: str) -> None:
-    for file in (ROOT / "rlhf_lightning" / package).rglob("*.py"):
-        for name in imported(file):
-            top, *rest = name.split(".")
-            if top == "rlhf_lightning" and rest:
-                assert rest[0] not in ABOVE[package], f"{file.name} imports {name}"
-            else:
-                assert top not in FORBIDDEN.get(package, set()) - {"rlhf_lightning"}, f"{file.name} imports {name}"
-            assert top != "pytorch_lightning"
-
-
-def imported(file: Path) -> list[str]:
-    found = []
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.append(node.module)
-    return found
-
-
-def test_files_stay_small() -> None:
-    for file in (ROOT / "rlhf_lightning").rglob("*.py"):
-        assert len(file.read_text().splitlines()) <= 330, file
