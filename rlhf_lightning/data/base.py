@@ -100,6 +100,8 @@ class RowData(LightningDataModule):
         self.window, self.windows = window, None
         self.tokenizer = tokenizer
         self.given = {"train": train, "val": val}
+        if val is None:  # Lightning validates where the hook is not its own
+            self.val_dataloader = super().val_dataloader
         self.limits = {"train": train_rows, "val": val_rows}
         self.batch_size, self.row_tokens = batch_size, row_tokens
         self.max_length = min(max_length, context or max_length)
@@ -188,8 +190,6 @@ class RowData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return this rank's validation batches, in a fixed order, each within a token budget."""
-        if "val" not in self.rows:
-            return []
         rank, world_size = self._ranks()
         batches = token_budget(self.rows["val"].tokens, 4 * self.row_tokens)
         batches += [batches[-1]] * (-len(batches) % world_size)  # every rank the same number
