@@ -1,11 +1,19 @@
 """Plants known RLHF mistakes, one at a time, into a copy of the package and asks which test notices.
 
+The lists beside this file hold the mistakes by the function they are planted in, as in `ops.kl.kl_estimate`:
+
+* `name`, and `source`: which detail of RLHF it is about.
+* `from`, `to`: Python code. `from` is one expression or statement, which must occur exactly once in the function
+  (decorators and arguments included) whatever its formatting and comments; `to` is what stands there instead.
+* `tests`: below tests/; one of them must fail.
+
 A mutant is caught by a test that runs and fails; an import error, a collection error or a timeout is no verdict.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import gc
 import os
 import shutil
@@ -35,28 +43,64 @@ TIMEOUT = 120
 
 
 class PatchError(Exception):
-    """A planted text that is not found exactly once."""
+    """A mutant whose function or code is not there exactly once."""
+
+
+class _Replace(ast.NodeTransformer):
+    """Replaces every node that equals `old`, and counts them."""
+
+    def __init__(self, old: ast.AST, new: Any) -> None:
+        self.kind, self.old, self.new, self.count = type(old), ast.dump(old), new, 0
+
+    def visit(self, node: ast.AST) -> Any:
+        if type(node) is not self.kind or ast.dump(node) != self.old:
+            return self.generic_visit(node)
+        self.count += 1
+        return self.new
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One mistake: the text `old` of `file` becomes `new`, and some test of `tests` must fail."""
+    """One mistake: the code `old` in the function `where` becomes `new`, and some test of `tests` must fail."""
 
     name: str
     source: str
-    file: str
+    where: str
     old: str
     new: str
     tests: tuple[str, ...]
-    fast: bool = False
+
+    def file(self, package: Path) -> Path:
+        """Return the file of the function."""
+        parts = self.where.split(".")
+        files = (package.joinpath(*parts[:n]).with_suffix(".py") for n in range(1, len(parts) + 1))
+        path = next((file for file in files if file.is_file()), None)
+        if path is None:
+            raise PatchError(f"{self.name}: there is no module of {self.where}")
+        return path
+
+    def mutated(self, source: str, package: Path) -> str:
+        """Return the source of the file with the mistake in it."""
+        tree = ast.parse(source)
+        scope: Any = tree
+        for name in self.where.split(".")[len(self.file(package).relative_to(package).parts) :]:
+            scope = next((node for node in scope.body if getattr(node, "name", None) == name), None)
+            if scope is None:
+                raise PatchError(f"{self.name}: there is no {self.where}")
+        (old,), new = ast.parse(self.old).body, ast.parse(self.new).body
+        if isinstance(old, ast.Expr) and isinstance(new[0], ast.Expr):  # an expression anywhere, else a statement
+            replace = _Replace(old.value, new[0].value)
+        else:
+            replace = _Replace(old, new)
+        replace.generic_visit(scope)
+        if replace.count != 1:
+            raise PatchError(f"{self.name}: {self.old!r} occurs {replace.count} times in {self.where}, not once")
+        return ast.unparse(tree)
 
     def apply(self, package: Path) -> None:
         """Plant the mistake into the package folder `package`."""
-        path = package / self.file
-        text = path.read_text()
-        if (found := text.count(self.old)) != 1:
-            raise PatchError(f"{self.name}: the text to replace is {found} times in {self.file}")
-        path.write_text(text.replace(self.old, self.new))
+        path = self.file(package)
+        path.write_text(self.mutated(path.read_text(), package))
 
 
 @dataclass
@@ -70,14 +114,14 @@ class Verdict:
 
 
 def load(paths: Iterable[Path] = LISTS) -> list[Mutant]:
-    """Return the mutants of all lists, which hold them by the file they change."""
-    found = []
+    """Return the mutants of all lists."""
+    mutants = []
     for path in paths:
-        for file, entries in yaml.safe_load(path.read_text()).items():
+        for where, entries in yaml.safe_load(path.read_text()).items():
             for entry in entries:
-                tests = tuple(f"tests/{test}" for test in entry.pop("tests"))
-                found.append(Mutant(file=file, old=entry.pop("from"), new=entry.pop("to"), tests=tests, **entry))
-    return found
+                tests = tuple(f"tests/{test}" for test in entry["tests"])
+                mutants.append(Mutant(entry["name"], entry["source"], where, entry["from"], entry["to"], tests))
+    return mutants
 
 
 def run(tests: Sequence[str], mutant: Mutant | None) -> Verdict:
@@ -133,10 +177,10 @@ def control(pool: ProcessPoolExecutor, mutants: Iterable[Mutant]) -> list[str]:
     for test in dict.fromkeys(test for mutant in mutants for test in mutant.tests):
         by_file.setdefault(test.partition("::")[0], []).append(test)
     jobs = [pool.submit(run, tests, None) for tests in by_file.values()]
-    found = [(file, job.result()) for file, job in zip(by_file, jobs, strict=True)]
+    verdicts = [(file, job.result()) for file, job in zip(by_file, jobs, strict=True)]
     return [
         f"{file}: {verdict.caught_by or 'no test ran'} {verdict.trouble}"
-        for file, verdict in found
+        for file, verdict in verdicts
         if verdict.caught_by or verdict.trouble or not verdict.passed
     ]
 
@@ -148,16 +192,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rich.progress import track
     from rich.table import Column, Table
 
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="mutants to plant; all when none is given")
-    parser.add_argument("--fast", action="store_true", help="only the fast subset")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     parser.add_argument("--lists", nargs="+", type=Path, default=LISTS, help="files of mutants, instead of all here")
     options = parser.parse_args(arguments)
     known = load(options.lists)
     if unknown := set(options.names) - {mutant.name for mutant in known}:
         parser.error(f"there is no mutant {', '.join(sorted(unknown))}")
-    chosen = [m for m in known if (m.name in options.names or not options.names) and (m.fast or not options.fast)]
+    chosen = [mutant for mutant in known if mutant.name in options.names or not options.names]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("RLHF_SHARED", str(ROOT.parent / "shared"))
     for name in [name for name in os.environ if name.startswith("PYTEST_")]:
@@ -171,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         console.print(f"control: the tests pass without any mutant ({time.monotonic() - start:.0f} s)")
         jobs = [pool.submit(run, mutant.tests, mutant) for mutant in chosen]
-        table = Table("mutant", "file", Column("caught by", overflow="fold"), "seconds")
+        table = Table("mutant", "function", Column("caught by", overflow="fold"), "seconds")
         survived = 0
         for mutant, job in track(list(zip(chosen, jobs, strict=True)), "mutants", console=console):
             try:
@@ -181,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             survived += verdict.caught_by is None
             told = escape((verdict.caught_by or "; ".join(verdict.trouble)).removeprefix("tests/"))
             told = told if verdict.caught_by else f"[red]SURVIVED[/] {told}"
-            table.add_row(mutant.name, mutant.file, told, f"{verdict.seconds:.1f}")
+            table.add_row(mutant.name, mutant.where, told, f"{verdict.seconds:.1f}")
     console.print(table)
     console.print(f"{len(chosen) - survived} of {len(chosen)} caught in {time.monotonic() - start:.0f} s")
     return int(survived > 0)
