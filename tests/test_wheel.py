@@ -40,6 +40,13 @@ def test_wheel_installs_and_runs_outside_the_checkout(tmp_path: Path) -> None:
     assert target.startswith(str(tmp_path / "env"))
     command = str(tmp_path / "env" / "bin" / "rlhf")
     assert "beta: 0.1" in run(command, "stage=dpo", "--cfg", "job", PYTHONPATH=site)
-    run(command, "experiment=sft_world", "debug=fast", "data.world.rows=200", f"paths.cache={tmp_path}/cache", PYTHONPATH=site)
+    run(
+        command,
+        "experiment=sft_world",
+        "debug=fast",
+        "data.world.rows=200",
+        f"paths.cache={tmp_path}/cache",
+        PYTHONPATH=site,
+    )
     (run_folder,) = (tmp_path / "outputs" / "sft" / "world").iterdir()
     assert (run_folder / "model" / "manifest.json").is_file()

@@ -52,7 +52,9 @@ PADDED: dict[str, PretrainedConfig] = {  # their windows cannot be told apart fr
 EVERY = PACKED | PADDED
 CASES = [
     # neither knows of the other: every K without LoRA, and LoRA at one K
-    pytest.param(k, lora, id=f"{k}-{'lora' if lora else 'full'}", marks=[pytest.mark.nightly] if lora and k != 2 else [])
+    pytest.param(
+        k, lora, id=f"{k}-{'lora' if lora else 'full'}", marks=[pytest.mark.nightly] if lora and k != 2 else []
+    )
     for k in (1, 2, 4, 9)
     for lora in (False, True)
 ]
