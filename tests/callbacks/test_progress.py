@@ -259,8 +259,9 @@ def test_ppo_counts_its_updates_and_says_what_it_does(monkeypatch: pytest.Monkey
 
     def noting(method: Any) -> Any:
         def noted(*args: Any) -> Any:
+            result = method(*args)
             phases.append(drawn(bar)[1].rsplit("  ", 1)[-1])
-            return method(*args)
+            return result
 
         return noted
 
