@@ -27,7 +27,7 @@ from rlhf_lightning.runtime.settings import check_types, groups, require
 from rlhf_lightning.stages import STAGES
 
 SELECTORS = ("stage", "pipeline", "experiment", "sweep")
-QUESTIONS = {"--help", "-h", "--hydra-help", "--version", "--info", "-i"}
+QUESTIONS = {"--hydra-help", "--info", "-i"}
 
 
 @hydra.main(version_base="1.3", config_path="pkg://rlhf_lightning.conf", config_name="rlhf")
@@ -97,13 +97,29 @@ def sweep_id(arguments: list[str]) -> str:
 
 def usage() -> str:
     """Return what to type."""
-    known = groups()
+    options = groups()
     return (
         "usage: rlhf stage=<stage> [key=value] ...   or   rlhf pipeline=<pipeline> [key=value] ...\n"
         f"  stages: {', '.join(STAGES)}\n"
-        f"  pipelines: {', '.join(known.get('pipeline', []))}\n"
-        f"  experiments: {', '.join(known.get('experiment', []))}\n"
-        "  rlhf --help shows every group; rlhf stage=sft --cfg job shows every key"
+        f"  pipelines: {', '.join(options.get('pipeline', []))}\n"
+        f"  experiments: {', '.join(options.get('experiment', []))}\n"
+        "  rlhf --help shows every stage and group; rlhf stage=sft --cfg job shows every key"
+    )
+
+
+def help_text() -> str:
+    """Return the stages and the options of every group of the configuration."""
+    stages = "\n".join(f"  stage={stage.name:11}{stage.summary}" for stage in STAGES.values())
+    options = "\n".join(f"  {group}: {', '.join(names)}" for group, names in groups().items() if group != "stage")
+    return (
+        "rlhf: SFT, reward models, PPO and DPO with Lightning and Hydra\n\n"
+        "  rlhf stage=<stage> [group=option] [key=value] ...     run one stage\n"
+        "  rlhf pipeline=<pipeline> [key=value] ...              run a list of stages\n"
+        "  rlhf -m stage=dpo dpo.beta=0.03,0.1 ...               a sweep\n"
+        "  rlhf stage=dpo --cfg job --resolve                    show the configuration, run nothing\n\n"
+        f"Stages:\n\n{stages}\n\n"
+        f"Groups (group=option):\n\n{options}\n\n"
+        "Any key of --cfg job can be given as key=value. Guide: docs/configuration.md"
     )
 
 
@@ -115,6 +131,9 @@ def main() -> None:
         from rlhf_lightning import __version__
 
         print(f"rlhf_lightning {__version__}")
+        return
+    if {"--help", "-h"} & set(arguments):
+        print(help_text())
         return
     chosen = {argument.partition("=")[0] for argument in arguments}
     if not chosen & {*SELECTORS, *QUESTIONS, "--cfg", "-c"}:

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import atomic_path, fingerprint, read_json, readable_os_errors, write_json, write_jsonl
 from rlhf_lightning.models.folder import hash_weights, parent_entry, read_manifest, write_model
-from rlhf_lightning.rewards.spec import code_key
 from rlhf_lightning.runtime.run_folder import claim, find_run
 
 
@@ -176,10 +175,10 @@ def test_a_run_of_another_stage_is_not_resumed(tmp_path: Path) -> None:
     (tmp_path / "old" / "checkpoints" / "last.ckpt").touch()
     claim(tmp_path / "old", {"fingerprint": "a", "stage": "dpo"})
     with pytest.raises(UserError, match=r"is a run of stage=dpo, not of stage=sft"):
-        find_run(tmp_path / "new", "sft", str(tmp_path / "old"), "b")
+        find_run(tmp_path / "new", "sft", "model", str(tmp_path / "old"), "b")
     (tmp_path / "foreign").mkdir()
     write_json(tmp_path / "foreign" / "run.json", {"a": 1})  # somebody else's file of that name
-    assert find_run(tmp_path / "new", "sft", "auto", "b") == (tmp_path / "new", None, None)
+    assert find_run(tmp_path / "new", "sft", "model", "auto", "b") == (tmp_path / "new", None, None)
 
 
 def test_write_model_opens_with_plain_transformers(tiny_lm: LlamaForCausalLM, tmp_path: Path) -> None:
@@ -217,15 +216,3 @@ def test_a_model_that_cannot_be_written_keeps_the_older_one(tiny_lm: LlamaForCau
     assert hash_weights(folder) == before
     assert read_manifest(folder)["stage"] == "sft"  # type: ignore[index]
     assert names(tmp_path) == ["model"]
-
-
-def test_a_reward_function_is_known_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "judges").mkdir()
-    (tmp_path / "judges" / "strict.py").write_text("raise SystemExit('is not imported')")
-    first = code_key("judges.strict:judge")
-    assert first is not None
-    (tmp_path / "judges" / "strict.py").write_text("raise SystemExit('nor is this')")
-    assert code_key("judges.strict:judge") not in (first, None)
-    for other in ("world", None, str(tmp_path), "judges.lenient:judge", "nowhere.at.all:judge", "sys:exit"):
-        assert code_key(other) is None

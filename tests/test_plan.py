@@ -16,8 +16,9 @@ from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.ops.groups import Group, pack
-from rlhf_lightning.runtime import config
-from rlhf_lightning.runtime import memory as plan
+from rlhf_lightning.runtime import memory
+from rlhf_lightning.runtime.settings import plain
+from rlhf_lightning.stages import plan
 from tests.helpers.cli import rlhf
 from tests.helpers.compose import composed
 
@@ -25,7 +26,7 @@ from tests.helpers.compose import composed
 def settings(*overrides: str) -> dict[str, Any]:
     cfg = composed("data.train=rows.jsonl", *overrides)
     OmegaConf.update(cfg, "paths.outputs", "outputs")
-    return config.plain(cfg)
+    return plain(cfg)
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +47,17 @@ def test_the_shape_is_that_of_the_model(folder: str) -> None:
 def test_weights_gradients_and_optimizer_have_closed_forms(folder: str) -> None:
     shape = plan.read_shape(settings("stage=sft", f"init_from={folder}"))
     size = 4 * shape.parameters
-    sft = plan.estimate(shape, plan.read_job(settings("stage=sft")))
+    sft = memory.estimate(shape, plan.read_job(settings("stage=sft")))
     assert (sft["weights"], sft["gradients"], sft["optimizer"], sft["frozen models"]) == (size, size, 2 * size, 0)
-    dpo = plan.estimate(shape, plan.read_job(settings("stage=dpo")))
+    dpo = memory.estimate(shape, plan.read_job(settings("stage=dpo")))
     assert dpo["frozen models"] == size
     for none in (["dpo.reference=cached"], ["dpo.loss=simpo"], ["adapter=lora"]):
-        assert plan.estimate(shape, plan.read_job(settings("stage=dpo", *none)))["frozen models"] == 0
-    lora = plan.estimate(shape, plan.read_job(settings("stage=dpo", "adapter=lora", "adapter.r=4")))
+        assert memory.estimate(shape, plan.read_job(settings("stage=dpo", *none)))["frozen models"] == 0
+    lora = memory.estimate(shape, plan.read_job(settings("stage=dpo", "adapter=lora", "adapter.r=4")))
     assert lora["gradients"] == 4 * 4 * shape.lora
-    ppo = plan.read_job(settings("stage=ppo", "reward_from=some/folder", "ppo.critic=reward"))
-    assert plan.estimate(shape, ppo)["frozen models"] == 2 * size  # the reference and the reward model
-    assert plan.estimate(shape, ppo)["optimizer"] == 4 * size  # of the policy and the critic
+    ppo = plan.read_job(settings("stage=ppo", f"reward_from={folder}", "ppo.critic=reward"))
+    assert memory.estimate(shape, ppo)["frozen models"] == 2 * size  # the reference and the reward model
+    assert memory.estimate(shape, ppo)["optimizer"] == 4 * size  # of the policy and the critic
 
 
 def test_devices_share_rows_and_sharding_shares_weights() -> None:
@@ -74,14 +75,14 @@ def test_devices_share_rows_and_sharding_shares_weights() -> None:
 def test_every_remedy_needs_less(folder: str) -> None:
     given = settings("stage=dpo", f"init_from={folder}", "trainer.devices=4", "strategy=ddp")
     shape, job = plan.read_shape(given), plan.read_job(given)
-    sizes = [sum(plan.estimate(shape, step).values()) for step in (job, *(j for _, j in plan.remedies(job, given)))]
+    sizes = [sum(memory.estimate(shape, step).values()) for step in (job, *(j for _, j in plan.remedies(job, given)))]
     assert len(sizes) == 6
     assert all(later < earlier for earlier, later in pairwise(sizes))
 
 
 def test_activations_are_what_autograd_keeps() -> None:
     """At a size where the tokens matter and the attention's own buffers do not, within a fifth."""
-    shape = plan.Shape(0, 0, hidden=256, intermediate=680, layers=2, key_values=256, vocabulary=512)
+    shape = memory.Shape(0, 0, hidden=256, intermediate=680, layers=2, key_values=256, vocabulary=512)
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from rlhf_lightning.models.attention import GROUP_SDPA
@@ -102,11 +103,11 @@ def test_activations_are_what_autograd_keeps() -> None:
     batch = pack([Group(list(range(1, 400)), [list(range(1, 301)), list(range(1, 301))])])
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         CompletionModel(model)(batch)
-    job = plan.Job(weight_bytes=4, activation_bytes=4, tokens=batch.tokens, loss_mask=600)
-    found = plan.estimate(shape, job)
+    job = memory.Job(weight_bytes=4, activation_bytes=4, tokens=batch.tokens, loss_tokens=600)
+    found = memory.estimate(shape, job)
     logits = 600 * 512 * 4
     assert sum(kept.values()) - logits == pytest.approx(found["activations"], rel=0.2)
-    assert plan.estimate(shape, replace(job, checkpointing=True))["activations"] < found["activations"]
+    assert memory.estimate(shape, replace(job, checkpointing=True))["activations"] < found["activations"]
 
 
 def test_stages_without_training_have_no_plan() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from rlhf_lightning.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -39,7 +42,8 @@ def test_wheel_installs_and_runs_outside_the_checkout(tmp_path: Path) -> None:
     target = run(python, "-c", "import rlhf_lightning; print(rlhf_lightning.__file__)").strip()
     assert target.startswith(str(tmp_path / "env"))
     command = str(tmp_path / "env" / "bin" / "rlhf")
-    assert "beta: 0.1" in run(command, "stage=dpo", "--cfg", "job", PYTHONPATH=site)
+    for stage in STAGES:
+        assert f"stage: {stage}" in run(command, f"stage={stage}", "--cfg", "job", PYTHONPATH=site)
     run(
         command,
         "experiment=sft_world",
@@ -50,3 +54,11 @@ def test_wheel_installs_and_runs_outside_the_checkout(tmp_path: Path) -> None:
     )
     (run_folder,) = (tmp_path / "outputs" / "sft" / "world").iterdir()
     assert (run_folder / "model" / "manifest.json").is_file()
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "What is 2 + 2?"}\n' * 3)
+    run(
+        command, "stage=candidates", f"init_from={run_folder / 'model'}", "data.train=prompts.jsonl",
+        "candidates.num_generations=2", "candidates.max_new_tokens=4", "hydra.run.dir=candidates",
+        f"paths.cache={tmp_path}/cache", PYTHONPATH=site,
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "candidates" / "candidates.jsonl").read_text().splitlines()]
+    assert [len(row["responses"]) for row in rows] == [2, 2, 2]

@@ -78,7 +78,10 @@ class StageModule(LightningModule):
     @property
     def data(self) -> Any:
         """The Trainer's data module, or None when there is none."""
-        return getattr(self.trainer, "datamodule", None)
+        try:
+            return getattr(self.trainer, "datamodule", None)
+        except RuntimeError:  # not attached to a Trainer
+            return None
 
     @property
     def vocabulary(self) -> int:

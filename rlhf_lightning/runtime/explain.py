@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
@@ -42,6 +43,8 @@ def _unknown_key(key: str, overrides: list[str]) -> str:
 
     known = groups()
     chosen = [o for o in overrides if o.partition("=")[0] in known]
+    if folder := _config_dir(overrides):  # the user's own options
+        chosen.append(f"hydra.searchpath=[file://{folder}]")
     GlobalHydra.instance().clear()
     with initialize_config_module("rlhf_lightning.conf", version_base="1.3"):
         node: Any = compose("rlhf", overrides=chosen)
@@ -60,6 +63,16 @@ def _unknown_key(key: str, overrides: list[str]) -> str:
     hint = f" Did you mean '{same[0]}'?" if same else nearest(name, options)
     place = f"{parent} has the keys" if parent else "there are"
     return f"there is no key {key}.{hint} {place}: {', '.join(sorted(options))}"
+
+
+def _config_dir(arguments: list[str]) -> Path | None:
+    """Return the folder of `--config-dir` on the command line."""
+    for place, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option in ("--config-dir", "-cd"):
+            following = arguments[place + 1 : place + 2]
+            return Path(value if equals else following[0]).resolve() if equals or following else None
+    return None
 
 
 def _where(key: str, parent: str) -> str:

@@ -106,7 +106,9 @@ def test_a_run_that_was_asked_to_stop_says_nothing(said: Any) -> None:
 
 
 @quiet_lightning
-@pytest.mark.parametrize("options", [{}, {"estimator": "rloo", "samples": 2}, {"estimator": "grpo", "samples": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"estimator": "rloo", "num_generations": 2}, {"estimator": "grpo", "num_generations": 2}]
+)
 def test_rewards_that_are_all_equal(options: dict[str, Any], said: Any) -> None:
     module = bandit.build(reward=lambda prompts, responses, metadata: [0.1] * len(responses), **options)
     train(module, data=bandit.Prompts(2, size=7), max_epochs=1, limit_val_batches=0)

@@ -259,16 +259,17 @@ def test_ppo_counts_its_updates_and_says_what_it_does(monkeypatch: pytest.Monkey
 
     def noting(method: Any) -> Any:
         def noted(*args: Any) -> Any:
+            result = method(*args)
             phases.append(drawn(bar)[1].rsplit("  ", 1)[-1])
-            return method(*args)
+            return result
 
         return noted
 
-    for name in ("rollout", "score_tokens", "learn"):
+    for name in ("rollout", "logprobs", "update"):
         setattr(module, name, noting(getattr(module, name)))
     frames = trained(module, monkeypatch, bar, Prompts(2), max_epochs=-1, max_steps=8, limit_val_batches=0)
     assert counts(frames)[:2] == ["4/8", "8/8"]
-    assert phases == ["sampling responses", "computing log-probabilities", "updating the policy"] * 2
+    assert phases == ["generating responses", "computing log-probabilities", "updating the policy"] * 2
     assert "reward/proxy" in frames.frames[-1][-1]
     assert "kl/reference" in frames.frames[-1][-1]
 

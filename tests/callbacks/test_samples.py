@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -17,7 +17,10 @@ from transformers import LlamaForCausalLM
 
 from rlhf_lightning import DPO, SFT, RewardModel
 from rlhf_lightning.callbacks.samples import Samples, as_markdown, clean
+from rlhf_lightning.data.base import RowData
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.generation.engine import Engine
+from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.modules.base import StageModule
 from rlhf_lightning.ops.groups import Group
 from tests.helpers.lightning import quiet_lightning
@@ -37,11 +40,14 @@ class Shown(StageModule):
     def trained_model(self) -> Any:
         return self
 
+    def pack(self, batch: Any) -> Any:
+        return batch
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         self.late = False
         return self.weight.sum()
 
-    def text_samples(self, count: int, max_new_tokens: int) -> list[dict[str, Any]]:
+    def text_samples(self, count: int, max_new_tokens: int, engine: Engine) -> list[dict[str, Any]]:
         self.asked += 1
         return [] if self.late else self.rows[:count]
 
@@ -99,8 +105,8 @@ def test_a_model_that_cannot_be_sampled_from_is_trained_all_the_same(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Refuses(Shown):
-        def text_samples(self, count: int, max_new_tokens: int) -> list[dict[str, Any]]:
-            super().text_samples(count, max_new_tokens)
+        def text_samples(self, count: int, max_new_tokens: int, engine: Engine) -> list[dict[str, Any]]:
+            super().text_samples(count, max_new_tokens, engine)
             raise UserError("no cache")
 
     caplog.set_level(logging.WARNING)
@@ -116,12 +122,13 @@ def test_a_model_that_cannot_be_sampled_from_is_trained_all_the_same(
 # ---- what each stage shows ---------------------------------------------------------------------------------------------
 
 
-class Ids:
+class Ids(RowData):
     """A tokenizer, a template and a data module in one: token ids as text."""
 
     eos_ids = frozenset({2})
 
     def __init__(self) -> None:
+        LightningDataModule.__init__(self)
         self.template = self.tokenizer = self
         self.rows = {"train": [], "val": [Group([1, 5 + i], [[8, 2], [9, 9 + i, 2]]) for i in range(3)]}
 
@@ -142,20 +149,20 @@ def with_data(module: Any) -> Any:
 def test_responses_to_held_out_prompts_leave_the_training_untouched(stage: Any, tiny_lm: LlamaForCausalLM) -> None:
     module = with_data(stage(lambda: tiny_lm, sgd()))
     before = torch.get_rng_state()
-    rows = module.text_samples(2, 6)
+    rows = module.text_samples(2, 6, LocalEngine())
     assert torch.equal(before, torch.get_rng_state())
     assert tiny_lm.training
     assert [row["prompt"] for row in rows] == ["1 5", "1 6"]
     assert all(1 <= len(row["response"].split()) <= 6 for row in rows)
-    assert rows == module.text_samples(2, 6)  # the same prompts, seeds and weights
+    assert rows == module.text_samples(2, 6, LocalEngine())  # the same prompts, seeds and weights
     module.trainer.datamodule.rows = {"train": module.trainer.datamodule.rows["val"][2:]}
-    assert [row["prompt"] for row in module.text_samples(2, 6)] == ["1 7"]
+    assert [row["prompt"] for row in module.text_samples(2, 6, LocalEngine())] == ["1 7"]
 
 
 @quiet_lightning
 def test_a_reward_model_shows_the_scores_of_held_out_responses() -> None:
     module = with_data(RewardModel(classifier, sgd()))
-    rows = module.text_samples(2, 6)
+    rows = module.text_samples(2, 6, LocalEngine())
     assert module.training
     assert [(row["prompt"], row["response"], row["rank"]) for row in rows] == [
         ("1 5", "8 2", 0), ("1 5", "9 9 2", 1), ("1 6", "8 2", 0), ("1 6", "9 10 2", 1),
@@ -168,9 +175,9 @@ def test_a_reward_model_shows_the_scores_of_held_out_responses() -> None:
 @quiet_lightning
 def test_ppo_shows_its_last_rollout() -> None:
     module = bandit.build()
-    assert module.text_samples(2, 6) == []
+    assert module.text_samples(2, 6, LocalEngine()) == []
     bandit.fit(module, bandit.Prompts(2))
-    rows = module.text_samples(2, 6)
+    rows = module.text_samples(2, 6, LocalEngine())
     assert len(rows) == 2
     assert set(rows[0]) == {"prompt", "response", "reward", "finished"}
 
@@ -178,7 +185,7 @@ def test_ppo_shows_its_last_rollout() -> None:
 def test_modules_without_data_have_none() -> None:
     for module in (SFT(bandit.load, sgd()), DPO(bandit.load, sgd()), RewardModel(classifier, sgd())):
         module.configure_model()
-        assert module.text_samples(2, 6) == []
+        assert module.text_samples(2, 6, LocalEngine()) == []
 
 
 # ---- text a model wrote ------------------------------------------------------------------------------------------------

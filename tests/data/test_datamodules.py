@@ -28,14 +28,14 @@ def test_the_mix_in_has_the_template_and_layout_of_the_prompts_and_goes_on_over_
         tokenizer, rows[:4], ptx=rows, ptx_batch_size=4, batch_size=2, template="human_assistant", cache_dir=tmp_path
     )
     data.setup()
-    data.layout = "padded"
     loader = data.train_dataloader()
     seen: list[int] = []
     for _ in range(2):  # two epochs of two steps
         for batch in loader:
-            assert batch.ptx.padded
-            assert batch.ptx.groups == 4
-            seen += batch.ptx.index.tolist()
+            packed = batch.ptx.pack("padded")
+            assert packed.padded
+            assert packed.groups == 4
+            seen += packed.index.tolist()
     assert sorted(seen) == list(range(16))  # every demonstration once
     assert data.ptx is not None
     assert data.ptx.template.name == "human_assistant"
@@ -58,7 +58,7 @@ def test_a_step_smaller_than_its_microbatches_is_refused(tokenizer: Any, tmp_pat
 def collated(data: Any) -> Any:
     """Return all training rows of a data module as one batch."""
     data.setup()
-    return data.collate("train", MicroBatch(tuple(range(len(data.rows["train"]))), None, None, step=0))
+    return data.collate("train", MicroBatch(tuple(range(len(data.rows["train"]))), None, None, step=0)).pack()
 
 
 @pytest.mark.parametrize("room", [2, 5, 99])

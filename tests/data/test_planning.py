@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from torch.utils.data import Dataset
 
-from rlhf_lightning.data.planning import MicroBatch, PlannedLoader, StepPlan, token_budget
+from rlhf_lightning.data.planning import MicroBatch, PlannedLoader, StepPlan
+from rlhf_lightning.ops.groups import token_budget
 
 TOKENS = np.arange(1, 24) * 3 % 17 + 1
 
@@ -21,10 +22,10 @@ def steps(plan_of_rank: list[StepPlan]) -> dict[int, list[int]]:
     return {step: sorted(found) for step, found in rows.items()}
 
 
-@pytest.mark.parametrize(("accumulate", "world"), [(8, 1), (1, 2), (2, 4), (1, 8)])
-def test_a_step_has_the_same_rows_whoever_computes_it(accumulate: int, world: int) -> None:
+@pytest.mark.parametrize(("accumulate", "world_size"), [(8, 1), (1, 2), (2, 4), (1, 8)])
+def test_a_step_has_the_same_rows_whoever_computes_it(accumulate: int, world_size: int) -> None:
     alone = steps([StepPlan(TOKENS, TOKENS, 8, seed=3)])
-    shared = [StepPlan(TOKENS, TOKENS, 8, accumulate, world, rank, seed=3) for rank in range(world)]
+    shared = [StepPlan(TOKENS, TOKENS, 8, accumulate, rank, world_size, seed=3) for rank in range(world_size)]
     found = steps(shared)
     full = {step: rows for step, rows in found.items() if len(rows) == 8}
     assert full == {step: alone[step] for step in full}
@@ -34,7 +35,7 @@ def test_a_step_has_the_same_rows_whoever_computes_it(accumulate: int, world: in
 
 
 def test_weights_sum_to_a_mean_over_the_step() -> None:
-    plans = [StepPlan(TOKENS, TOKENS * 2, 8, 2, 2, rank) for rank in range(2)]
+    plans = [StepPlan(TOKENS, TOKENS * 2, 8, 2, rank, 2) for rank in range(2)]
     micros = [micro for plan in plans for micro in plan if micro.step == 0]
     tokens = sum((micro.per_token or 0) * sum(2 * TOKENS[row] for row in micro.rows) for micro in micros)
     groups = sum((micro.per_group or 0) * len(micro.rows) for micro in micros)

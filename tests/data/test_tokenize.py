@@ -49,7 +49,7 @@ def test_groups_come_back_as_they_were(tmp_path: Path, workers: str, keep_raw: b
     for row in (0, 1, 2, 3, CHUNK - 1, CHUNK, count - 2, count - 1):
         given, group = GROUPS[row % 4], found[row]
         assert (group.prompt, group.responses, group.index) == (given.prompt, given.responses, row)
-        assert group.loss_tokens == (given.loss_tokens or [[True] * len(response) for response in given.responses])
+        assert group.loss_mask == (given.loss_mask or [[True] * len(response) for response in given.responses])
         assert group.ranks == (given.ranks or list(range(len(given.responses))))
         assert (group.margin, group.label) == (given.margin, given.label)
         assert (found.tokens[row], found.loss_tokens[row]) == (given.tokens, given.loss_tokens)

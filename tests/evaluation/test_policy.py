@@ -14,7 +14,7 @@ from omegaconf import DictConfig, open_dict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.policy import interval, sequence_kl
+from rlhf_lightning.evaluation.policy import SHARES, interval, sequence_kl
 from rlhf_lightning.evaluation.reward_model import evaluate_reward_model
 from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
@@ -121,7 +121,7 @@ def test_intervals_take_the_responses_to_one_prompt_together(compared: tuple[Pat
             sums = [math.fsum(row[metric] - mean for row in found if row["prompt"] == prompt) for prompt in prompts]
             variance = len(sums) / (len(sums) - 1) * math.fsum(x * x for x in sums) / n**2
             low, high = metrics[f"{name}/{metric}_low"], metrics[f"{name}/{metric}_high"]
-            if metric not in stage.SHARES:
+            if metric not in SHARES:
                 half = 1.959964 * math.sqrt(variance)
                 assert (low, high) == (pytest.approx(mean - half, abs=1e-9), pytest.approx(mean + half, abs=1e-9))
             elif 0 < mean < 1:
@@ -227,7 +227,7 @@ def test_mistakes_are_named(folders: dict[str, str], tmp_path: Path) -> None:
         evaluate(configured(tmp_path), tmp_path, str(tmp_path / "empty"))
     texts = ["another vocabulary"] * 3
     small = build_tiny(tmp_path / "small", texts, vocab_size=280, hidden_size=32, layers=1, heads=2)
-    with pytest.raises(UserError, match="another vocabulary, so there is no KL"):
+    with pytest.raises(UserError, match="another vocabulary than the model, so there is no KL"):
         evaluate(configured(tmp_path, evaluate__reference=small), tmp_path, folders["start"])
 
 

@@ -131,7 +131,9 @@ def test_the_adapter_off_reference_is_read_in_evaluation_mode() -> None:
     module.configure_model()
     module.train()
     expected = [response_logprob(lm(), list(g.prompt), list(y)).sum() for g in GROUPS for y in g.responses]
-    torch.testing.assert_close(module.reference_logprobs(pack(GROUPS)), torch.stack(expected), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        module.reference_logprobs(pack(GROUPS), "train"), torch.stack(expected), rtol=1e-6, atol=0
+    )
     assert module.policy.training  # and the policy learns as before
 
 

@@ -95,7 +95,7 @@ def test_ids_the_model_does_not_know_stop_the_run(tmp_path: Path, folder: str) -
 @quiet_lightning
 def test_dpo_refuses_dropout(tmp_path: Path, folder: str) -> None:
     module, data = dpo(folder, tmp_path, dropout=0.3)
-    with pytest.raises(UserError, match=r"log pi and log pi_ref differ by .* a token .*switch off dropout"):
+    with pytest.raises(UserError, match=r"log pi and log pi_ref differ by .* per token .*switch off dropout"):
         fit(module, data, 1)
 
 
