@@ -154,6 +154,7 @@ def run(tests: Sequence[str], mutant: Mutant | None) -> Verdict:
         if mutant is not None:
             mutant.apply(copy / "rlhf_lightning")
         os.chdir(copy)  # pyproject.toml puts the folder it is in first on the path
+        os.environ["PYTHONPATH"] = str(copy)  # and this does so for the processes that a test starts
         options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={copy}/tmp", "--hypothesis-profile=mutants"]
         options += ["--assert=plain", f"--timeout={TIMEOUT}"]  # nor need it be explained
         with open(os.devnull, "w") as null:
