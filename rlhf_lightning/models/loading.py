@@ -6,10 +6,7 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
-import shutil
 import struct
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from transformers import (
 )
 
 from rlhf_lightning.errors import UserError, nearest
+from rlhf_lightning.files import build_once
 from rlhf_lightning.models.attention import GROUP_SDPA, group_sdpa
 from rlhf_lightning.ops.seeding import generator
 
@@ -223,10 +221,13 @@ def _convert_gguf(path: Path, cache: Path) -> Path:
     """Write the de-quantized weights and the tokenizer of a GGUF file as a plain model folder, once."""
     with path.open("rb") as opened:  # by content: fine-tunes of one model have files of one size
         target = cache / "models" / f"{path.stem}-{hashlib.file_digest(opened, 'sha256').hexdigest()[:12]}"
-    if (target / "config.json").is_file():
-        return target
+    build_once(target, lambda folder: _write_gguf(path, folder))
+    return target
+
+
+def _write_gguf(path: Path, target: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"reading {path.name} needs the package gguf: pip install 'rlhf-lightning[gguf]'")
+        raise UserError(f"reading {path.name} needs the package gguf: pip install gguf")
     folder = str(path.parent)
     tokenizer = _load(AutoTokenizer.from_pretrained, folder, gguf_file=path.name)
     loaded = _load(AutoModelForCausalLM.from_pretrained, folder, gguf_file=path.name, dtype=torch.float32)
@@ -238,20 +239,10 @@ def _convert_gguf(path: Path, cache: Path) -> Path:
         config.eos_token_id = tokenizer.eos_token_id
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, suffix=".tmp"))
-    try:
-        model.to(torch.bfloat16 if _fits_bfloat16(path) else torch.float16).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        settings = temporary / "config.json"
-        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"dtype": "float32"}, indent=2))
-        os.replace(temporary, target)
-    except OSError:
-        if not (target / "config.json").is_file():  # not merely another process that was quicker
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
+    model.to(torch.bfloat16 if _fits_bfloat16(path) else torch.float16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    settings = target / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"dtype": "float32"}, indent=2))
 
 
 def _fits_bfloat16(path: Path) -> bool:

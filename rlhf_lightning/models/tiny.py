@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.files import build_once
 from rlhf_lightning.ops.seeding import derive_seed
 
 SPECIALS = ["<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -68,17 +66,7 @@ def build_tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "tiny"))
         model = LlamaForCausalLM(config)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.mkdtemp(dir=folder.parent, suffix=".tmp")
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        os.replace(temporary, folder)
-    except OSError:
-        if not (folder / "config.json").is_file():  # not merely another process that was quicker
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    build_once(folder, lambda place: (model.save_pretrained(place), tokenizer.save_pretrained(place)))
     return str(folder)
 
 

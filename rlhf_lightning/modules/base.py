@@ -45,6 +45,9 @@ class StageModule(LightningModule):
         lora: arguments of :func:`rlhf_lightning.models.adapters.add_lora`, or None to train every weight.
     """
 
+    min_responses = 1
+    """Responses that a group must have for the stage to learn from it."""
+
     def __init__(
         self,
         load: Callable[[], nn.Module],
@@ -101,14 +104,15 @@ class StageModule(LightningModule):
         return self.group_list(batch).pack(self.layout)
 
     def group_list(self, batch: Any) -> GroupList:
-        """Return the groups of a batch; those of a user's loader are checked here, others at the start of the run.
+        """Return the groups of a batch.
 
         Raises:
-            UserError: the loader yields something else, an empty list, or ids the model has no embedding for.
+            UserError: the loader yields something else, an empty list, groups with too few responses, or ids the model
+                has no embedding for; the rows of our data modules are checked at the start of the run.
         """
-        if isinstance(batch, GroupList):
-            return batch
-        if not (isinstance(batch, list | tuple) and batch and all(isinstance(group, Group) for group in batch)):
+        ours = isinstance(batch, GroupList)
+        groups = batch.groups if ours else batch
+        if not ours and not (isinstance(batch, list | tuple) and batch and all(isinstance(g, Group) for g in batch)):
             kind = type(batch).__name__
             if isinstance(batch, list | tuple):
                 kind += f" of {type(batch[0]).__name__}" if batch else " without groups"
@@ -116,10 +120,18 @@ class StageModule(LightningModule):
                 f"the loader yields {kind}; {type(self).__name__} takes a list of Group (collate_fn=list) or a packed "
                 "GroupBatch"
             )
-        worst = max(max(map(max, filter(None, [group.prompt, *group.responses]))) for group in batch)
+        few = next((group for group in groups if len(group.responses) < self.min_responses), None)
+        if few is not None:
+            raise UserError(
+                f"{type(self).__name__} needs at least {self.min_responses} response(s) per prompt; the loader yields "
+                f"a group with {len(few.responses)}"
+            )
+        if ours:
+            return batch
+        worst = max(max(map(max, filter(None, [group.prompt, *group.responses]))) for group in groups)
         if worst >= self.vocabulary:
             raise UserError(f"the loader yields the token id {worst}, but the model has {self.vocabulary} ids")
-        return GroupList(batch)
+        return GroupList(groups)
 
     def split(self, model: Any) -> Any:
         """Return `model`, a CompletionModel or ScalarModel, sharded across devices where the strategy asks for it."""

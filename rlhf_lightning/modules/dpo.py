@@ -41,6 +41,7 @@ class DPO(StageModule):
     """
 
     policy: CompletionModel
+    min_responses = 2
 
     def __init__(
         self,

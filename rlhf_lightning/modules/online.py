@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +40,7 @@ class Generating(StageModule):
     """
 
     policy: CompletionModel | None
+    min_responses = 0
 
     def __init__(
         self,
@@ -79,9 +81,11 @@ class Generating(StageModule):
 
     def group_list(self, batch: Any) -> GroupList:
         prompts = super().group_list(batch)
-        for place, group in enumerate(prompts.groups):
-            if group.index < 0:  # of a user's loader: every prompt of the step draws its own tokens
-                group.index = place * self.trainer.world_size + self.trainer.global_rank
+        if any(group.index < 0 for group in prompts.groups):  # of a user's loader: each draws its own tokens
+            rank, world_size = self.trainer.global_rank, self.trainer.world_size
+            numbers = range(rank, rank + world_size * len(prompts), world_size)
+            groups = [replace(group, index=number) for group, number in zip(prompts.groups, numbers, strict=True)]
+            return GroupList(groups, ptx=prompts.ptx)
         return prompts
 
     def generate(

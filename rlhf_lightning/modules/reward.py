@@ -33,6 +33,7 @@ class RewardModel(StageModule):
     """
 
     scorer: ScalarModel
+    min_responses = 2
 
     def __init__(
         self,

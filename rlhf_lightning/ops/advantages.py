@@ -12,7 +12,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     """Return generalized advantages and returns (S, T); both are 0 where the mask is False.
 
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = sum_l (gamma lam)^l delta_{t+l}, R_t = A_t + V_t, and the
-    value after the last counted token is 0. Source: arXiv 1506.02438 eq. 16.
+    value after the last token of the mask is 0. Source: arXiv 1506.02438 eq. 16.
     """
     rewards, values = rewards * mask, values * mask
     advantages = torch.zeros_like(rewards)

@@ -165,7 +165,7 @@ def pack(
         row_tokens: token budget of a row; a longer group gets a row of its own.
         pad_id: any valid token id; padding is masked by position, never by this id.
         layout: "packed" shares rows and prompts, "padded" gives every response a row of its own with its prompt.
-        per_token: weight of a counted token; 1 / N when None.
+        per_token: weight of a token in the loss mask; 1 / N when None.
         per_group: weight of a group; 1 / G when None.
     """
     if layout == "packed":

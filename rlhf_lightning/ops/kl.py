@@ -30,7 +30,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLEstimator = "k1"
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """Return -beta kl_t at every counted token plus the score at the last one, (S, T) from `scores` (S,)."""
+    """Return -beta kl_t at every token of the mask plus the score at the last one, (S, T) from `scores` (S,)."""
     rewards = -beta * kl * mask
     last = mask.sum(1) - 1
     rows = torch.arange(len(scores), device=scores.device)

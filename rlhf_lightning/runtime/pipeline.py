@@ -149,7 +149,7 @@ def run_part(name: str, folder: Path, overrides: list[str]) -> None:
     """Run one stage and stop the pipeline when it fails."""
     if (folder / "metrics.json").is_file():  # made by other settings or other parents
         folder.rename(folder.with_name(f"{folder.name}.old-{int(time.time())}"))
-    code = run_child(folder, overrides, {"RLHF_PIPELINE_STAGE": name})
+    code = run_child(folder, overrides, {"RLHF_PIPELINE_STAGE": name}, fork=True)
     if code:
         raise UserError(
             f"stage {name} failed (exit code {code}); its log is {folder / 'run.log'}. Add resume=auto to the same "

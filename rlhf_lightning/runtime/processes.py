@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,20 +12,38 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 
+PRELOAD = [  # what takes seconds to import; nothing that starts a thread, which a fork would lose
+    "hydra._internal.hydra",
+    "lightning.pytorch",
+    "peft",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "torchmetrics.classification",
+    "transformers.models.llama.modeling_llama",
+]
 
-def run_child(folder: Path, overrides: list[str], environment: Mapping[str, str] | None = None) -> int:
-    """Run `rlhf` with `overrides` in the run folder `folder`, going on where it stopped before; return its exit code.
+
+def run_child(
+    folder: Path, overrides: list[str], environment: Mapping[str, str] | None = None, fork: bool = False
+) -> int:
+    """Run `rlhf` with `overrides` in the run folder `folder`, continuing where it stopped; return its exit code.
 
     The user's `--config-dir` and signals are passed on.
+
+    Args:
+        environment: variables to add to those of this process.
+        fork: fork a server process that has imported torch and the like, which saves seconds; variables that libraries
+            read when they are imported (OMP_NUM_THREADS) are then those of this process.
 
     Raises:
         KeyboardInterrupt: the child was interrupted.
     """
     sources = HydraConfig.get().runtime.config_sources
     configs = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
-    command = [sys.executable, "-m", "rlhf_lightning", *configs, *overrides, f"hydra.run.dir={quoted(str(folder))}"]
-    child = subprocess.Popen([*command, "hydra.mode=RUN", "resume=here"], env=os.environ | dict(environment or {}))
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
+    arguments = [*configs, *overrides, f"hydra.run.dir={quoted(str(folder))}", "hydra.mode=RUN", "resume=here"]
+    variables = os.environ | dict(environment or {})
+    child = Forked(arguments, variables) if fork else Started(arguments, variables)
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child.pid, number))
     try:
         code = child.wait()
     except KeyboardInterrupt:  # the terminal sent it to the child as well
@@ -34,6 +53,43 @@ def run_child(folder: Path, overrides: list[str], environment: Mapping[str, str]
     if code in (130, 143, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt(code if code > 0 else 128 - code)
     return code
+
+
+class Started:
+    """`rlhf` in an interpreter of its own."""
+
+    def __init__(self, arguments: list[str], environment: Mapping[str, str]) -> None:
+        self.child = subprocess.Popen([sys.executable, "-m", "rlhf_lightning", *arguments], env=dict(environment))
+        self.pid = self.child.pid
+
+    def wait(self) -> int:
+        """Return the exit code, negative for a signal."""
+        return self.child.wait()
+
+
+class Forked:
+    """`rlhf` in a fork of a server process that is started once and has imported `PRELOAD`."""
+
+    def __init__(self, arguments: list[str], environment: Mapping[str, str]) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        self.child = context.Process(target=_main, args=(arguments, dict(environment)))
+        self.child.start()
+        self.pid = self.child.pid or 0
+
+    def wait(self) -> int:
+        """Return the exit code, negative for a signal."""
+        self.child.join()
+        return self.child.exitcode or 0
+
+
+def _main(arguments: list[str], environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv[1:] = arguments
+    from rlhf_lightning.__main__ import main
+
+    main()
 
 
 def quoted(text: str) -> str:

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from rlhf_lightning.models import tiny
 from rlhf_lightning.models.tiny import SPECIALS, build_tiny
 
 TEXTS = [f"the {animal} sat on the mat {i} times" for i in range(40) for animal in ("cat", "dog", "owl")]
@@ -95,7 +94,7 @@ def test_losing_a_race_returns_the_folder_of_the_winner(tmp_path: Path, monkeypa
         shutil.copytree(source, target)
         replace(source, target)
 
-    monkeypatch.setattr(tiny.os, "replace", late)
+    monkeypatch.setattr(os, "replace", late)
     folder = build_tiny(tmp_path / "model", TEXTS, **SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     AutoModelForCausalLM.from_pretrained(folder)
