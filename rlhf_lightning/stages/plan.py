@@ -20,7 +20,7 @@ from rlhf_lightning.rewards.spec import parse
 from rlhf_lightning.runtime.launch import ranks_asked
 from rlhf_lightning.runtime.memory import BYTES, GB, Job, Shape, estimate
 from rlhf_lightning.runtime.run import starting_point
-from rlhf_lightning.runtime.settings import plain
+from rlhf_lightning.runtime.settings import to_container
 from rlhf_lightning.stages import STAGES
 
 
@@ -118,7 +118,7 @@ def remedies(job: Job, settings: dict[str, Any]) -> list[tuple[str, Job]]:
 
 def run_plan(cfg: DictConfig) -> None:
     """Print what the run needs on each device, and which changes make it need less."""
-    settings = plain(cfg)
+    settings = to_container(cfg)
     if not STAGES[settings["stage"]].trains:
         raise UserError(f"plan is for stages that train, not for stage={settings['stage']}")
     shape, job = read_shape(settings), read_job(settings)
