@@ -114,7 +114,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def build_once(folder: str | Path, build: Callable[[Path], None]) -> None:
+def build_once(folder: str | Path, build: Callable[[Path], Any]) -> None:
     """Fill `folder` with `build` unless it exists; of concurrent processes the first one wins."""
     folder = Path(folder)
     if folder.is_dir():

@@ -79,7 +79,7 @@ class PromptData(RowData):
             self.ptx.setup(stage)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Return this rank's batches of the training prompts, in order; the last may be empty, to even out the ranks."""
+        """Return this rank's batches of the training prompts in order, as many on every rank; the last may be empty."""
         if self.windows is not None:
             raise UserError("data.window is for training; candidates are written as they come, from any number of rows")
         rank, world_size = self._ranks()

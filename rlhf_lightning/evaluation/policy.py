@@ -57,7 +57,7 @@ def evaluate_policy(
             so with temperature 0 there is no KL.
         rewards: metric -> what scores the responses. One with a function `measures(row, response)` adds its measures.
         rows: prompts answered, at most.
-        seed: the same for all models that are compared: the same random numbers for the same prompt make differences clearer.
+        seed: the same for all models that are compared; the same random numbers make differences clearer.
     """
     split = "val" if "val" in data.rows else "train"
     prompts = [data.group(split, row) for row in range(min(rows, len(data.rows[split])))]

@@ -61,7 +61,8 @@ def check_devices(trainer: dict[str, Any]) -> None:
     launched, expected = ranks(), ranks_asked(trainer)
     if launched is not None and expected is not None and launched[1] != expected:
         raise UserError(
-            f"{launched[1]} ranks were started, but trainer.devices times trainer.num_nodes is {expected}; make them equal"
+            f"{launched[1]} ranks were started, but trainer.devices times trainer.num_nodes is {expected}; "
+            "make them equal"
         )
     if launched is None and trainer["num_nodes"] > 1 and os.environ.get("SLURM_NTASKS") == "1":
         raise UserError(

@@ -1,4 +1,4 @@
-"""Reading the composed configuration: containers, what decides a result, and the types of values."""
+"""The composed configuration: as dicts and lists, its identity and groups, and checks of its values."""
 
 from __future__ import annotations
 

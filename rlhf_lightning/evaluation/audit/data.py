@@ -91,8 +91,8 @@ class DataChecks:
                 differing.append(where)
         if differing:
             return Note(
-                f"{len(differing)} of {count} rows differ, the first is {differing[0]}: text that spells a control token, or "
-                "that the tokenizer joins with the template's; training and sampling both use the tokens of this system"
+                f"{len(differing)} of {count} rows differ, the first is {differing[0]}: text that spells a control "
+                "token, or that the tokenizer joins with the template's; training and sampling both use our tokens"
             )
         return f"{count} conversations"
 
