@@ -80,5 +80,5 @@ class Throughput(Callback):
         _, ranks = data_ranks(trainer)
         if isinstance(batch, GroupBatch):
             return batch.groups * ranks, batch.tokens * ranks
-        rows, tokens = getattr(pl_module, "rollout_size", (len(getattr(batch, "prompt_ids", [])), 0))
+        rows, tokens = getattr(pl_module, "rollout_size", (0, 0))
         return rows * ranks, tokens * ranks
