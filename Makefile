@@ -33,7 +33,7 @@ check: $(VENV)/.test ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-test: $(VENV)/.test ## every tier this machine can run, but nightly
+test: $(VENV)/.test ## every tier this machine can run except nightly
 	$(BIN)/pytest $(PYTEST) -m "not nightly" --must-run slow,dist,oracle
 
 test-fast: $(VENV)/.test ## the unit tier only
@@ -49,7 +49,7 @@ $(VENV)/.bench: $(VENV)/.test
 	$(BIN)/pip install -q -c constraints.txt matplotlib
 	touch $@
 
-bench: $(VENV)/.bench ## time everything, beside TRL and alone (two hours): make bench DATA=path/to/hh_rlhf/train.jsonl.gz
+bench: $(VENV)/.bench ## benchmarks against TRL and alone (two hours): make bench DATA=path/to/hh_rlhf/train.jsonl.gz
 	$(BIN)/python benchmarks/compare.py --data $(DATA) --precision 32-true bf16-mixed
 	$(BIN)/python benchmarks/online.py grpo rloo --data $(DATA) --lengths "until EOS" --tolerance 1e-2
 	$(BIN)/python benchmarks/growth.py

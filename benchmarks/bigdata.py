@@ -2,7 +2,7 @@
 
     python benchmarks/bigdata.py --rows 1000000
 
-The file is made up. Each start is a process of its own; its memory is the proportional set size of the process and its
+The rows are random. Each start is a separate process; its memory is the proportional set size of the process and its
 workers, so what forked workers share is counted once.
 """
 
@@ -30,7 +30,7 @@ BATCHES = 200
 
 
 def rows(count: int) -> Iterator[dict[str, str]]:
-    """Yield pairs of a question and two answers of a few made-up words, about fifty tokens."""
+    """Yield pairs of a question and two answers of a few random words, about fifty tokens."""
     random_ = random.Random(0)
     syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
     words = ["".join(random_.choices(syllables, k=random_.randint(1, 3))) for _ in range(3000)]
@@ -46,13 +46,13 @@ def write(folder: Path, count: int, name: str) -> Path:
 
     build_tiny(folder / "tiny", (text for row in rows(5000) for text in row.values()))
     with (gzip.open if name.endswith(".gz") else open)(folder / name, "wt") as file:
-        for row in track(rows(count), "making up rows", count, transient=True):
+        for row in track(rows(count), "writing rows", count, transient=True):
             file.write(json.dumps(row) + "\n")
     return folder / name
 
 
 def start(path: Path) -> dict[str, Any]:
-    """Open the file as a training run would, and return when what was done."""
+    """Open the file as a training run would, and return the time of each part."""
     from rlhf_lightning import PreferenceData
     from rlhf_lightning.models.loading import load_tokenizer
 
@@ -81,20 +81,20 @@ def watched(path: Path) -> dict[str, Any]:
     with subprocess.Popen([sys.executable, __file__, "--start", str(path)], stdout=subprocess.PIPE, text=True) as child:
         while child.poll() is None:
             samples.append((time.time(), sum(map(memory, [child.pid, *children(child.pid)]))))
-            time.sleep(0.5)  # looking at it costs the process time
+            time.sleep(0.5)  # sampling slows the process down
         assert child.stdout is not None
         printed = child.stdout.read()
     if child.returncode:
         raise SystemExit(child.returncode)
-    found = json.loads(printed.splitlines()[-1])
-    ended = found["ended"]
+    report = json.loads(printed.splitlines()[-1])
+    ended = report["ended"]
     shares = {}
     for share in (0, 0.1, 0.5, 1):
-        moment = found["began"] + share * (ended - found["began"])
+        moment = report["began"] + share * (ended - report["began"])
         shares[f"at {share:.0%}"] = min(samples, key=lambda sample: abs(sample[0] - moment))[1]
-    seconds = {"start to first batch": found["began"] - began + sum(list(found["seconds"].values())[:2])}
+    seconds = {"start to first batch": report["began"] - began + sum(list(report["seconds"].values())[:2])}
     peak = {"peak of setup": max((m for t, m in samples if t < ended), default=0.0), "peak": max(m for _, m in samples)}
-    return found | {"seconds": found["seconds"] | seconds, "gb": shares | peak, "samples": samples}
+    return report | {"seconds": report["seconds"] | seconds, "gb": shares | peak, "samples": samples}
 
 
 def children(pid: int) -> list[int]:
@@ -121,7 +121,7 @@ def show(starts: dict[str, dict[str, Any]]) -> None:
         table.add_column(name, justify="right" if name else "left")
     for kind, form in (("seconds", "{:.2f} s"), ("gb", "{:.2f} GB")):
         for name in starts["cold"][kind]:
-            table.add_row(name, *(form.format(found[kind][name]) for found in starts.values()))
+            table.add_row(name, *(form.format(report[kind][name]) for report in starts.values()))
     Console().print(table)
 
 

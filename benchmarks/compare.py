@@ -28,7 +28,7 @@ from rlhf_lightning.models.loading import resolve_model
 NO_CHECKPOINTING = {"activation_checkpointing": False}
 # rows of TRL's packing hold as many tokens as max_length: two of them are about as many tokens as eight rows
 PACKING = NO_CHECKPOINTING | {"packing": True, "per_device_train_batch_size": 2}
-# what each side is told beside the common settings; TRL's best setting is the one to quote
+# the settings of each side beside the common ones; quote TRL's best setting
 WORKLOADS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "sft": ({}, {"default": {}, "no checkpointing": NO_CHECKPOINTING,
                  "padding-free": NO_CHECKPOINTING | {"padding_free": True}, "packing": PACKING}),
@@ -56,17 +56,17 @@ class Side:
         assert self.process.stdout is not None
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
-        found = self.process.stdout.readline()
-        if not found:
+        reply = self.process.stdout.readline()
+        if not reply:
             raise SystemExit(f"a side ended: {self.log.read_text()[-3000:]}")
-        return json.loads(found)
+        return json.loads(reply)
 
 
 def compare(name: str, setting: str, precision: str, options: argparse.Namespace, cache: str) -> dict[str, Any]:
     """Return the medians, pairwise ratios and peaks of one workload and one setting of TRL.
 
     The two sides take the same rows in the same step and must agree in the loss; only with packing TRL decides which
-    rows a step holds, so there the ratio is of seconds a token.
+    rows a step holds, so there the ratio is of seconds per token.
     """
     ours, theirs = WORKLOADS[name]
     same_rows = setting != "packing"
@@ -84,16 +84,16 @@ def compare(name: str, setting: str, precision: str, options: argparse.Namespace
     with Progress(transient=True) as bar:
         task = bar.add_task(f"{name}, TRL {setting}", total=2 * (options.steps + 1))
         for _ in range(options.steps + 1):  # the first is a warm-up, and compares the losses
-            for side, found in zip(sides, steps, strict=True):
-                found.append(side.ask("go"))
+            for side, of_side in zip(sides, steps, strict=True):
+                of_side.append(side.ask("go"))
                 bar.advance(task)
             gap = abs(steps[0][-1]["loss"] - steps[1][-1]["loss"]) / max(abs(steps[1][-1]["loss"]), 1e-9)
             if same_rows and gap > options.tolerance * (1 if precision == "32-true" else 20):
-                losses = [found[-1]["loss"] for found in steps]
+                losses = [of_side[-1]["loss"] for of_side in steps]
                 raise SystemExit(f"{name}, TRL {setting}: the losses differ: {losses}")
     peaks = [side.ask("end")["peak_gb"] for side in sides]
-    a, b = ([step["seconds"] for step in found[1:]] for found in steps)
-    if not same_rows:  # as if a step of theirs held as many tokens as ours
+    a, b = ([step["seconds"] for step in of_side[1:]] for of_side in steps)
+    if not same_rows:  # scaled to the tokens of our step
         b = [y["seconds"] / y["tokens"] * x["tokens"] for x, y in zip(steps[0][1:], steps[1][1:], strict=True)]
     ratios = [y / x for x, y in zip(a, b, strict=True)]
     shares = [step["flops"] / step["seconds"] / sides[0].ready["matmul_rate"] for step in steps[0][1:]]
@@ -105,13 +105,13 @@ def compare(name: str, setting: str, precision: str, options: argparse.Namespace
         "ratio": statistics.median(ratios), "ratios": ratios, "ours_gb": peaks[0], "trl_gb": peaks[1],
         "rows_per_s": options.batch / statistics.median(a), "tokens_per_s": statistics.median(tokens),
         "matmul_share": statistics.median(shares), "matmul_gflops": sides[0].ready["matmul_rate"] / 1e9,
-        "losses": [[step["loss"] for step in found] for found in steps], "steps": steps,
+        "losses": [[step["loss"] for step in of_side] for of_side in steps], "steps": steps,
     }  # fmt: skip
 
 
 def show(results: list[dict[str, Any]]) -> None:
-    """Print a row a comparison."""
-    table = Table(title="seconds a step (median), ratio of pairs, peak memory of the process")
+    """Print a row per comparison."""
+    table = Table(title="seconds per step (median), ratio of pairs, peak memory of the process")
     for name in (
         "workload",
         "precision",
@@ -146,8 +146,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--precision", nargs="+", default=["32-true"], choices=["32-true", "bf16-mixed"])
-    parser.add_argument("--steps", type=int, default=4, help="counted steps; with one more, at most an epoch")
-    parser.add_argument("--accumulate", type=int, default=1, help="microbatches a step on our side")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps; with one more, at most an epoch")
+    parser.add_argument("--accumulate", type=int, default=1, help="microbatches per step on our side")
     parser.add_argument("--compile", action="store_true", help="compile the decoder layers on our side")
     parser.add_argument("--tolerance", type=float, default=1e-3)
     parser.add_argument("--settings", nargs="*", help="only these settings of TRL")

@@ -1,7 +1,7 @@
 """Measures how time and memory of a training step grow with context, responses, prompt share and model size.
 
-Every point is a process of its own, so that its peak memory is its own. Beside each point stands what the work alone
-would cost: the FLOPs that the step needs, at the rate of the largest point of its series. Results go to a JSON file and
+Every point is a separate process, so that peak memory is measured per point. Each point has an expected time: the
+FLOPs that the step needs, at the rate of the largest point of its series. Results go to a JSON file and
 one picture.
 """
 
@@ -57,7 +57,7 @@ def points() -> Iterator[dict[str, Any]]:
 
 
 def measure(point: dict[str, Any], steps: int) -> None:
-    """Print seconds a step (median), peak memory and needed FLOPs of one point, as JSON."""
+    """Print seconds per step (median), peak memory and needed FLOPs of one point, as JSON."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -99,33 +99,33 @@ def measure(point: dict[str, Any], steps: int) -> None:
 
 
 def needed_flops(config: Any, point: dict[str, Any]) -> float:
-    """Return the FLOPs of a step: 2 a weight and token, 4 D a pair of tokens and layer, three times for gradients."""
+    """Return the FLOPs of a step: 2 per weight and token, 4 D per pair of tokens and layer, times 3 with gradients."""
     hidden, share = config.hidden_size, config.num_key_value_heads / config.num_attention_heads
     layer = (2 + 2 * share) * hidden**2 + 3 * hidden * config.intermediate_size
-    tokens = pairs = counted = 0
+    tokens = pairs = loss_tokens = 0
     for prompt, responses in point["groups"]:
         reads = len(responses) if point["layout"] == "padded" else 1
         tokens += reads * prompt + sum(responses)
         pairs += reads * prompt * (prompt + 1) / 2 + sum(n * prompt + n * (n + 1) / 2 for n in responses)
-        counted += sum(responses) if len(responses) == 1 else 0  # a reward model has no vocabulary
-    forward = 2 * tokens * layer * config.num_hidden_layers + 2 * counted * hidden * config.vocab_size
+        loss_tokens += sum(responses) if len(responses) == 1 else 0  # a reward model has no vocabulary
+    forward = 2 * tokens * layer * config.num_hidden_layers + 2 * loss_tokens * hidden * config.vocab_size
     return 3 * (forward + 4 * pairs * hidden * config.num_hidden_layers)
 
 
 def run(point: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Measure one point in a process of its own."""
+    """Measure one point in a separate process."""
     command = [sys.executable, __file__, "--point", json.dumps(point), "--steps", str(steps)]
-    found = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    if found.returncode:
-        raise SystemExit(found.stderr[-2000:])
-    measured = json.loads(found.stdout.strip().splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if process.returncode:
+        raise SystemExit(process.stderr[-2000:])
+    measured = json.loads(process.stdout.strip().splitlines()[-1])
     return {"x": measured["parameters"] / 1e6} | point | measured
 
 
-def expect(found: list[dict[str, Any]]) -> None:
+def expect(measured: list[dict[str, Any]]) -> None:
     """Add to every point the time its FLOPs would take at the rate of its series' largest point."""
-    for series in {point["series"] for point in found}:
-        points = [point for point in found if point["series"] == series]
+    for series in {point["series"] for point in measured}:
+        points = [point for point in measured if point["series"] == series]
         best = max(points, key=lambda point: point["flops"])
         for point in points:
             point["expected_s"] = point["flops"] / best["flops"] * best["seconds"]
@@ -137,33 +137,33 @@ def slope(points: list[dict[str, Any]], of: str) -> float:
     return math.log(last[of] / first[of]) / math.log(last["x"] / first["x"])
 
 
-def show(found: list[dict[str, Any]]) -> None:
+def show(points: list[dict[str, Any]]) -> None:
     """Print every point, and the exponents of the series."""
     table = Table(title="one step, float32")
     for name in ("series", "layout", "x", "tokens", "seconds", "expected", "peak GB"):
         table.add_column(name)
-    for point in found:
+    for point in points:
         table.add_row(
             point["series"], point["layout"], f"{point['x']:.4g}", str(point["tokens"]), f"{point['seconds']:.3f}",
             f"{point['expected_s']:.3f}", f"{point['peak_gb']:.2f}",
         )  # fmt: skip
     console = Console(width=120)
     console.print(table)
-    for (series, layout), members in grouped(found).items():
-        measured, expected = slope(members, "seconds"), slope(members, "expected_s")
-        console.print(f"{series}, {layout}: exponent of time {measured:.2f}, expected {expected:.2f}")
+    for (series, layout), members in grouped(points).items():
+        exponent, expected = slope(members, "seconds"), slope(members, "expected_s")
+        console.print(f"{series}, {layout}: exponent of time {exponent:.2f}, expected {expected:.2f}")
 
 
-def grouped(found: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+def grouped(points: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Return the points of each (series, layout), in order."""
     members: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for point in found:
+    for point in points:
         members.setdefault((point["series"], point["layout"]), []).append(point)
     return members
 
 
-def draw(found: list[dict[str, Any]], picture: Path) -> None:
-    """Draw time above and memory below, a column a series; dashes are what is expected."""
+def draw(points: list[dict[str, Any]], picture: Path) -> None:
+    """Draw time above and memory below, a column per series; dashes are the expected values."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -172,15 +172,15 @@ def draw(found: list[dict[str, Any]], picture: Path) -> None:
 
     figure, axes = plt.subplots(2, len(AXES), figsize=(4 * len(AXES), 6), constrained_layout=True)
     colours = {"packed": "tab:blue", "padded": "tab:orange"}
-    names = {"packed": "prompt shared", "padded": "a row a response"}
-    for (series, layout), members in grouped(found).items():
+    names = {"packed": "prompt shared", "padded": "a row per response"}
+    for (series, layout), members in grouped(points).items():
         column = list(AXES).index(series)
         xs = [point["x"] for point in members]
         for row, key in enumerate(("seconds", "peak_gb")):
             axes[row, column].plot(xs, [p[key] for p in members], "o-", color=colours[layout], label=names[layout])
         axes[0, column].plot(xs, [p["expected_s"] for p in members], "--", color=colours[layout], alpha=0.6)
     for column, (label, logarithmic) in enumerate(AXES.values()):
-        for row, unit in enumerate(("seconds a step", "peak memory, GB")):
+        for row, unit in enumerate(("seconds per step", "peak memory, GB")):
             axis = axes[row, column]
             axis.set(xlabel=label, ylabel=unit if column == 0 else "")
             axis.grid(alpha=0.3)
@@ -201,7 +201,7 @@ def draw(found: list[dict[str, Any]], picture: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3, help="counted steps of each point")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each point")
     parser.add_argument("--series", nargs="*", default=list(AXES), choices=list(AXES))
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/growth.json"))
     parser.add_argument("--point", help=argparse.SUPPRESS)
@@ -210,16 +210,16 @@ def main() -> None:
         measure(json.loads(options.point), options.steps)
         return
     wanted = [point for point in points() if point["series"] in options.series]
-    found = []
+    measured = []
     with Progress(*Progress.get_default_columns(), transient=True) as bar:
         for point in bar.track(wanted, description="points"):
-            found.append(run(point, options.steps))
-    expect(found)
-    show(found)
+            measured.append(run(point, options.steps))
+    expect(measured)
+    show(measured)
     about = {"machine": platform.processor(), "cores": os.cpu_count(), "torch": version("torch")}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(about | {"points": found}, indent=1))
-    draw(found, options.out.with_suffix(".png"))
+    options.out.write_text(json.dumps(about | {"points": measured}, indent=1))
+    draw(measured, options.out.with_suffix(".png"))
     print(options.out, options.out.with_suffix(".png"))
 
 

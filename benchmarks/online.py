@@ -1,7 +1,7 @@
 """Times GRPO, RLOO and PPO beside TRL's trainers: the same prompts, model, optimizer and numbers of samples.
 
-Both sides are processes that live at the same time and take turns, one iteration each (see compare.py). Samples are
-drawn by each side for itself, so sameness is checked where it can be: equal prompts, no KL at the first iteration, the
+Both sides are processes that live at the same time and take turns, one iteration each (see compare.py). Each side
+draws its own samples, so equality is checked where it can be: equal prompts, no KL at the first iteration, the
 loss that a side's own rewards and lengths imply (GRPO, RLOO), and mean lengths and rewards within sampling error.
 tests/oracle shows that the losses of GRPO and RLOO are equal on given samples.
 
@@ -34,7 +34,7 @@ from rlhf_lightning import PromptData
 from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer, resolve_model
 from rlhf_lightning.ops.advantages import grpo, rloo
 
-# kind of trainer, prompts and samples an iteration, and the critic on our side; TRL's is always a model of its own.
+# kind of trainer, prompts and samples per iteration, and the critic on our side; TRL's is always a separate model.
 # Both sides train the two models of PPO in parts of about four responses, or they take more than 24 GB together
 PARTS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
 PPO = {"kind": "ppo", "prompts": 16, "samples": 1, "micro": 1024, "theirs": PARTS}
@@ -63,8 +63,8 @@ def write_prompts(options: argparse.Namespace, prompts: int, cache: str) -> list
                 rows.append({"prompt": prompt, "ids": ids})
     if len(rows) < count:
         raise SystemExit(f"{options.data} has {len(rows)} prompts of at most {options.max_prompt} tokens, not {count}")
-    plain = [{"prompt": row["prompt"]} for row in rows]
-    data = PromptData(tokenizer, plain, batch_size=prompts, max_length=10_000, cache_dir=cache)
+    texts = [{"prompt": row["prompt"]} for row in rows]
+    data = PromptData(tokenizer, texts, batch_size=prompts, max_length=10_000, cache_dir=cache)
     data.setup()
     order = [place for micro in data._plan() for place in micro.rows]
     files = [f"{cache}/prompts-{prompts}.json", f"{cache}/ordered-{prompts}.json"]
@@ -95,28 +95,28 @@ def implied_loss(kind: str, ours: bool, step: dict[str, Any], samples: int) -> f
 
 def check(workload: dict[str, Any], steps: list[list[dict[str, Any]]], tolerance: float) -> list[float] | None:
     """Stop unless both sides had the same prompts and started on policy; return the losses each should begin with."""
-    prompts = [found[-1]["prompt_tokens"] for found in steps]
+    prompts = [of_side[-1]["prompt_tokens"] for of_side in steps]
     if prompts[0] != prompts[1]:
         raise SystemExit(f"the prompts differ: {prompts} tokens")
     if len(steps[0]) > 1:
         return None
-    kls = [found[0]["kl"] for found in steps]
+    kls = [of_side[0]["kl"] for of_side in steps]
     if max(map(abs, kls)) > tolerance:
         raise SystemExit(f"the policies do not start as their references: KL {kls}")
-    if workload["kind"] == "ppo":  # the logged loss is a mean over epochs that have moved the policy
+    if workload["kind"] == "ppo":  # the logged loss is a mean over epochs that have changed the policy
         return None
     expected = [implied_loss(workload["kind"], side == 0, steps[side][0], workload["samples"]) for side in (0, 1)]
-    for found, loss in zip(steps, expected, strict=True):
-        if abs(found[0]["loss"] - loss) > tolerance:
-            raise SystemExit(f"the first loss is {found[0]['loss']}; rewards and lengths imply {loss}")
+    for of_side, loss in zip(steps, expected, strict=True):
+        if abs(of_side[0]["loss"] - loss) > tolerance:
+            raise SystemExit(f"the first loss is {of_side[0]['loss']}; rewards and lengths imply {loss}")
     return expected
 
 
 def apart(steps: list[list[dict[str, Any]]], name: str, shorter_than: float = math.inf) -> float:
     """Return how many standard errors the sides' mean lengths or rewards are apart, over responses of some length."""
     a, b = (
-        [value for step in found for value, n in zip(step[name], step["lengths"], strict=True) if n < shorter_than]
-        for found in steps
+        [value for step in of_side for value, n in zip(step[name], step["lengths"], strict=True) if n < shorter_than]
+        for of_side in steps
     )
     if min(len(a), len(b)) < 2:
         return 0.0
@@ -150,8 +150,8 @@ def compare(name: str, setting: str, length: str, options: argparse.Namespace, c
     with Progress(transient=True) as bar:
         task = bar.add_task(f"{name}, TRL {setting}, {length}", total=2 * (options.steps + 1))
         for _ in range(options.steps + 1):  # the first is a warm-up, and shows whether both start alike
-            for side, found in zip(sides, steps, strict=True):
-                found.append(side.ask("go"))
+            for side, of_side in zip(sides, steps, strict=True):
+                of_side.append(side.ask("go"))
                 bar.advance(task)
             expected = check(workload, steps, options.tolerance) or expected
     peaks = [side.ask("end")["peak_gb"] for side in sides]
@@ -165,32 +165,32 @@ def compare(name: str, setting: str, length: str, options: argparse.Namespace, c
 
 
 def summary(steps: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Return the figures of the counted steps, ours first."""
-    counted = [found[1:] for found in steps]
-    seconds = [[step["seconds"] for step in found] for found in counted]
-    tokens = [[sum(step["lengths"]) for step in found] for found in counted]
+    """Return the figures of the timed steps, ours first."""
+    timed = [of_side[1:] for of_side in steps]
+    seconds = [[step["seconds"] for step in of_side] for of_side in timed]
+    tokens = [[sum(step["lengths"]) for step in of_side] for of_side in timed]
     each = [[s / n for s, n in zip(*pair, strict=True)] for pair in zip(seconds, tokens, strict=True)]
     parts = [
-        {name: statistics.median(step["parts"].get(name, 0.0) / step["seconds"] for step in found)
-         for name in found[0]["parts"]}
-        for found in counted
+        {name: statistics.median(step["parts"].get(name, 0.0) / step["seconds"] for step in of_side)
+         for name in of_side[0]["parts"]}
+        for of_side in timed
     ]  # fmt: skip
     ratios = [theirs / ours for ours, theirs in zip(*seconds, strict=True)]
     token_ratios = [theirs / ours for ours, theirs in zip(*each, strict=True)]
     return {
-        "seconds": [statistics.median(s) for s in seconds], "seconds_a_token": [statistics.median(s) for s in each],
+        "seconds": [statistics.median(s) for s in seconds], "seconds_per_token": [statistics.median(s) for s in each],
         "tokens_per_s": [1 / statistics.median(s) for s in each], "parts": parts,
-        "mean_length": [statistics.mean(x for step in found for x in step["lengths"]) for found in steps],
+        "mean_length": [statistics.mean(x for step in of_side for x in step["lengths"]) for of_side in steps],
         "ratio": statistics.median(ratios), "ratios": ratios,
         "token_ratio": statistics.median(token_ratios), "token_ratios": token_ratios,
     }  # fmt: skip
 
 
 def show(results: list[dict[str, Any]]) -> None:
-    """Print a row a comparison; where there are two numbers, ours comes first."""
+    """Print a row per comparison; where there are two numbers, ours comes first."""
     table = Table(title="here / TRL; median of iterations, ratios of pairs, peak memory of the process")
     columns = ("workload", "TRL's setting", "responses", "seconds", "TRL / here", "sampled tokens/s",
-               "a token, TRL / here", "mean length", "GB", "sampling")  # fmt: skip
+               "per token, TRL / here", "mean length", "GB", "sampling")  # fmt: skip
     for name in columns:
         table.add_column(name)
     for r in results:

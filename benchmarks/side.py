@@ -1,8 +1,8 @@
-"""One side of a comparison: a process that makes an optimizer step whenever it is told to.
+"""One side of a comparison: a process that makes an optimizer step on request.
 
 It reads a specification as JSON on its first line of standard input, builds a real Trainer, and then, for every line
-"go", makes one step and answers with one line of JSON. The other side waits meanwhile, so that both have the machine to
-themselves and each process has a peak memory of its own.
+"go", makes one step and answers with one line of JSON. The other side waits meanwhile, so that each side has the
+machine to itself, and peak memory is measured per side.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ def our_data(spec: dict[str, Any]) -> Any:
 
 def our_side(spec: dict[str, Any]) -> None:
     from lightning.pytorch import Callback, Trainer
-    from rlhf_lightning.stages.train import quiet
 
     from rlhf_lightning import DPO, SFT, RewardModel
     from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
+    from rlhf_lightning.stages.run import quiet
 
     quiet()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -106,7 +106,7 @@ def our_side(spec: dict[str, Any]) -> None:
             self.parts.append({
                 "loss": float(outputs["loss"]),  # a microbatch's share of the mean
                 "tokens": batch.tokens, "cells": batch.input_ids.numel(),
-                "counted": len(batch.targets), "flops": step_flops(module, batch),
+                "loss_tokens": len(batch.targets), "flops": step_flops(module, batch),
             })  # fmt: skip
             if len(self.parts) == accumulate:
                 answer(seconds=seconds, **{key: sum(part[key] for part in self.parts) for key in self.parts[0]})
@@ -122,8 +122,8 @@ def our_side(spec: dict[str, Any]) -> None:
 def step_flops(module: Any, batch: Any) -> float:
     """Return the FLOPs that the step needs: no padding, no attention outside of a group, nothing recomputed.
 
-    A forward pass is 2 a weight and token (the head's for counted tokens only) and 4 D a pair of tokens and layer; the
-    backward pass is two more, the reference one more.
+    A forward pass is 2 per weight and token (the head's for tokens in the loss mask only) and 4 D per pair of tokens
+    and layer; the backward pass is two more, the reference one more.
     """
     from rlhf_lightning.models.completion import unwrap
     from rlhf_lightning.ops.masking import group_attention_mask
@@ -187,9 +187,9 @@ def their_side(spec: dict[str, Any]) -> None:
             self.seconds = time.perf_counter() - self.began
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            seen = int(logs.get("num_tokens", 0))
-            answer(seconds=self.seconds, loss=float(logs["loss"]), tokens=seen - self.tokens)
-            self.tokens = seen
+            total = int(logs.get("num_tokens", 0))
+            answer(seconds=self.seconds, loss=float(logs["loss"]), tokens=total - self.tokens)
+            self.tokens = total
 
     trainer = kind(
         model, args=config(**(settings | spec["options"])), train_dataset=dataset, processing_class=tokenizer,

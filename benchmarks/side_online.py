@@ -1,4 +1,4 @@
-"""One side of a comparison of online RL: a process that samples, scores and updates once whenever it is told to.
+"""One side of a comparison of online RL: a process that samples, scores and updates once on request.
 
 The protocol is that of side.py. The prompts come from a file, as messages and as token ids, because the side that runs
 PPO in TRL 1.12.0 lives in an environment without this package.
@@ -52,8 +52,8 @@ class Clock:
         self.seconds = time.perf_counter() - self.began
 
     def report(self, loss: float, kl: float, tokens: float, lengths: list[int], rewards: list[float]) -> None:
-        found = {"loss": loss, "kl": kl, "prompt_tokens": tokens, "lengths": lengths, "rewards": rewards}
-        answer(seconds=self.seconds, parts=self.parts, **found)
+        report = {"loss": loss, "kl": kl, "prompt_tokens": tokens, "lengths": lengths, "rewards": rewards}
+        answer(seconds=self.seconds, parts=self.parts, **report)
 
 
 # ---- this package --------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def our_reward(spec: dict[str, Any]) -> Any:
 def our_options(spec: dict[str, Any]) -> dict[str, Any]:
     """Return what turns our PPO into the algorithm of TRL's trainer."""
     common = {
-        "samples": spec["samples"], "max_new_tokens": spec["new_tokens"], "temperature": 1.0,
+        "num_generations": spec["samples"], "max_new_tokens": spec["new_tokens"], "temperature": 1.0,
         "kl_beta": spec["beta"], "missing_eos_penalty": 0.0, "max_grad_norm": 1.0, "microbatch_tokens": spec["micro"],
     }  # fmt: skip
     if spec["kind"] == "ppo":  # our defaults are the paper's and TRL's: 4 epochs, clip 0.2, lambda 0.95, value 0.1
@@ -93,16 +93,16 @@ def our_module(spec: dict[str, Any], clock: Clock) -> Any:
             self.last = clock.timed("rollout", super().rollout)(*args, **kwargs)
             return self.last
 
-        def score_tokens(self, *args: Any) -> None:
-            clock.timed("forwards", super().score_tokens)(*args)
+        def logprobs(self, *args: Any) -> None:
+            clock.timed("forwards", super().logprobs)(*args)
 
-        def learn(self, *args: Any) -> Any:
-            return clock.timed("learn", super().learn)(*args)
+        def update(self, *args: Any) -> Any:
+            return clock.timed("update", super().update)(*args)
 
         def configure_optimizers(self) -> Any:
-            found: Any = super().configure_optimizers()
-            found.step = clock.timed("optimizer", found.step)
-            return found
+            adamw: Any = super().configure_optimizers()
+            adamw.step = clock.timed("optimizer", adamw.step)
+            return adamw
 
     reward = clock.timed("reward", our_reward(spec))
     return Watched(partial(load_causal_lm, spec["model"]), optimizer(spec), reward=reward, **our_options(spec))
@@ -110,7 +110,8 @@ def our_module(spec: dict[str, Any], clock: Clock) -> Any:
 
 def our_side(spec: dict[str, Any]) -> None:
     from lightning.pytorch import Callback, Trainer
-    from rlhf_lightning.stages.train import quiet
+
+    from rlhf_lightning.stages.run import quiet
 
     quiet()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -128,10 +129,10 @@ def our_side(spec: dict[str, Any]) -> None:
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
             clock.stop()
-            found, rollout = trainer.callback_metrics, module.last
-            tokens = sum(map(len, batch.prompt_ids))
+            metrics, rollout = trainer.callback_metrics, module.last
+            tokens = sum(len(group.prompt) for group in batch.groups)
             lengths, scores = rollout.mask.sum(1).tolist(), rollout.scores.tolist()
-            clock.report(found["policy/loss"].item(), found["kl/reference"].item(), tokens, lengths, scores)
+            clock.report(metrics["policy/loss"].item(), metrics["kl/reference"].item(), tokens, lengths, scores)
 
     trainer = Trainer(
         max_epochs=1, accelerator="cpu", precision="32-true", logger=False, enable_checkpointing=False,
@@ -174,7 +175,7 @@ def their_tokenizer(spec: dict[str, Any]) -> Any:
 
 
 def their_settings(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return what all of TRL's trainers are told."""
+    """Return the common settings of TRL's trainers."""
     return {
         "output_dir": spec["cache"] + "/trl", "use_cpu": True, "bf16": False, "report_to": "none",
         "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1, "optim": "adamw_torch",
@@ -211,7 +212,7 @@ def their_side(spec: dict[str, Any]) -> None:
             if "loss" not in logs:  # the summary of the run
                 return
             total, seen["tokens"] = logs["num_tokens"] - seen["tokens"], logs["num_tokens"]
-            tokens = (total - sum(seen["lengths"])) / spec["samples"]  # TRL counts a prompt once a sample
+            tokens = (total - sum(seen["lengths"])) / spec["samples"]  # TRL counts a prompt once per sample
             clock.report(float(logs["loss"]), float(logs["kl"]), tokens, seen["lengths"], seen["rewards"])
 
     config, kind = {"grpo": (trl.GRPOConfig, trl.GRPOTrainer), "rloo": (trl.RLOOConfig, trl.RLOOTrainer)}[spec["kind"]]
@@ -246,18 +247,18 @@ def their_ppo(spec: dict[str, Any]) -> None:
     score = ppo_trainer.get_reward
 
     def batch_generation(model: Any, queries: Any, *args: Any) -> Any:
-        found = generate(model, queries, *args)
-        ends = found[0][:, queries.shape[1] :] == tokenizer.eos_token_id
+        generated = generate(model, queries, *args)
+        ends = generated[0][:, queries.shape[1] :] == tokenizer.eos_token_id
         first = torch.where(ends.any(1), ends.int().argmax(1) + 1, ends.shape[1])
         seen["lengths"] = ([ends.shape[1]] * len(ends)) if spec["fixed"] else first.tolist()
         seen["tokens"] = int((queries != tokenizer.pad_token_id).sum())
-        return found
+        return generated
 
     def get_reward(model: Any, *args: Any) -> Any:
-        found = clock.timed("values and reward", score)(model, *args)
+        rewards = clock.timed("values and reward", score)(model, *args)
         if model is trainer.reward_model:
-            seen.setdefault("rewards", []).extend(found[1].tolist())
-        return found
+            seen.setdefault("rewards", []).extend(rewards[1].tolist())
+        return rewards
 
     ppo_trainer.batch_generation, ppo_trainer.get_reward = batch_generation, get_reward
 

@@ -2,8 +2,8 @@
 
     python benchmarks/startup.py
 
-The first step is that of experiment=sft_world, without and with a cache of tokenized rows. What counts is the best of
-several runs: other programs on the machine only add to it.
+The first step is that of experiment=sft_world, without and with a cache of tokenized rows. The best of several
+runs counts: other programs on the machine only add to it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COMMANDS = {
 
 
 def seconds(arguments: tuple[str, ...], folder: Path) -> float:
-    """Return the time until the first step is reported, or until the process ends where it makes none."""
+    """Return the time until the first step is reported, or until the process ends without one."""
     command = [sys.executable, "-m", "rlhf_lightning", *arguments]
     env = os.environ | {"RLHF_CACHE": str(folder / "cache")}
     began = time.perf_counter()
@@ -51,17 +51,17 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/startup.json"))
     options = parser.parse_args()
-    found: dict[str, list[float]] = {name: [] for name in COMMANDS}
+    runs_of: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for _ in range(options.runs):
         with tempfile.TemporaryDirectory() as folder:
             for name, arguments in COMMANDS.items():
-                found[name].append(seconds(arguments, Path(folder)))
+                runs_of[name].append(seconds(arguments, Path(folder)))
     table = Table("command", "best", "all runs", title="seconds from the start of the process")
-    for name, runs in found.items():
+    for name, runs in runs_of.items():
         table.add_row(name, f"{min(runs):.2f}", ", ".join(f"{run:.2f}" for run in runs))
     Console().print(table)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    about = {"machine": platform.machine(), "cores": os.cpu_count(), "seconds": found}
+    about = {"machine": platform.machine(), "cores": os.cpu_count(), "seconds": runs_of}
     options.out.write_text(json.dumps(about, indent=1))
     print(options.out)
 

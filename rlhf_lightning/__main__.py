@@ -64,7 +64,7 @@ def app(cfg: DictConfig) -> float | list[float] | None:
 
 def run_stage(cfg: DictConfig) -> float | None:
     """Import what stages need, which takes seconds, and run the stage."""
-    gc.disable()  # imports make a million objects that stay; looking through them again and again takes a second
+    gc.disable()  # imports create a million objects that stay; collecting them repeatedly takes a second
     from rlhf_lightning.stages import run
 
     gc.freeze()
@@ -73,7 +73,7 @@ def run_stage(cfg: DictConfig) -> float | None:
 
 
 def normalize(arguments: list[str]) -> list[str]:
-    """Return `arguments` with model=<folder or hub name> spelled as model=hub model.name=<...>; twice is as once."""
+    """Return `arguments` with model=<folder or hub name> spelled as model=hub model.name=<...>; idempotent."""
     options = groups().get("model", [])
     normalized = []
     for argument in arguments:
@@ -89,14 +89,14 @@ def normalize(arguments: list[str]) -> list[str]:
 
 
 def sweep_id(arguments: list[str]) -> str:
-    """Return the name of a sweep's folder: the same command has the same one, so running it again goes on."""
+    """Return the name of a sweep's folder: the same command has the same folder and continues there."""
     beside = ("resume=", "hydra.launcher.", "hydra.verbose", "hydra.sweep.", "-", "on_failed_trial=")
     words = [a for a in arguments if not a.startswith(beside)]
     return hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
 
 
 def usage() -> str:
-    """Return what to type."""
+    """Return the usage message."""
     options = groups()
     return (
         "usage: rlhf stage=<stage> [key=value] ...   or   rlhf pipeline=<pipeline> [key=value] ...\n"
@@ -135,8 +135,8 @@ def main() -> None:
     if {"--help", "-h"} & set(arguments):
         print(help_text())
         return
-    chosen = {argument.partition("=")[0] for argument in arguments}
-    if not chosen & {*SELECTORS, *QUESTIONS, "--cfg", "-c"}:
+    keys = {argument.partition("=")[0] for argument in arguments}
+    if not keys & {*SELECTORS, *QUESTIONS, "--cfg", "-c"}:
         print(usage(), file=sys.stderr)
         sys.exit(2)
     try:
@@ -151,12 +151,12 @@ def main() -> None:
         fail(explain(error, arguments), 2)
     except KeyboardInterrupt as stop:
         code = stop.args[0] if stop.args else 130
-        fail("interrupted; add resume=auto to the same command to go on", code)
+        fail("interrupted; add resume=auto to the same command to continue", code)
     except Exception as error:
         if is_lost_peer(error):
-            logging.getLogger("rlhf_lightning").info("lost another rank", exc_info=error)
+            logging.getLogger("rlhf_lightning").info("another rank exited, or the network failed", exc_info=error)
             first = str(error).strip().splitlines()[0]
-            fail(f"another rank has ended, or the network failed: {first[:200]}; the log has the rest", 1)
+            fail(f"another rank exited, or the network failed: {first[:200]}; see the log", 1)
         reason = write_failure(error)
         if reason is None:
             raise

@@ -1,4 +1,4 @@
-"""Ranks: who they are, what they must agree on before they can talk, and which of them read different rows."""
+"""Ranks: their numbers, decisions they share before the process group exists, and which of them read different rows."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from rlhf_lightning.errors import UserError
 
-WAIT = 600.0  # seconds that ranks wait for each other
+WAIT = 600.0  # rendezvous timeout in seconds
 
 
 def ranks() -> tuple[int, int] | None:
-    """Return this rank and their number where a launcher outside of this program starts them, else None."""
+    """Return (rank, world size) where torchrun or SLURM started the ranks, else None."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
         return int(env["RANK"]), int(env["WORLD_SIZE"])
@@ -34,62 +34,63 @@ def store() -> Any:
 
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-    found = ranks()
-    assert found is not None
-    waiting = timedelta(seconds=WAIT)
+    launched = ranks()
+    assert launched is not None
+    timeout = timedelta(seconds=WAIT)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=waiting)
+        return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
     try:
         environment = SLURMEnvironment()
     except RuntimeError as error:  # it wants --ntasks-per-node instead of --ntasks
         raise UserError(str(error)) from error
-    port = environment.main_port + 10_000  # beyond the range of ports that Lightning takes for process groups
-    return TCPStore(environment.main_address, port, is_master=found[0] == 0, wait_for_workers=False, timeout=waiting)
+    port = environment.main_port + 10_000  # above the ports that Lightning uses for process groups
+    return TCPStore(environment.main_address, port, is_master=launched[0] == 0, wait_for_workers=False, timeout=timeout)
 
 
 def agreed(key: str, decide: Callable[[], str]) -> str:
-    """Return what the first rank decides; where nobody else was started, that is us.
+    """Return what rank 0 decides; a process without other ranks decides itself.
 
     Raises:
-        UserError: on every rank, when `decide` raised one on the first, or the first one is gone.
+        UserError: on every rank, when `decide` raised one on rank 0, or when the rendezvous fails.
     """
-    found = ranks()
-    if found is None:
+    launched = ranks()
+    if launched is None:
         return decide()
+    rank, world_size = launched
     from torch.distributed import DistError
 
     key = f"rlhf/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{key}"
     try:
-        if found[0] == 0:
+        if rank == 0:
             try:
-                told = {"value": decide()}
+                decision = {"value": decide()}
             except UserError as error:
-                told = {"error": str(error)}
-            store().set(key, json.dumps(told))
+                decision = {"error": str(error)}
+            store().set(key, json.dumps(decision))
             # the store may live in this process, which must not end before all have read
-            for rank in range(1, found[1]):
-                store().get(f"{key}/{rank}")
+            for other in range(1, world_size):
+                store().get(f"{key}/{other}")
         else:
-            told = json.loads(store().get(key))
-            store().set(f"{key}/{found[0]}", "read")
+            decision = json.loads(store().get(key))
+            store().set(f"{key}/{rank}", "read")
     except DistError as error:
         raise UserError(
-            f"the {found[1]} ranks did not meet: one has ended, and its own message says why, or was not started "
+            f"rendezvous of {world_size} ranks failed: a rank exited (its own message says why) or was not started "
             f"within {WAIT:.0f} seconds (srun starts the tasks of a SLURM job)"
         ) from error
-    if "error" in told:
-        raise UserError(told["error"])
-    return told["value"]
+    if "error" in decision:
+        raise UserError(decision["error"])
+    return decision["value"]
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Return whether `error` is what a rank sees when another one has ended or cannot be reached."""
-    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-    several = "MASTER_ADDR" in os.environ  # which Lightning and torchrun set
-    return several and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    """Return whether `error` is what a rank raises when another rank has exited or cannot be reached."""
+    messages = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+    distributed = "MASTER_ADDR" in os.environ  # which Lightning and torchrun set
+    return distributed and isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
 
 
 def data_ranks(trainer: Any) -> tuple[int, int]:

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in a command, a config, a file or a data row, told in one readable message."""
+    """A mistake in a command, a config, a file or a data row, reported in one readable message."""
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the option closest to `name`, or an empty string."""
-    found = difflib.get_close_matches(str(name), [str(option) for option in options], n=1, cutoff=0.5)
-    return f" Did you mean '{found[0]}'?" if found else ""
+    matches = difflib.get_close_matches(str(name), [str(option) for option in options], n=1, cutoff=0.5)
+    return f" Did you mean '{matches[0]}'?" if matches else ""

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, JSON, and content digests."""
+"""Atomic writes of files and folders, JSON, and content digests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def file_digest(*paths: Path) -> str:
 
 @contextmanager
 def readable_os_errors(path: str | Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission into a message; what was there before stays as it was."""
+    """Raise a full disk or a missing permission as a UserError; existing files stay as they were."""
     try:
         yield
     except UserError:
@@ -62,8 +62,8 @@ def _os_error(error: BaseException | None) -> int | None:
     while error is not None:
         if isinstance(error, OSError):
             return error.errno
-        if found := re.search(r"\(os error (\d+)\)", str(error)):
-            return int(found[1])
+        if match := re.search(r"\(os error (\d+)\)", str(error)):
+            return int(match[1])
         error = error.__cause__ or error.__context__
     return None
 
@@ -106,7 +106,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
                     os.fsync(written.fileno())
             temporary.chmod(0o755)
             if folder.exists():
-                folder.rename(older)  # quick, unlike removing it: hardly a moment without a folder of this name
+                folder.rename(older)  # faster than removing it: hardly a moment without a folder of this name
             os.replace(temporary, folder)
             _sync_folder(folder.parent)
             shutil.rmtree(older, ignore_errors=True)
@@ -114,8 +114,8 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def build_once(folder: str | Path, build: Callable[[Path], None]) -> None:
-    """Fill `folder` with `build` unless it is there; of several processes the quickest wins."""
+def build_once(folder: str | Path, build: Callable[[Path], Any]) -> None:
+    """Fill `folder` with `build` unless it exists; of concurrent processes the first one wins."""
     folder = Path(folder)
     if folder.is_dir():
         return
@@ -125,7 +125,7 @@ def build_once(folder: str | Path, build: Callable[[Path], None]) -> None:
         build(temporary)
         os.replace(temporary, folder)
     except OSError:
-        if not folder.is_dir():  # not merely another process that was quicker
+        if not folder.is_dir():  # else another process was first
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -138,7 +138,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_jsonl(path: str | Path, rows: list[dict[str, Any]]) -> None:
-    """Write one JSON object a line, atomically; control characters are escaped."""
+    """Write one JSON object per line, atomically; control characters are escaped."""
     with atomic_path(path) as temporary:
         temporary.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows), encoding="utf-8")
 
@@ -151,7 +151,7 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable JSON ({error}); remove it to go on") from error
+        raise UserError(f"{path} is not readable JSON ({error}); remove it to continue") from error
 
 
 def _sync_folder(folder: Path) -> None:

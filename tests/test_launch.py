@@ -143,9 +143,9 @@ def test_another_number_of_ranks_than_configured_is_refused(folder: Path) -> Non
 
 def test_a_sweep_is_not_started_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "ranks", lambda: (1, 2))
-    with pytest.raises(UserError, match="plain command"):
+    with pytest.raises(UserError, match="without torchrun or srun"):
         launch.arguments_of_rank(["-m", "stage=sft"])
-    with pytest.raises(UserError, match="plain command"):
+    with pytest.raises(UserError, match="without torchrun or srun"):
         launch.arguments_of_rank(["sweep=dpo_beta"])
 
 

@@ -17,7 +17,7 @@ from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.ops.groups import Group, pack
 from rlhf_lightning.runtime import memory
-from rlhf_lightning.runtime.settings import plain
+from rlhf_lightning.runtime.settings import to_container
 from rlhf_lightning.stages import plan
 from tests.helpers.cli import rlhf
 from tests.helpers.compose import composed
@@ -26,7 +26,7 @@ from tests.helpers.compose import composed
 def settings(*overrides: str) -> dict[str, Any]:
     cfg = composed("data.train=rows.jsonl", *overrides)
     OmegaConf.update(cfg, "paths.outputs", "outputs")
-    return plain(cfg)
+    return to_container(cfg)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Checkpoints that are written whole or not at all, load without running code, and hold every random state."""
+"""Checkpoints that are written atomically, load without running code, and include every random state."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise UserError(f"the checkpoint {path} cannot be read: {reason}") from error
         except Exception as error:  # pickle raises its own type when a file wants to run code
             raise UserError(
-                f"the checkpoint {path} is damaged or holds more than tensors and plain values; it is not loaded"
+                f"the checkpoint {path} is damaged or contains more than tensors and primitives; it is not loaded"
             ) from error
 
 
 class RandomState(Callback):
-    """Keeps the random states of Python, NumPy and torch of every rank, so that dropout continues where it was.
+    """Saves the random states of Python, NumPy and torch of every rank, so that dropout continues where it was.
 
     They are restored when the first batch starts: data loaders and sanity checks draw before that.
     """
@@ -69,18 +69,18 @@ class RandomState(Callback):
         saved, self.restored = self.restored, None
         if saved["ranks"] != self.ranks and trainer.is_global_zero:
             log.warning(
-                "%s goes on with what %s began: the same rows and samples, but sums in another order, so the "
-                "result is not bit-exact",
+                "%s continues a run of %s: the same rows and samples, but sums in another order, so the result is "
+                "not bit-exact",
                 self.ranks,
                 saved["ranks"],
             )
-        together = getattr(trainer.strategy, "tensor_parallel_size", 1)  # these ranks drop the same activations
+        together = getattr(trainer.strategy, "tensor_parallel_size", 1)  # these ranks share dropout masks
         first = trainer.global_rank - trainer.global_rank % together
         restore_random_state(saved["states"][first % len(saved["states"])])
 
 
 def random_state() -> dict[str, Any]:
-    """Return the states of this process's generators as tensors and plain values."""
+    """Return the states of this process's generators as tensors and primitives."""
     kind, keys, place, has_gauss, cached = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -103,7 +103,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 class StepCheckpoint(Callback):
     """Saves `last.ckpt` every `every_n_steps` optimizer updates, between two batches, and when training is stopped.
 
-    Lightning's ModelCheckpoint tests `global_step % n` once a batch, which PPO's several updates a batch can miss.
+    Lightning's ModelCheckpoint tests `global_step % n` once per batch, which PPO's several updates per batch can miss.
 
     Args:
         folder: where `last.ckpt` goes.

@@ -1,4 +1,4 @@
-"""What a run did other than asked, and why, in one line each."""
+"""One-line notices where a run differs from its settings, and why."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Notices(Callback):
     """
 
     def __init__(self) -> None:
-        self.lowest, self.highest = math.inf, -math.inf  # reward of the run, which a resumed run goes on with
+        self.lowest, self.highest = math.inf, -math.inf  # rewards of the run, restored on resume
 
     def state_dict(self) -> dict[str, Any]:
         return {"lowest": self.lowest, "highest": self.highest}
@@ -71,6 +71,6 @@ class Notices(Callback):
 def say(trainer: Trainer, text: str) -> None:
     """Print a line on the first rank and write it to the log file."""
     if trainer.is_global_zero:
-        log.info("%s", text)  # the console shows warnings of the log; this line it has already
-        console = Console()  # made now, when a bar may stand in for the terminal
+        log.info("%s", text)  # at INFO: the console shows warnings of the log, and this line is printed below
+        console = Console()  # created now: a progress bar may have redirected stdout
         console.print(text, style="yellow", soft_wrap=not console.is_terminal, markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""Progress of the whole run: a bar on a terminal, a line now and then in a log."""
+"""Progress of the whole run: a bar on a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SHOWN = (
 
 
 def progress_bar() -> Callback:
-    """Return a bar where the output is a terminal, plain lines elsewhere."""
+    """Return a bar where the output is a terminal, else lines."""
     return RunProgressBar() if sys.stdout.isatty() else LineProgress()
 
 
@@ -61,8 +61,8 @@ class Pace:
     """The optimizer updates or batches done of `total`, and the time left at the rate since this process began.
 
     Args:
-        total: None where it is not known.
-        first: what was done before, by a run that is resumed.
+        total: None where it is unknown.
+        first: done before this process, in a run that is resumed.
     """
 
     def __init__(self, total: int | None, first: int = 0) -> None:
@@ -89,9 +89,9 @@ class Pace:
 
 
 class RunProgressBar(ProgressBar):
-    """One bar for all updates of a run with the time left and the main metrics; one for a validation under way.
+    """One bar for all updates of a run with the time left and the main metrics; one for a running validation.
 
-    It stays on the terminal when training ends. Below the bar stands what a long training step is doing
+    It stays on the terminal when training ends. Below the bar is the phase of a long training step
     (`StageModule.phase`). Only the first rank draws.
     """
 
@@ -101,7 +101,7 @@ class RunProgressBar(ProgressBar):
         self.live: Live | None = None
         self.redirected = ExitStack()
         self.training: Pace | None = None
-        self.evaluation: tuple[str, Pace] | None = None  # a validation or prediction under way
+        self.evaluation: tuple[str, Pace] | None = None  # a running validation or prediction
         self.metrics, self.metrics_read = "", -math.inf
 
     def disable(self) -> None:
@@ -197,14 +197,14 @@ class RunProgressBar(ProgressBar):
         self.metrics, self.metrics_read = main_metrics(self.trainer), time.monotonic()
 
     def render(self) -> RenderableType:
-        """Return what stands on the terminal now."""
+        """Return what is drawn on the terminal now."""
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)
         table.add_column(max_width=40)
         table.add_column(no_wrap=True, justify="right")
         table.add_column(no_wrap=True)
         if self.training is not None:
-            # PPO makes several updates a batch, and its updates are shown before the batch ends
+            # PPO makes several updates per batch, which are shown before the batch ends
             row(
                 table, self.train_description, self.training, max(self.training.done, self.trainer.global_step), "steps"
             )

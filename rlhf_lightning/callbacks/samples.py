@@ -29,7 +29,7 @@ def clean(text: str, limit: int = 600) -> str:
 class Samples(Callback):
     """Writes what `StageModule.text_samples` returns to a folder and to TensorBoard's text tab, during the whole run.
 
-    At the start, or as soon as there are any, every `every_n_steps` updates, and at the end.
+    At the start or as soon as there are any, every `every_n_steps` updates, and at the end.
 
     Args:
         folder: where step_<n>.jsonl files go.
@@ -88,7 +88,7 @@ class Samples(Callback):
 
 
 def as_markdown(row: dict[str, Any]) -> str:
-    """Return one sample as fenced text: it may hold anything a model can write."""
+    """Return one sample as fenced text: a model can write anything."""
     rest = ", ".join(
         f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
         for k, v in row.items()

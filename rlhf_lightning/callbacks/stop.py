@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class Stop(Callback):
     """Ends training after the current batch on SIGTERM or Ctrl-C; the checkpoint callback then saves.
 
-    A validation or prediction under way is broken off, and none is begun: a scheduler that asks a process to end does
-    not wait long.
+    A running validation or prediction is aborted, and none is started: a scheduler that asks a process to end does not
+    wait long.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Stop(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         def note(number: int, frame: Any) -> None:
             if self.received is not None:
-                raise KeyboardInterrupt  # asked twice
+                raise KeyboardInterrupt  # second signal
             self.received = number
 
         for number in (signal.SIGTERM, signal.SIGINT):

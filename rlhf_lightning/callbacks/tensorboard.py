@@ -28,7 +28,7 @@ def write_hparams(trainer: Trainer, hparams: dict[str, Any], metric: str | None,
     """Fill the HParams tab with a run's hyperparameters and its final metric.
 
     TensorBoard takes its columns from the first experiment record it finds and only lists metrics that are in it, so it
-    is written once, at the end, and by a trial of a sweep not at all: that record is the sweep's.
+    is written once, at the end, and not by a trial of a sweep, whose record the sweep writes.
 
     Args:
         hparams: flat dict; what is not a primitive is written as text.
@@ -37,8 +37,8 @@ def write_hparams(trainer: Trainer, hparams: dict[str, Any], metric: str | None,
     writer = summary_writer(trainer)
     if writer is None or metric is None:
         return
-    kept = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in hparams.items()}
-    experiment, *session = summaries(kept, {f"hparams/{metric}": value})
+    primitives = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in hparams.items()}
+    experiment, *session = summaries(primitives, {f"hparams/{metric}": value})
     for record in session if "RLHF_TRIAL" in os.environ else (experiment, *session):
         writer._get_file_writer().add_summary(record)
     writer.add_scalar(f"hparams/{metric}", value, trainer.global_step)

@@ -1,4 +1,4 @@
-"""Rows and tokens a second, seconds a step, and peak memory."""
+"""Rows and tokens per second, seconds per step, and peak memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Throughput(Callback):
     """Logs perf/rows_per_s, perf/tokens_per_s, perf/step_s and perf/peak_memory_gb over the training batches.
 
     Rows are groups (demonstrations, pairs) or sampled responses; the first batch, which warms up, is left out. Times
-    hold training batches only, not validation, checkpoints or samples. `summary` has the means of the run.
+    include training batches only, not validation, checkpoints or samples. `summary` has the means of the run.
     """
 
     def __init__(self) -> None:
@@ -76,9 +76,9 @@ class Throughput(Callback):
         }
 
     def counts(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> tuple[int, int]:
-        """Return rows and real (unpadded) tokens of a batch, times the ranks that read others of about its size."""
+        """Return rows and real (unpadded) tokens of a batch, times the number of data-parallel ranks."""
         _, ranks = data_ranks(trainer)
         if isinstance(batch, GroupBatch):
             return batch.groups * ranks, batch.tokens * ranks
-        rows, tokens = getattr(pl_module, "rollout_size", (len(getattr(batch, "prompt_ids", [])), 0))
+        rows, tokens = getattr(pl_module, "rollout_size", (0, 0))
         return rows * ranks, tokens * ranks

@@ -100,7 +100,7 @@ class RowData(LightningDataModule):
         self.window, self.windows = window, None
         self.tokenizer = tokenizer
         self.given = {"train": train, "val": val}
-        if val is None:  # Lightning validates where the hook is not its own
+        if val is None:  # Lightning validates only where the hook is overridden
             self.val_dataloader = super().val_dataloader
         self.limits = {"train": train_rows, "val": val_rows}
         self.batch_size, self.row_tokens = batch_size, row_tokens
@@ -130,7 +130,7 @@ class RowData(LightningDataModule):
             if split == "train" and self.window is not None:
                 raw = self.kind == "prompts"
                 self.windows = Windows(self.source(split), self.to_group, self.window, self.on_bad_row, raw)
-                self.rows[split] = next(self.windows.after(0))[1]  # what is looked at before the first step
+                self.rows[split] = next(self.windows.after(0))[1]  # what is checked before the first step
             else:
                 self.rows[split] = tokenize(
                     self.source(split),
@@ -172,15 +172,15 @@ class RowData(LightningDataModule):
         plan = self._plan()
         if plan.batch_size < plan.parts:
             raise UserError(
-                f"data.batch_size={plan.batch_size} rows cannot fill {plan.parts} microbatches a step "
+                f"data.batch_size={plan.batch_size} rows cannot fill {plan.parts} microbatches per step "
                 f"(trainer.accumulate_grad_batches={self.accumulate} on {plan.parts // self.accumulate} devices)"
             )
         if not plan.steps:
             raise UserError(
-                f"data.train has {len(self.rows['train'])} rows, fewer than {plan.parts} microbatches a step"
+                f"data.train has {len(self.rows['train'])} rows, fewer than {plan.parts} microbatches per step"
             )
         if self.windows is not None:
-            batches = (self.steps_per_epoch + 1) * self.accumulate  # a run that reached its end can be made longer
+            batches = (self.steps_per_epoch + 1) * self.accumulate  # one more step: a finished run can be extended
             return WindowLoader(self.windows, self._plan, self._collate_window, batches)
         return PlannedLoader(_Batches(lambda micro: self.collate("train", micro)), plan, self.num_workers)
 
@@ -192,7 +192,7 @@ class RowData(LightningDataModule):
         """Return this rank's validation batches, in a fixed order, each within a token budget."""
         rank, world_size = self._ranks()
         batches = token_budget(self.rows["val"].tokens, 4 * self.row_tokens)
-        batches += [batches[-1]] * (-len(batches) % world_size)  # every rank the same number
+        batches += [batches[-1]] * (-len(batches) % world_size)  # the same number on every rank
         return self._listed("val", batches[rank::world_size])
 
     def _listed(self, split: str, batches: Sequence[Sequence[int]]) -> DataLoader[Any]:

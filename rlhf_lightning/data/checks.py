@@ -1,6 +1,6 @@
 """What the tokenized rows of a run must have.
 
-A check returns what it saw, as a :class:`Note` where a person should look, and raises a UserError with the row.
+A check returns a summary, as a :class:`Note` where a person should look, and raises a UserError with the row.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from rlhf_lightning.errors import UserError
 
 
 class Note(str):
-    """What is worth knowing without being wrong."""
+    """A result that is worth a look without being an error."""
 
 
 Check = tuple[str, Callable[[], str]]
-"""What is checked, in words, and the check."""
+"""The title of a check, and the check."""
 
 LOOKED_AT = 256
-"""Rows whose tokens are read at every start; `stage=audit` reads all."""
+"""Rows whose tokens are checked at every start; `stage=audit` reads all."""
 
 
 def loss_mask_is_not_empty(data: Any, split: str) -> str:
@@ -42,7 +42,7 @@ def ends_are_learned(data: Any, split: str, rows: int = LOOKED_AT) -> str:
     ended = cut = 0
     for row in range(min(rows, len(data.rows[split]))):
         group = data.rows[split][row]
-        if len(group.prompt) > 1:  # a raw text has no prompt but its start token, and may well go on
+        if len(group.prompt) > 1:  # a raw text has no prompt but its start token, and may be cut anywhere
             masks = group.loss_mask or [[True] * len(response) for response in group.responses]
             learned = [y[-1] in data.template.eos_ids and m[-1] for y, m in zip(group.responses, masks, strict=True)]
             ended, cut = ended + sum(learned), cut + len(learned) - sum(learned)
@@ -63,12 +63,12 @@ def ids_fit(data: Any, split: str, vocabulary: int, rows: int = LOOKED_AT) -> st
         worst = max(map(max, filter(None, [group.prompt, *group.responses])))
         if worst >= vocabulary:
             raise UserError(
-                f"{data.where(split, [row])} holds the token id {worst}, but the model knows {vocabulary} ids; the "
-                "tokenizer is not this model's"
+                f"{data.where(split, [row])} contains the token id {worst}, but the model's vocabulary has "
+                f"{vocabulary} ids; the tokenizer is not this model's"
             )
         highest = max(highest, worst)
     if highest >= vocabulary:
-        raise UserError(f"the EOS id {highest} is not among the {vocabulary} ids the model knows")
+        raise UserError(f"the EOS id {highest} is not among the {vocabulary} ids of the model's vocabulary")
     return f"ids up to {highest} of {vocabulary}"
 
 

@@ -16,7 +16,7 @@ from rlhf_lightning.ops.groups import Group, GroupList
 
 
 class DemonstrationData(RowData):
-    """Demonstrations for SFT: one response a prompt; preference rows give their chosen response."""
+    """Demonstrations for SFT: one response per prompt; preference rows give their chosen response."""
 
     kind = "demonstrations"
 
@@ -79,7 +79,7 @@ class PromptData(RowData):
             self.ptx.setup(stage)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Return this rank's batches of the training prompts, in order; the last may be empty, so all have as many."""
+        """Return this rank's batches of the training prompts in order, as many on every rank; the last may be empty."""
         if self.windows is not None:
             raise UserError("data.window is for training; candidates are written as they come, from any number of rows")
         rank, world_size = self._ranks()

@@ -73,21 +73,21 @@ class StepPlan(Sampler[MicroBatch]):
         if self.shuffle:
             order = torch.randperm(rows, generator=generator(self.seed, "epoch", self.epoch)).numpy()
         for step in range(self.start // self.accumulate, self.steps):
-            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
-            loss_tokens = max(float(self.loss_tokens[chosen].sum()), 1.0)
-            parts = self._split(chosen)[self.rank * self.accumulate : (self.rank + 1) * self.accumulate]
+            step_rows = order[step * self.batch_size : (step + 1) * self.batch_size]
+            loss_tokens = max(float(self.loss_tokens[step_rows].sum()), 1.0)
+            parts = self._split(step_rows)[self.rank * self.accumulate : (self.rank + 1) * self.accumulate]
             for number, part in enumerate(parts):
                 if step * self.accumulate + number >= self.start:
-                    weights = (self.parts / loss_tokens, self.parts / len(chosen))
+                    weights = (self.parts / loss_tokens, self.parts / len(step_rows))
                     yield MicroBatch(tuple(int(row) for row in part), *weights, step=self.epoch * self.steps + step)
 
-    def _split(self, chosen: np.ndarray) -> list[list[int]]:
+    def _split(self, rows: np.ndarray) -> list[list[int]]:
         """Split a step into parts of about equal tokens, longest first into the lightest; none is empty."""
         if self.parts == 1:
-            return [chosen.tolist()]
+            return [rows.tolist()]
         parts: list[list[int]] = [[] for _ in range(self.parts)]
         load = np.zeros(self.parts)
-        for row in sorted(chosen.tolist(), key=lambda row: (-self.tokens[row], row)):
+        for row in sorted(rows.tolist(), key=lambda row: (-self.tokens[row], row)):
             lightest = min(range(self.parts), key=lambda p: (bool(parts[p]) and load[p] > 0, load[p], p))
             parts[lightest].append(row)
             load[lightest] += max(self.tokens[row], 1)
@@ -98,12 +98,12 @@ class PlannedLoader(DataLoader[Any]):
     """A DataLoader over a :class:`StepPlan` that knows how many batches the training loop has taken.
 
     Each pass over it is one epoch further. Lightning saves and restores it through `state_dict`, which makes a
-    resume continue with the next row. It counts epochs by itself, because Lightning's counter lags by one when a
+    resume continue with the next row. It counts epochs itself, because Lightning's counter lags by one when a
     checkpoint was written after the last batch of an epoch.
     """
 
     def __init__(self, dataset: Dataset[Any], plan: StepPlan, workers: int = 0) -> None:
-        # a generator of its own: a loader draws a seed at every start, which must not move the training's random state
+        # its own generator: a loader draws a seed at every start, which must not change the random state of training
         super().__init__(dataset, sampler=plan, batch_size=None, num_workers=workers, generator=generator("loader"))
         self.plan = plan
         self.taken = 0

@@ -81,7 +81,7 @@ def demonstration(row: dict[str, Any]) -> Demonstration:
 def preference(row: dict[str, Any]) -> Preference:
     """Read `prompt`/`chosen`/`rejected` as text or messages, whole conversations, or a ranking.
 
-    A ranking is `prompt`, `responses` and `ranking`, one rank a response, lower is better, equal for ties.
+    A ranking is `prompt`, `responses` and `ranking`, one rank per response, lower is better, equal for ties.
     """
     extra: dict[str, Any] = {"margin": _number(row, "margin", 0.0), "label": _number(row, "label", 1.0)}
     if row.get("annotator") is not None:
@@ -238,7 +238,7 @@ def _string(value: Any, key: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise RowError(f"{key} holds half a character (a lone surrogate), which is no text") from None
+        raise RowError(f"{key} contains a lone surrogate, which is not valid text") from None
     return value
 
 

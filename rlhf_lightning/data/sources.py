@@ -23,10 +23,10 @@ FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parq
 
 @dataclass(frozen=True)
 class Source:
-    """Rows that can be read again and again: a name for messages, a content key for caches, and the reader.
+    """Rows that can be read repeatedly: a name for messages, a content key for caches, and the reader.
 
     `rows()` yields (where, row); `where` is the 1-based row number, with the file name when there are several files.
-    `count()` is about how many there will be, None where that is not known.
+    `count()` is about the number of rows, None where it is unknown.
     """
 
     name: str
@@ -166,20 +166,20 @@ def _folder(path: Path, split: str, stream: bool) -> Source:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         import datasets
 
-        found = datasets.load_from_disk(str(path))
-        if isinstance(found, datasets.DatasetDict):
-            found = _pick(found, split, str(path))
-        return Source(str(path), _content(found, split), lambda: _numbered(found), lambda: len(found))
+        dataset = datasets.load_from_disk(str(path))
+        if isinstance(dataset, datasets.DatasetDict):
+            dataset = _pick(dataset, split, str(path))
+        return Source(str(path), _content(dataset, split), lambda: _numbered(dataset), lambda: len(dataset))
     files = sorted(p for p in path.rglob("*") if str(p).endswith(FORMATS))
     names = {"train": ("train",), "val": ("val", "valid", "eval", "test")}
-    chosen = [p for p in files if p.name.startswith(names[split])]
-    if not chosen and split == "train":  # files without a split in their name are for training
-        chosen = [p for p in files if not p.name.startswith(names["val"])]
-    if not chosen:
+    selected = [p for p in files if p.name.startswith(names[split])]
+    if not selected and split == "train":  # files without a split in their name are for training
+        selected = [p for p in files if not p.name.startswith(names["val"])]
+    if not selected:
         kinds = f"{', '.join(FORMATS)} file for {split}"
-        held = f"; it holds {', '.join(p.name for p in files[:5])}" if files else ""
-        raise UserError(f"data.{split}: the folder {path} holds no {kinds}{held}")
-    parts = [_file(p, stream) for p in chosen]
+        contents = f"; it contains {', '.join(p.name for p in files[:5])}" if files else ""
+        raise UserError(f"data.{split}: the folder {path} contains no {kinds}{contents}")
+    parts = [_file(p, stream) for p in selected]
 
     def rows() -> Iterator[tuple[str, Row]]:
         for part in parts:
@@ -190,17 +190,17 @@ def _folder(path: Path, split: str, stream: bool) -> Source:
     return Source(str(path), key, rows, lambda: sum(part.count() or 0 for part in parts))
 
 
-def _pick(found: Any, split: str, name: str) -> Any:
+def _pick(splits: Any, split: str, name: str) -> Any:
     for candidate in {"train": ["train"], "val": ["validation", "val", "valid", "eval", "test"]}.get(split, [split]):
-        if candidate in found:
-            return found[candidate]
-    raise UserError(f"data.{split}: {name} has the splits {', '.join(found)}, none of them for {split}")
+        if candidate in splits:
+            return splits[candidate]
+    raise UserError(f"data.{split}: {name} has the splits {', '.join(splits)}, none of them for {split}")
 
 
-def _content(found: Any, split: str) -> str:
+def _content(dataset: Any, split: str) -> str:
     """Return the key of a `datasets.Dataset`: split, size, and the content of its Arrow files."""
-    content = file_digest(*(Path(file["filename"]) for file in found.cache_files))
-    return _digest(f"{split}:{found.num_rows}:{content}".encode())
+    content = file_digest(*(Path(file["filename"]) for file in dataset.cache_files))
+    return _digest(f"{split}:{dataset.num_rows}:{content}".encode())
 
 
 def _hub(name: str, split: str, stream: bool) -> Source:
@@ -215,18 +215,18 @@ def _hub(name: str, split: str, stream: bool) -> Source:
         except Exception as error:  # datasets raises a dozen types for "not reachable" and "not there"
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise UserError(
-                f"data.{split}={name} is neither a file nor a folder here, and the hub did not give it: {reason}"
+                f"data.{split}={name} is no local file or folder, and could not be loaded from the hub: {reason}"
             ) from error
 
     def streamed() -> Iterator[tuple[str, Row]]:
         with readable():
-            yield from _numbered(found)
+            yield from _numbered(dataset)
 
     with readable():
-        found = _pick(datasets.load_dataset(name, streaming=stream), split, name)
+        dataset = _pick(datasets.load_dataset(name, streaming=stream), split, name)
     if stream:
         return Source(name, _digest(f"{name}:{split}".encode()), streamed, lambda: None)
-    return Source(name, _content(found, split), lambda: _numbered(found), lambda: len(found))
+    return Source(name, _content(dataset, split), lambda: _numbered(dataset), lambda: len(dataset))
 
 
 def _world(kind: str, split: str, limit: int | None, options: Row) -> Source:
@@ -246,7 +246,7 @@ def _world(kind: str, split: str, limit: int | None, options: Row) -> Source:
 
 
 def texts_of(value: Any) -> Iterator[str]:
-    """Yield every text inside a row, without what is no character; a row that holds such is refused later, by name."""
+    """Yield every text inside a row, without lone surrogates; a row with one is refused later, with its number."""
     if isinstance(value, str):
         yield value.encode(errors="ignore").decode()
     elif isinstance(value, dict | list | tuple):

@@ -1,4 +1,4 @@
-"""Rows read window by window, for data that is larger than the disk or is not worth keeping on it."""
+"""Rows read window by window, for data that is larger than the disk or should not be kept on it."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Windows:
             rows = islice(self.source.rows(), row, None)
             usable = row > 0
             while chunk := list(islice(rows, self.size)):
-                found = self.tokenized(chunk)
-                usable = usable or len(found) > 0
-                if len(found):
-                    yield row, found
+                window = self.tokenized(chunk)
+                usable = usable or len(window) > 0
+                if len(window):
+                    yield row, window
                 row += len(chunk)
             if not usable:
                 raise UserError(f"{self.source.name} has no usable row")
@@ -63,7 +63,7 @@ class WindowLoader:
     """A resumable loader over :class:`Windows`: each window is shuffled and planned as a whole data set is.
 
     Every rank reads every window and takes its part of each step, so all have equally many. The number of batches is
-    that of the run: a stream has no epochs.
+    that of the whole run: a stream has no epochs.
 
     Args:
         windows: where the rows come from.

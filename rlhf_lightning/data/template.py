@@ -85,7 +85,7 @@ class Template:
 
     @property
     def key(self) -> str:
-        """Hash of everything that decides the tokens; the rendered turns also hold what a template looks up itself."""
+        """Hash of everything that decides the tokens; the rendered turns also cover what a template inserts itself."""
         turns = self._layout(("user", "assistant"), True)
         parts = [self.tokenizer.backend_tokenizer.to_str(), self.source, self.name, self._bos, self._start(), self.end]
         return hashlib.sha256(repr([*parts, turns]).encode()).hexdigest()
@@ -96,7 +96,7 @@ class Template:
         return "{{ bos_token }}" + self.source if self.name != "auto" and self._bos else self.source
 
     def prompt(self, content: Content) -> list[int]:
-        """Return the tokens up to where the assistant starts to speak."""
+        """Return the tokens up to the start of the assistant's turn."""
         if isinstance(content, str):
             return [*self._start(), *self._inert(content, first=True)]
         ids = [token for _, tokens in self._pieces(content, True) for token in tokens]
@@ -134,13 +134,13 @@ class Template:
         return self._inert(text.strip() if self._trims else text, first)
 
     def _inert(self, text: str, first: bool) -> list[int]:
-        encode = self._ids if first else self._plain_ids
+        encode = self._ids if first else self._inner_ids
         parts = self._control_pattern.split(text)
-        found = self._control_pattern.findall(text)
+        controls = self._control_pattern.findall(text)
         ids = encode(parts[0])
-        for token, rest in zip(found, parts[1:], strict=True):
+        for token, rest in zip(controls, parts[1:], strict=True):
             # cut inside the token's text, so that the tokenizer cannot see it whole
-            ids += [*self._plain_ids(token[:1]), *self._plain_ids(token[1:]), *self._plain_ids(rest)]
+            ids += [*self._inner_ids(token[:1]), *self._inner_ids(token[1:]), *self._inner_ids(rest)]
         return ids
 
     def _all_turns(self, content: list[Message]) -> tuple[list[int], list[int], list[bool]]:
@@ -219,14 +219,14 @@ class Template:
         return [bos if bos is not None else self.tokenizer.eos_token_id]
 
     def _template_ids(self, text: str, first: bool) -> list[int]:
-        return self._ids(text) if first or text.startswith(tuple(self.control)) else self._plain_ids(text)
+        return self._ids(text) if first or text.startswith(tuple(self.control)) else self._inner_ids(text)
 
-    def _plain_ids(self, text: str) -> list[int]:
+    def _inner_ids(self, text: str) -> list[int]:
         if not self._anchor or not text:
             return self._ids(text)
         ids = self._ids("\n" + text)
         return ids[len(self._anchor) :] if ids[: len(self._anchor)] == self._anchor else self._ids(text)
 
     def _ids(self, text: str) -> list[int]:
-        # a call of the tokenizer itself takes twice the time
+        # calling the tokenizer itself takes twice as long
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids if text else []

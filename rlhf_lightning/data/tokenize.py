@@ -25,7 +25,7 @@ from rlhf_lightning.files import build_once
 from rlhf_lightning.ops.groups import Group
 
 FORMAT = 4  # part of every cache key; raise it when the columns change
-PARALLEL_ROWS = 5_000  # fewer rows are quicker without starting processes
+PARALLEL_ROWS = 5_000  # fewer rows are faster without worker processes
 CHUNK = 512
 # a row: where its tokens, responses and text begin in the other files, and their numbers
 STARTS = ("ids", "responses", "text")
@@ -68,9 +68,9 @@ class TokenizedRows:
         return len(self._rows)
 
     def __getitem__(self, row: int) -> Group:
-        found = self._rows[row]
-        ids, flags = (held[found["ids"] :][: found["tokens"]].tolist() for held in (self._ids, self._flags))
-        responses = self._responses[found["responses"] :][: found["size"]]
+        record = self._rows[row]
+        ids, flags = (column[record["ids"] :][: record["tokens"]].tolist() for column in (self._ids, self._flags))
+        responses = self._responses[record["responses"] :][: record["size"]]
         lengths = responses["tokens"].tolist()
         ends = accumulate(lengths, initial=len(ids) - sum(lengths))
         spans = [slice(*span) for span in pairwise(ends)]
@@ -79,30 +79,30 @@ class TokenizedRows:
             [ids[span] for span in spans],
             [flags[span] for span in spans],
             responses["rank"].tolist(),
-            float(found["margin"]),
-            float(found["label"]),
+            float(record["margin"]),
+            float(record["label"]),
             row,
         )
 
     def where(self, row: int) -> str:
         """Return where a row stands in its source, as in "row 17": rows that were skipped count."""
-        found = self._rows[row]
-        return self._text[found["text"] :][: found["where"]].tobytes().decode()
+        record = self._rows[row]
+        return self._text[record["text"] :][: record["where"]].tobytes().decode()
 
     def raw(self, row: int) -> Row:
         """Return the untokenized row; only prompts keep it."""
-        found = self._rows[row]
-        return json.loads(self._text[found["text"] + found["where"] :][: found["raw"]].tobytes() or b"{}")
+        record = self._rows[row]
+        return json.loads(self._text[record["text"] + record["where"] :][: record["raw"]].tobytes() or b"{}")
 
 
 def _mapped(path: Path, kind: np.dtype) -> np.ndarray:
     if not path.stat().st_size:
-        return np.empty(0, kind)  # nothing cannot be mapped
+        return np.empty(0, kind)  # an empty file cannot be mapped
     return np.memmap(path, kind, "r").view(np.ndarray)
 
 
 def report_skipped(data: Any) -> None:
-    """Say how many rows were left out, and why."""
+    """Print how many rows were skipped, and why."""
     parts = {f"data.{split}": rows for split, rows in data.rows.items()}
     if getattr(data, "ptx", None) is not None:
         parts["data.ptx"] = data.ptx.rows["train"]
@@ -157,7 +157,7 @@ def _write(folder: Path, source: Source, to_group: ToGroup, on_bad_row: str, kee
                 where, reason = bad[0]
                 raise UserError(f"{source.name}, {where}: {reason}")
             skipped.update(reason.split(";")[0] for _, reason in bad)
-            for name in STARTS:  # a chunk counts from 0
+            for name in STARTS:  # the offsets of a chunk begin at 0
                 columns["rows"][name] += begins[name]
                 begins[name] += len(columns[name])
             for name, file in files.items():
@@ -180,7 +180,7 @@ def _encoded(source: Source, to_group: ToGroup, keep_raw: bool, total: int | Non
         waiting: deque[Any] = deque()
         for chunk in chunks:
             waiting.append(pool.apply_async(_encode_inherited, (chunk,)))
-            if len(waiting) > 2 * workers:  # rows are read no faster than they are written, so memory stays flat
+            if len(waiting) > 2 * workers:  # rows are read no faster than they are written, so memory stays bounded
                 yield waiting.popleft().get()
         while waiting:
             yield waiting.popleft().get()
@@ -194,8 +194,8 @@ def _encode_inherited(chunk: list[tuple[str, Row]]) -> Encoded:
 
 
 def encode(to_group: ToGroup, keep_raw: bool, chunk: list[tuple[str, Row]]) -> Encoded:
-    """Return what became of the (where, row) of `chunk`."""
-    held: dict[str, Any] = {name: bytearray() if name == "text" else [] for name in COLUMNS}
+    """Return the encoded rows of `chunk`, a list of (where, row)."""
+    columns: dict[str, Any] = {name: bytearray() if name == "text" else [] for name in COLUMNS}
     bad: list[tuple[str, str]] = []
     for where, row in chunk:
         try:
@@ -207,12 +207,12 @@ def encode(to_group: ToGroup, keep_raw: bool, chunk: list[tuple[str, Row]]) -> E
             continue
         place, raw = where.encode(), json.dumps(row, default=str).encode() if keep_raw else b""
         sizes = (group.tokens, group.loss_tokens, len(group.responses), len(place), len(raw))
-        held["rows"].append((*(len(held[name]) for name in STARTS), *sizes, group.margin, group.label))
-        held["ids"] += chain(group.prompt, *group.responses)
+        columns["rows"].append((*(len(columns[name]) for name in STARTS), *sizes, group.margin, group.label))
+        columns["ids"] += chain(group.prompt, *group.responses)
         flags = group.loss_mask if group.loss_mask is not None else [[True] * len(y) for y in group.responses]
-        held["loss_mask"] += chain([False] * len(group.prompt), *flags)
+        columns["loss_mask"] += chain([False] * len(group.prompt), *flags)
         ranks = group.ranks if group.ranks is not None else range(len(group.responses))
-        held["responses"] += zip(map(len, group.responses), ranks, strict=True)
-        held["text"] += place + raw
-    held["text"] = np.frombuffer(held["text"], np.uint8)
-    return len(chunk), bad, {name: np.asarray(held[name], kind) for name, kind in COLUMNS.items()}
+        columns["responses"] += zip(map(len, group.responses), ranks, strict=True)
+        columns["text"] += place + raw
+    columns["text"] = np.frombuffer(columns["text"], np.uint8)
+    return len(chunk), bad, {name: np.asarray(columns[name], kind) for name, kind in COLUMNS.items()}

@@ -1,4 +1,4 @@
-"""Evaluating a policy: what it answers to held-out prompts, what that is worth, and how far it is from a reference."""
+"""Evaluating a policy: its responses to held-out prompts, their rewards, and the KL to a reference."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHARES = (
     "padded",
     "accuracy",
 )
-"""Metrics that are shares of yes or no: their interval is Wilson's."""
+"""Metrics that are shares; their interval is Wilson's."""
 
 
 def evaluate_policy(
@@ -53,11 +53,11 @@ def evaluate_policy(
         lm: a Hugging Face causal LM, or a peft model around one.
         data: a set-up data module; its held-out prompts are answered, the training ones where there are no others.
         engine: generates the responses; it is started and closed here.
-        reference: returns the model that the KL is measured to; None measures none. Greedy responses are no samples,
+        reference: returns the model that the KL is measured to; None measures none. Greedy responses are not samples,
             so with temperature 0 there is no KL.
         rewards: metric -> what scores the responses. One with a function `measures(row, response)` adds its measures.
         rows: prompts answered, at most.
-        seed: the same for all models that are compared: the same draws for the same prompt make differences clearer.
+        seed: the same for all models that are compared; the same random numbers make differences clearer.
     """
     split = "val" if "val" in data.rows else "train"
     prompts = [data.group(split, row) for row in range(min(rows, len(data.rows[split])))]

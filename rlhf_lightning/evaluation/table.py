@@ -1,4 +1,4 @@
-"""The comparison a person reads: a row a model, a column a question."""
+"""The printed comparison: a row per model, a column per metric."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def show(table: dict[str, dict[str, Interval]], console: Console | None = None) 
     for row in rows:
         printed.add_row(*row)
     if console.width < 170 and not console.is_terminal:
-        console = Console(file=console.file, width=170)  # a log has no width to fold to
+        console = Console(file=console.file, width=170)  # a log is not folded
     console.print(printed)
 
 
@@ -43,7 +43,7 @@ def as_markdown_table(table: dict[str, dict[str, Interval]]) -> str:
 
 
 def cells(table: dict[str, dict[str, Interval]]) -> list[list[str]]:
-    """Return the header and a row a model."""
+    """Return the header and a row per model."""
     columns = [name for name in COLUMNS if any(name in row for row in table.values())]
     rows = [[model, *(cell(name, row.get(name)) for name in columns)] for model, row in table.items()]
     return [["model", *(COLUMNS[name] for name in columns)], *rows]

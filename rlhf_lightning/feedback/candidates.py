@@ -20,7 +20,7 @@ from rlhf_lightning.modules.online import Generating
 from rlhf_lightning.ops.groups import GroupList
 from rlhf_lightning.rewards.scoring import Reward, score, to_device
 
-OF_OTHERS = {"ranking", "scores", "margin", "label", "annotator"}  # columns that say something of other responses
+OF_OTHERS = {"ranking", "scores", "margin", "label", "annotator"}  # columns about other responses
 
 
 class Candidates(Generating):
@@ -73,7 +73,7 @@ class Candidates(Generating):
 
     @torch.no_grad()
     def predict_step(self, batch: GroupList, batch_idx: int) -> list[dict[str, Any]]:
-        """Return for every prompt its number `row`, and as `value` prompt, responses and what is known of each.
+        """Return for every prompt its number `row`, and as `value` prompt, responses and their other columns.
 
         A better score has a lower number in `ranking`. A batch without prompts makes the dummy forward passes that
         match the collectives of other ranks.
@@ -119,7 +119,7 @@ class Candidates(Generating):
             raise UserError(f"{self.data.where('train', [number])} has no responses to score: {error}") from error
 
     def scored(self, batch: GroupList, responses: list[dict[str, Any]]) -> list[list[float]] | None:
-        """Return the scores of every prompt's responses; None where there is nothing that scores or to score."""
+        """Return the scores of every prompt's responses; None without a reward or without responses."""
         prompts, texts, metadata = [], [], []
         for group, row in zip(batch.groups, responses, strict=True):
             for k, response in enumerate(row["responses"]):
@@ -133,8 +133,8 @@ class Candidates(Generating):
 
 
 def ranking(responses: list[str], scores: list[float]) -> list[int]:
-    """Return the rank of each response, 0 the best; equal texts share a rank even if rounding parts their scores."""
+    """Return the rank of each response, 0 the best; equal texts share a rank whatever the rounding of their scores."""
     texts = [response.strip() for response in responses]
-    fair = [scores[texts.index(text)] for text in texts]
-    levels = sorted(set(fair), reverse=True)
-    return [levels.index(value) for value in fair]
+    by_text = [scores[texts.index(text)] for text in texts]
+    levels = sorted(set(by_text), reverse=True)
+    return [levels.index(value) for value in by_text]

@@ -1,4 +1,4 @@
-"""Predictions on disk: every rank appends to a shard of its own; in the end they become one file, in order."""
+"""Predictions on disk: every rank appends to its own shard; at the end they are merged into one file, in order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlhf_lightning.files import atomic_path
 
 
 class ShardWriter(BasePredictionWriter):
-    """Appends each batch's rows to `folder/<rank>.jsonl`, and knows the rows that are there already.
+    """Appends each batch's rows to `folder/<rank>.jsonl`, and reads which rows are there already.
 
     A prediction is a dict: `row` is its number in the data module's `train`, `value` what becomes a line of the file.
     """
@@ -34,7 +34,7 @@ class ShardWriter(BasePredictionWriter):
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = (self.folder / f"{trainer.global_rank}.jsonl").open("a", encoding="utf-8")
         if self.file.tell():
-            self.file.write("\n")  # a line that a kill cut off stays alone
+            self.file.write("\n")  # ends a line that a kill cut off
 
     def write_on_batch_end(
         self,
@@ -56,25 +56,25 @@ class ShardWriter(BasePredictionWriter):
 
 def places(folder: Path) -> dict[int, tuple[Path, int]]:
     """Return for every whole row of the shards its file and the byte where its line begins."""
-    found: dict[int, tuple[Path, int]] = {}
+    lines: dict[int, tuple[Path, int]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         begin = 0
         with path.open("rb") as file:
             for line in file:
                 with suppress(ValueError):  # blank, or cut off
-                    found[json.loads(line)["row"]] = (path, begin)
+                    lines[json.loads(line)["row"]] = (path, begin)
                 begin += len(line)
-    return found
+    return lines
 
 
 def merge(folder: Path, target: Path) -> Iterator[dict[str, Any]]:
     """Yield the values of all shards in order, each after it was written to `target`, which appears when all are."""
-    found = places(folder)
-    files = {path: path.open("rb") for path in {path for path, _ in found.values()}}
+    lines = places(folder)
+    files = {path: path.open("rb") for path in {path for path, _ in lines.values()}}
     try:
         with atomic_path(target) as temporary, temporary.open("w", encoding="utf-8") as written:
-            for number in sorted(found):
-                path, begin = found[number]
+            for number in sorted(lines):
+                path, begin = lines[number]
                 files[path].seek(begin)
                 value = json.loads(files[path].readline())["value"]
                 written.write(json.dumps(value) + "\n")

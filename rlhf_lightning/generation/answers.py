@@ -20,8 +20,8 @@ Scorer = Callable[[Sequence[str], Sequence[str], Sequence[dict[str, Any]]], Tens
 class Answers:
     """n responses to each of P prompts, S = P n, prompt by prompt.
 
-    `prompts`, `metadata`, `token_ids`, `texts` and `finished` have length S; `metadata` says of each response whether
-    it is finished. `scores` has a tensor (S,) for every scorer.
+    `prompts`, `metadata`, `token_ids`, `texts` and `finished` have length S; `metadata` includes whether the
+    response is finished. `scores` has a tensor (S,) for every scorer.
     """
 
     num_generations: int
@@ -62,7 +62,7 @@ def answer(
     mesh: Any = None,
     progress: Callable[[int], Any] | None = None,
 ) -> Answers:
-    """Return the responses of a started engine to `prompts` and what each scorer gives them.
+    """Return the responses of a started engine to `prompts` and the scores of each scorer.
 
     Args:
         template: decodes responses.
@@ -84,10 +84,12 @@ def answer(
         ),
     )
     texts = [template.decode(ids) for ids in generations.responses]
-    asked = [prompt_text(group, template) for group in prompts for _ in range(num_generations)]
+    prompt_texts = [prompt_text(group, template) for group in prompts for _ in range(num_generations)]
     columns = [dict(group.metadata) for group in prompts for _ in range(num_generations)]
     metadata = [row | {"finished": done} for row, done in zip(columns, generations.finished, strict=True)]
     scores = {
-        name: broadcast_tp(mesh, scorer(asked, texts, metadata)) for name, scorer in (scorers or {}).items() if texts
+        name: broadcast_tp(mesh, scorer(prompt_texts, texts, metadata))
+        for name, scorer in (scorers or {}).items()
+        if texts
     }
-    return Answers(num_generations, asked, metadata, generations.responses, texts, generations.finished, scores)
+    return Answers(num_generations, prompt_texts, metadata, generations.responses, texts, generations.finished, scores)

@@ -1,4 +1,4 @@
-"""The key and value cache of sampling: appending a token writes it, where Hugging Face copies what came before."""
+"""The key and value cache of sampling: appending a token writes in place, where Hugging Face copies the whole cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-ROOM = 64  # tokens of room behind the last one, whenever the buffer is made anew
+ROOM = 64  # spare tokens in a newly allocated buffer
 
 
 class GrowingLayer(DynamicLayer):
@@ -29,9 +29,9 @@ class GrowingLayer(DynamicLayer):
             self.keys, self.values = key_states, value_states
             return self.keys, self.values
         total = past + key_states.shape[-2]
-        # rows that were selected or repeated are tensors of their own; the buffers follow them
-        held = self.buffers is not None and self.keys.data_ptr() == self.buffers[0].data_ptr()
-        if self.buffers is None or not held or total > self.buffers[0].shape[-2]:
+        # selecting or repeating rows makes new tensors; then the buffers are allocated again
+        in_buffers = self.buffers is not None and self.keys.data_ptr() == self.buffers[0].data_ptr()
+        if self.buffers is None or not in_buffers or total > self.buffers[0].shape[-2]:
             self.buffers = with_room(self.keys, total), with_room(self.values, total)
         self.keys, self.values = (
             append(buffer, new, past) for buffer, new in zip(self.buffers, (key_states, value_states), strict=True)
@@ -39,10 +39,10 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def with_room(held: Tensor, total: int) -> Tensor:
-    """Return a buffer for `total` tokens and some more that begins with `held`."""
-    buffer = held.new_empty((*held.shape[:-2], total + ROOM, held.shape[-1]))
-    buffer[..., : held.shape[-2], :] = held
+def with_room(tensor: Tensor, total: int) -> Tensor:
+    """Return a buffer for `total` tokens and some more that begins with `tensor`."""
+    buffer = tensor.new_empty((*tensor.shape[:-2], total + ROOM, tensor.shape[-1]))
+    buffer[..., : tensor.shape[-2], :] = tensor
     return buffer
 
 

@@ -1,4 +1,4 @@
-"""What generates responses: the protocol that PPO, candidates, evaluate, samples and audit talk to."""
+"""The protocol of generation engines, which PPO, candidates, evaluate, samples and audit use."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class LocalEngine:
         self.lm, self.eos = lm, torch.tensor(sorted(set(eos_ids)))
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Release the model."""
         self.lm: Any = None
         self.eos = torch.tensor([], dtype=torch.long)
 
@@ -83,7 +83,7 @@ class LocalEngine:
             self._check_cache()
             batches = self._batches(prompts, n, max_new_tokens)
             for number in range(max_over_ranks(self.lm, len(batches))):
-                if number >= len(batches):  # other ranks have one more, and forward passes are collective
+                if number >= len(batches):  # other ranks have one more batch, and forward passes are collective
                     self._match_collectives()
                     continue
                 batch = batches[number]
@@ -112,16 +112,16 @@ class LocalEngine:
         try:
             _, cache, live = self._prefill(prompts, 1, torch.arange(2), inner.device)
             live.token = torch.tensor(following, device=inner.device)
-            found = self._step(cache, live).float().log_softmax(-1)
-            apart = 0.0
+            logprobs = self._step(cache, live).float().log_softmax(-1)
+            gap = 0.0
             for row, (prompt, token) in enumerate(zip(prompts, following, strict=True)):
                 ids = torch.tensor([[*prompt, token]], device=inner.device)
                 expected = call(self.lm, input_ids=ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
-                apart = max(apart, (found[row] - expected).abs().max().item())
-            reason = f"log-probabilities are off by {apart:.2g}"
+                gap = max(gap, (logprobs[row] - expected).abs().max().item())
+            reason = f"log-probabilities are off by {gap:.2g}"
         except (IndexError, AttributeError, TypeError, ValueError, NotImplementedError) as error:
-            apart, reason = math.inf, f"{type(error).__name__}: {str(error)[:120]}"
-        if apart > (1e-2 if inner.dtype in (torch.float32, torch.float64) else 0.5):
+            gap, reason = math.inf, f"{type(error).__name__}: {str(error)[:120]}"
+        if gap > (1e-2 if inner.dtype in (torch.float32, torch.float64) else 0.5):
             raise UserError(f"{type(inner).__name__} cannot be sampled from with a cache ({reason})")
         _CHECKED.add(self.lm)
 
@@ -157,13 +157,13 @@ class LocalEngine:
             device=device,
         ).clamp_min(1)
         logits, cache, live = self._prefill(prompts, n, slots, device)
-        drawn = torch.zeros((len(slots), max_new_tokens), dtype=torch.long, device=device)
+        tokens = torch.zeros((len(slots), max_new_tokens), dtype=torch.long, device=device)
         ends = torch.zeros(len(slots), dtype=torch.long, device=device)
         ended = torch.zeros(len(slots), dtype=torch.bool, device=device)
-        rows = torch.arange(len(slots), device=device)  # live rows, as places in `drawn`
+        rows = torch.arange(len(slots), device=device)  # live rows, as places in `tokens`
         for t in range(max_new_tokens):
             live.token = self._sample(logits, uniforms[rows, t], temperature)
-            drawn[rows, t] = live.token
+            tokens[rows, t] = live.token
             ends[rows] = t + 1
             stop = torch.isin(live.token, eos)
             ended[rows] = stop
@@ -172,15 +172,15 @@ class LocalEngine:
                 break
             max_over_ranks(self.lm, 1)
             if not keep.all():
-                kept = keep.nonzero().squeeze(1)
-                cache.batch_select_indices(kept)
-                rows = rows[kept]
-                live = _Live(live.slot, live.token[kept], live.length[kept], live.mask[kept])
+                live_rows = keep.nonzero().squeeze(1)
+                cache.batch_select_indices(live_rows)
+                rows = rows[live_rows]
+                live = _Live(live.slot, live.token[live_rows], live.length[live_rows], live.mask[live_rows])
             logits = self._step(cache, live)
         while max_over_ranks(self.lm, 0):
             self._dummy_forward()
         for place, slot in enumerate(slots.tolist()):
-            responses[slot] = drawn[place, : int(ends[place])].tolist()
+            responses[slot] = tokens[place, : int(ends[place])].tolist()
             finished[slot] = bool(ended[place])
 
     def _match_collectives(self) -> None:
@@ -256,8 +256,8 @@ def invert(weights: Tensor, uniforms: Tensor, block: int = 256) -> Tensor:
     sums = blocks.sum(-1, dtype=torch.float64)
     ends = sums.cumsum(-1)
     target = uniforms.double()[:, None] * ends[:, -1:]
-    chosen = torch.searchsorted(ends, target, right=True).clamp_max(ends.shape[-1] - 1)
-    inside = blocks.gather(1, chosen[..., None].expand(-1, -1, block)).squeeze(1).double().cumsum(-1)
-    rest = (target - (ends - sums).gather(1, chosen)).minimum(inside[:, -1:].nextafter(inside.new_zeros(())))
-    found = (chosen * block + torch.searchsorted(inside, rest, right=True)).squeeze(1)
-    return found.clamp_max(weights.shape[-1] - 1)  # weights that are no numbers are found, and named, with the loss
+    block_index = torch.searchsorted(ends, target, right=True).clamp_max(ends.shape[-1] - 1)
+    inside = blocks.gather(1, block_index[..., None].expand(-1, -1, block)).squeeze(1).double().cumsum(-1)
+    rest = (target - (ends - sums).gather(1, block_index)).minimum(inside[:, -1:].nextafter(inside.new_zeros(())))
+    places = (block_index * block + torch.searchsorted(inside, rest, right=True)).squeeze(1)
+    return places.clamp_max(weights.shape[-1] - 1)  # NaN weights are reported with the loss

@@ -37,7 +37,7 @@ def add_lora(
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     try:
         config = LoraConfig(
-            # not SEQ_CLS: peft would train a copy of the head, which gets lost on save and merge elsewhere
+            # not SEQ_CLS: peft would train a copy of the head, which is lost on save and merge
             task_type=None if has_score else "CAUSAL_LM",
             r=r,
             lora_alpha=alpha,

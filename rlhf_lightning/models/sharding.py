@@ -65,19 +65,20 @@ def parallelize(lm: Any, mesh: Any) -> None:
 
 def call(lm: nn.Module, **inputs: Any) -> Any:
     """Return the forward output of a causal LM, through the module that gathers its weights where it is sharded."""
-    found = _SHARDED.get(lm)
-    return found[0].decode(**inputs) if found else lm(**inputs)  # type: ignore[operator]
+    sharded = _SHARDED.get(lm)
+    return sharded[0].decode(**inputs) if sharded else lm(**inputs)  # type: ignore[operator]
 
 
 def max_over_ranks(lm: nn.Module, count: int) -> int:
-    """Return the largest `count` among the ranks that must call `lm` equally often; without such, `count`."""
-    found = _SHARDED.get(lm)
-    if found is None:
+    """Return the largest `count` of the ranks that must call `lm` equally often; `count` itself without sharding."""
+    sharded = _SHARDED.get(lm)
+    if sharded is None:
         return count
     from torch.distributed import ReduceOp, all_reduce
 
-    value = torch.tensor(count, device=found[1].device_type)
-    all_reduce(value, ReduceOp.MAX, group=found[1].get_group())
+    _, mesh = sharded
+    value = torch.tensor(count, device=mesh.device_type)
+    all_reduce(value, ReduceOp.MAX, group=mesh.get_group())
     return int(value)
 
 
@@ -88,9 +89,9 @@ def broadcast_tp(mesh: Any, value: Any) -> Any:
     from torch.distributed import broadcast_object_list, get_global_rank
 
     group = mesh["tensor_parallel"].get_group()
-    held = [value]
-    broadcast_object_list(held, get_global_rank(group, 0), group=group)
-    return held[0]
+    objects = [value]
+    broadcast_object_list(objects, get_global_rank(group, 0), group=group)
+    return objects[0]
 
 
 def whole_state(lm: nn.Module) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def whole_state(lm: nn.Module) -> dict[str, Any]:
 
 
 def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Return `tensors` in lists that one operation may take together: plain ones, and those on the same mesh."""
+    """Return `tensors` in lists that one fused operation may take: those on the same mesh, and those on none."""
     lists: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
         lists.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)

@@ -1,4 +1,4 @@
-"""A small Llama and its tokenizer, made on the spot from texts."""
+"""A small Llama and its tokenizer, built from texts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tiny_config(
         num_key_value_heads=heads,
         max_position_embeddings=max_length,
         tie_word_embeddings=True,
-        # not 0.02: with 128 dimensions the residual stream would start far too quiet to learn in a minute
+        # not 0.02: with 128 dimensions the residual stream would start too small to train within a minute
         initializer_range=hidden_size**-0.5 / 2,
         **more,
     )

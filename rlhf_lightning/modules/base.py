@@ -64,7 +64,7 @@ class StageModule(LightningModule):
         self._sums: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
 
     def build(self) -> Any:
-        """Return the loaded model, with LoRA layers when asked for, and choose the layout of its batches."""
+        """Return the loaded model, with LoRA layers where configured, and choose the layout of its batches."""
         model: Any = self.load()
         if self.lora is not None:
             model = add_lora(model, **self.lora)
@@ -74,7 +74,7 @@ class StageModule(LightningModule):
         return model
 
     def on_fit_start(self) -> None:
-        """Look at the rows before the first step: a mask or a tokenizer that is wrong would only show in the result."""
+        """Check the rows before the first step: a wrong mask or tokenizer would otherwise show only in the result."""
         if isinstance(self.data, RowData):
             check_rows(self.data, self.vocabulary)
 
@@ -233,7 +233,7 @@ class StageModule(LightningModule):
             means[name] = (total + value, count + added)
 
     def reduced(self, split: str) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the means of `split` over all ranks and the number of items behind each, and start anew."""
+        """Return the means of `split` over all ranks and the number of items of each, and reset them."""
         sums = self._sums.pop(split, {})
         if not sums:
             return {}, {}
@@ -256,9 +256,9 @@ class StageModule(LightningModule):
         return means
 
     def clip(self, limit: float | None) -> Tensor:
-        """Scale the gradients to a total norm of at most `limit` (None or 0: leave them); return the norm they had.
+        """Scale the gradients to a total norm of at most `limit` (None or 0: do not clip); return the norm before.
 
-        Lightning's own clipping refuses fused optimizers under mixed precision, and the norm is wanted anyway.
+        Lightning's own clipping refuses fused optimizers under mixed precision, and the norm is logged anyway.
         """
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = total_norm(gradients)
@@ -268,9 +268,9 @@ class StageModule(LightningModule):
                 "the reward"
             )
         if limit and limit > 0:
-            share = limit / (norm.item() + 1e-6)
-            for tensors in by_mesh(gradients) if share < 1 else []:
-                torch._foreach_mul_(tensors, share)  # pyright: ignore[reportPrivateImportUsage]
+            factor = limit / (norm.item() + 1e-6)
+            for tensors in by_mesh(gradients) if factor < 1 else []:
+                torch._foreach_mul_(tensors, factor)  # pyright: ignore[reportPrivateImportUsage]
         return norm
 
     def configure_gradient_clipping(
@@ -293,7 +293,7 @@ class StageModule(LightningModule):
         self.flush("val")
 
     def checked(self, loss: Tensor, batch: GroupBatch) -> Tensor:
-        """Return `loss`, or stop with the step and the rows when it is not finite."""
+        """Return `loss`, or raise a UserError with the step and the rows when it is not finite."""
         if not torch.isfinite(loss):
             rows = batch.index.tolist()
             places = self.data.where("train", rows) if isinstance(self.data, RowData) else f"rows {rows}"

@@ -27,7 +27,7 @@ class CachedReference:
         layout: what the reference computes correctly.
 
     Raises:
-        UserError: a data module that has no rows to compute ahead.
+        UserError: a data module whose rows cannot be computed ahead.
     """
 
     def __init__(self, reference: Frozen[CompletionModel], data: Any, layout: Layout) -> None:

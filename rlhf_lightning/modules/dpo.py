@@ -1,4 +1,4 @@
-"""Direct preference optimization and its relatives: preference data straight into the policy."""
+"""Direct preference optimization and its variants: the policy learns from preferences without a reward model."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ REFERENCES = ("auto", "live", "cached", "adapter_off")
 
 
 class DPO(StageModule):
-    """L = mean over pairs of -log sigma(beta [(log pi/pi_ref)(y_w) - (log pi/pi_ref)(y_l)]), or a relative of it.
+    """L = mean over pairs of -log sigma(beta [(log pi/pi_ref)(y_w) - (log pi/pi_ref)(y_l)]), or a variant of it.
 
     Args:
-        beta: strength of the pull to the reference.
+        beta: weight of the implicit KL to the reference; larger stays closer to it.
         loss: sigmoid, ipo, robust, or simpo, see :func:`rlhf_lightning.ops.losses.preference_loss`.
         label_smoothing: assumed share of wrong labels: conservative DPO with "sigmoid", unbiased with "robust".
         length_normalized: average log-probabilities over a response instead of summing them; always so for ipo, simpo.
@@ -117,7 +117,7 @@ class DPO(StageModule):
         return sequence_sum(logprobs, batch.sequence_ids, batch.sequences)
 
     def check_reference(self, logprobs: Tensor, expected: Tensor) -> None:
-        """Stop when the policy does not start as its reference: dropout, or a stale or another reference."""
+        """Raise a UserError when the policy does not start as its reference: dropout, or another reference."""
         worst, broken = apart(logprobs, expected, is_exact(self.policy.lm, self.precision))
         if broken and self.reference_kind != "none":
             raise UserError(

@@ -15,16 +15,16 @@ def is_exact(model: nn.Module, precision: Any = "32-true") -> bool:
     return unwrap(model).dtype in (torch.float32, torch.float64) and str(precision) in ("32-true", "64-true")
 
 
-def apart(found: Tensor, expected: Tensor, exact: bool) -> tuple[float, bool]:
-    """Return how far two computations of the same log-probabilities lie apart, and whether beyond rounding.
+def apart(logprobs: Tensor, expected: Tensor, exact: bool) -> tuple[float, bool]:
+    """Return the difference of two computations of the same log-probabilities, and whether it exceeds rounding.
 
     float32 rounds a log-probability to about 1e-5. bfloat16 rounds a single one to as much as 0.2 and their mean to
-    about 0.005, so there the mean is judged.
+    about 0.005, so there the mean is compared.
 
     Args:
-        found, expected: (N,) log-probabilities of tokens, or means over a response.
+        logprobs, expected: (N,) log-probabilities of tokens, or means over a response.
         exact: see :func:`is_exact`.
     """
-    differences = (found.detach() - expected.detach()).abs()
+    differences = (logprobs.detach() - expected.detach()).abs()
     worst = (differences.max() if exact else differences.mean()).item() if len(differences) else 0.0
-    return worst, worst > (1e-3 if exact else 0.05)  # a value that is not finite is found, and named, with the loss
+    return worst, worst > (1e-3 if exact else 0.05)  # values that are not finite are reported with the loss

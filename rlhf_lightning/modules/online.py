@@ -28,7 +28,7 @@ from rlhf_lightning.rewards.scoring import Reward, score, to_device
 
 
 class Generating(StageModule):
-    """A stage whose policy answers prompts: an engine, a template, and what is asked of them.
+    """A stage whose policy answers prompts: engine, template and options of generation.
 
     Args:
         engine: generates responses; None is a :class:`LocalEngine`.
@@ -81,7 +81,7 @@ class Generating(StageModule):
 
     def group_list(self, batch: Any) -> GroupList:
         prompts = super().group_list(batch)
-        if any(group.index < 0 for group in prompts.groups):  # of a user's loader: each draws its own tokens
+        if any(group.index < 0 for group in prompts.groups):  # of a user's loader: each needs its own random numbers
             rank, world_size = self.trainer.global_rank, self.trainer.world_size
             numbers = range(rank, rank + world_size * len(prompts), world_size)
             groups = [replace(group, index=number) for group, number in zip(prompts.groups, numbers, strict=True)]
@@ -91,7 +91,7 @@ class Generating(StageModule):
     def generate(
         self, prompts: GroupList, n: int, seed_parts: tuple[int | str, ...], **scorers: Reward | None
     ) -> Answers:
-        """Return n responses of the policy to every prompt, with what each reward that is given says of them."""
+        """Return n responses of the policy to every prompt, with the scores of each reward that is given."""
         assert self.policy is not None
         if not self.started:
             self.engine.start(self.policy.lm, self.template.eos_ids)
@@ -120,7 +120,7 @@ class Online(Generating):
     Args:
         reward: callable, see :mod:`rlhf_lightning.rewards.scoring`.
         gold: the true reward where it is known; only logged.
-        microbatch_tokens: tokens of one forward pass; changes memory, not results.
+        microbatch_tokens: tokens per forward pass; changes memory, not results.
         missing_eos_penalty: subtracted from the score of a response that did not end with EOS.
         reward_clip: clip scores to +- this; reward_scale: divide scores by their running standard deviation.
         Others: see :class:`Generating`.
@@ -229,7 +229,7 @@ class Online(Generating):
             return self.policy(batch, self.temperature).logprobs
 
     def check_reference(self, rollout: Rollout) -> None:
-        """Stop when the policy does not start as its reference: then every KL would be measured to something else."""
+        """Raise a UserError when the policy does not start as its reference: every KL would be to another model."""
         logprobs, expected = (rollout.tokens[name][rollout.mask] for name in ("old_logprobs", "ref_logprobs"))
         worst, broken = apart(logprobs, expected, is_exact(self.policy.lm, self.trainer.precision))
         if broken:

@@ -142,7 +142,7 @@ class PPO(Online):
             self.critic = self.split(ScalarModel(critic))
 
     def build_policy(self) -> CompletionModel:
-        """Return the policy, with a value head where the critic is no model of its own."""
+        """Return the policy, with a value head where the critic is not a separate model."""
         return CompletionModel(self.build(), value_head=self.estimator == "gae" and self.load_critic is None)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -264,7 +264,7 @@ class PPO(Online):
     def minibatch(
         self, rollout: Rollout, places: list[int], ptx: GroupBatch | None, optimizer: Any, first: bool
     ) -> tuple[dict[str, float], tuple[float, float]]:
-        """Make one update from the groups at `places`; return its metrics and the extremes of pi / pi_old."""
+        """Make one update from the groups at `places`; return its metrics and the range of pi / pi_old."""
         count = self.reduce(rollout.mask[rollout.rows(places)].sum().float()[None]).item()
         share = self.data_ranks / count  # the strategy averages gradients over ranks
         optimizer.zero_grad()
@@ -295,7 +295,7 @@ class PPO(Online):
         return metrics, (ratio_min, ratio_max)
 
     def backward_part(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of a part of the loss; ranks reduce with the last one, for their numbers of parts differ."""
+        """Add the gradient of a part of the loss; ranks reduce with the last one, as their numbers of parts differ."""
         strategy = self.trainer.strategy
         if last or not isinstance(strategy, ParallelStrategy):
             self.manual_backward(loss)
@@ -341,7 +341,7 @@ class PPO(Online):
         return terms | {"loss": loss}, (output.logprobs - old).detach().exp()
 
     def check_first_ratio(self, logprobs: Tensor, old: Tensor) -> None:
-        """Stop when the policy that learns is not the policy that generated: dropout, another mask or temperature."""
+        """Raise a UserError when the policy that learns is not the one that generated: dropout, mask, temperature."""
         worst, broken = apart(logprobs, old, is_exact(self.policy.lm, self.trainer.precision))
         if broken:
             raise UserError(

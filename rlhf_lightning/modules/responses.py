@@ -1,4 +1,4 @@
-"""Responses that SFT and DPO show while they train."""
+"""Sampled responses that SFT and DPO write during training."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class RewardModel(StageModule):
         loss: "pairwise" for all pairs of a ranking, "plackett_luce" for the ranking as a whole.
         center: weight of the term that keeps scores around 0 (0.01 is usual, 0 is off).
         normalize: store mean and standard deviation of the held-out scores (of the training scores when there are no
-            held-out ones) with the model, so that rewards have mean 0 and deviation 1.
+            held-out ones) with the model, so that rewards have mean 0 and standard deviation 1.
         Others: see :class:`StageModule`; `load` returns a sequence classifier with one output.
     """
 
@@ -81,7 +81,7 @@ class RewardModel(StageModule):
         self.track(split, (~best).sum(), rejected_score=scores[~best].sum())
         self.track(split, len(scores), score_mean=scores.sum(), score_squared=(scores.double() ** 2).sum())
         if split == "val":
-            chance = torch.sigmoid(gaps)  # of the better response, and of the worse one: both orders are a pair
+            chance = torch.sigmoid(gaps)  # that the better response wins; both orders of a pair are counted
             ones = torch.ones_like(gaps, dtype=torch.long)
             self.calibration.update(torch.cat([chance, 1 - chance]), torch.cat([ones, 1 - ones]))
         if self.center:
@@ -103,8 +103,8 @@ class RewardModel(StageModule):
             n, mean, square = counts["score_mean"], means["score_mean"], means.pop("score_squared")
             means["score_std"] = math.sqrt(max(square - mean**2, 0.0))
             sums = [n, n * mean, n * square]
-            kept = self.moments["train"] if split == "train" else [0.0, 0.0, 0.0]
-            self.moments[split] = [old + new for old, new in zip(kept, sums, strict=True)]
+            previous = self.moments["train"] if split == "train" else [0.0, 0.0, 0.0]
+            self.moments[split] = [old + new for old, new in zip(previous, sums, strict=True)]
         if means and split == "val":
             means["calibration_error"] = self.calibration.compute().item()
         return means, counts

@@ -41,7 +41,7 @@ def schedule(
 
     Args:
         shape: constant, linear or cosine.
-        warmup: a share of all steps below 1, or a number of steps.
-        final: the rate at the end, as a share of the peak.
+        warmup: below 1 a fraction of all steps, else a number of steps.
+        final: the rate at the end, as a fraction of the peak.
     """
     return LambdaLR(optimizer, Shape(shape, warmup, final, total_steps))

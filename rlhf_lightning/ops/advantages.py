@@ -1,4 +1,4 @@
-"""Returns, advantages and their normalization, on right-padded (S, T) tensors; mask True means it counts."""
+"""Returns, advantages and their normalization, on right-padded (S, T) tensors; entries with mask False are ignored."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def whiten(
     The variance is the biased one, as in the original RLHF code (Huang et al. 2023, detail on whitening).
     """
     reduce = reduce or (lambda partial: partial)
-    picked = values[mask]
-    count, total = reduce(torch.stack([picked.new_tensor(float(picked.numel())), picked.sum()]))
+    masked = values[mask]
+    count, total = reduce(torch.stack([masked.new_tensor(float(masked.numel())), masked.sum()]))
     mean = total / count.clamp_min(1)
     # a second pass over centred values: the difference of squares loses all digits when the mean is large
-    variance = reduce(((picked - mean) ** 2).sum()[None])[0] / count.clamp_min(1)
+    variance = reduce(((masked - mean) ** 2).sum()[None])[0] / count.clamp_min(1)
     whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
     return (whitened if shift_mean else whitened + mean) * mask
 

@@ -146,8 +146,10 @@ class GroupBatch:
     def to(self, device: torch.device | str, **kwargs: Any) -> GroupBatch:
         """Return the batch with every tensor on `device`."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved: dict[str, Any] = {k: v.to(device, **kwargs) if isinstance(v, Tensor) else v for k, v in values.items()}
-        return GroupBatch(**moved)
+        on_device: dict[str, Any] = {
+            k: v.to(device, **kwargs) if isinstance(v, Tensor) else v for k, v in values.items()
+        }
+        return GroupBatch(**on_device)
 
 
 def pack(
@@ -184,8 +186,8 @@ def _fit(groups: Sequence[Group], row_tokens: int) -> list[list[tuple[int, int |
     capacity = max(row_tokens, max(group.tokens for group in groups))
     least = -(-sum(group.tokens for group in groups) // capacity)
     spreads = (_spread(groups, count) for count in range(least, len(groups) + 1))
-    fitting = islice((found for found in spreads if found[0] <= capacity), 3)
-    return min(fitting, key=lambda found: found[0] * len(found[1]))[1]
+    fitting = islice((spread for spread in spreads if spread[0] <= capacity), 3)
+    return min(fitting, key=lambda spread: spread[0] * len(spread[1]))[1]
 
 
 def _spread(groups: Sequence[Group], count: int) -> tuple[int, list[list[tuple[int, int | None]]]]:
@@ -257,8 +259,8 @@ class _Builder:
             ids.extend(group.prompt)
             positions.extend(range(size))
             response_ids.extend([0] * size)
-            chosen = range(len(group.responses)) if only is None else [only]
-            for number, k in enumerate(chosen, start=1):
+            included = range(len(group.responses)) if only is None else [only]
+            for number, k in enumerate(included, start=1):
                 response = group.responses[k]
                 before = len(ids)
                 # the first token is predicted by the last prompt token, each later one by its predecessor

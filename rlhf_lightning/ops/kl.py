@@ -57,7 +57,7 @@ class KLController:
     horizon: int = 10_000
 
     def update(self, kl: float, responses: int) -> None:
-        """Move beta after an iteration with mean response KL `kl` over `responses` responses."""
+        """Update beta after an iteration with mean response KL `kl` over `responses` responses."""
         if self.target is not None and math.isfinite(kl):
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.beta *= 1 + error * min(responses / self.horizon, 1.0)

@@ -1,4 +1,4 @@
-"""Token log-probabilities without ever holding all logits, and sums over responses."""
+"""Token log-probabilities without holding all logits at once, and sums over responses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-BLOCK = 2**22  # logits that are widened at a time; they stay in memory that the process has already
+BLOCK = 2**22  # logits converted to float32 at a time; small enough that their memory is reused
 
 
 class TargetLogprobs(torch.autograd.Function):
@@ -31,14 +31,14 @@ class TargetLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, targets, normalizer = ctx.saved_tensors
-        found = torch.empty_like(logits)
+        logits_gradient = torch.empty_like(logits)
         gradient = (gradient / ctx.temperature)[:, None]
         begin = 0
         for block in widened(logits, ctx.temperature):
             rows = slice(begin, begin := begin + len(block))
             shares = (block - normalizer[rows, None]).exp_().mul_(-gradient[rows])
-            found[rows] = shares.scatter_add_(-1, targets[rows, None], gradient[rows])
-        return found, None, None
+            logits_gradient[rows] = shares.scatter_add_(-1, targets[rows, None], gradient[rows])
+        return logits_gradient, None, None
 
 
 def widened(logits: Tensor, temperature: float) -> Iterator[Tensor]:
@@ -66,14 +66,14 @@ def token_logprobs(
     """Return log softmax(head(hidden) / temperature)[targets], and the entropy of that distribution if asked.
 
     At most `max_logits` logits exist at a time; with gradients each chunk is recomputed in the backward pass.
-    Half precision logits are widened to float32 first.
+    Half precision logits are converted to float32 first.
 
     Args:
         hidden: (N, D) states that predict the targets.
         head: maps (M, D) to logits (M, V).
         targets: (N,) token ids.
         temperature: > 0, the one used in sampling.
-        entropy_gradient: False where the entropy is only looked at; it then costs no memory.
+        entropy_gradient: False where the entropy is only logged; it then needs no memory.
 
     Returns:
         (N,) log-probabilities and (N,) entropies in nats, or None.
@@ -98,8 +98,8 @@ def token_logprobs(
         checkpoint(chunk, h, t, use_reentrant=False) if save else chunk(h, t)
         for h, t in zip(hidden.split(size), targets.split(size), strict=True)
     ]
-    found = [e for _, e in parts if e is not None]
-    return torch.cat([p for p, _ in parts]), torch.cat(found) if entropy else None
+    chunk_entropies = [chunk_entropy for _, chunk_entropy in parts if chunk_entropy is not None]
+    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat(chunk_entropies) if entropy else None
 
 
 def sequence_sum(values: Tensor, sequence_ids: Tensor, count: int) -> Tensor:

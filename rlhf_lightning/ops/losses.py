@@ -1,4 +1,4 @@
-"""Losses of the DPO family and of PPO, one value an item; the caller normalizes over the whole step."""
+"""Losses of the DPO family and of PPO, one value per item; the caller normalizes over the whole step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def preference_loss(
 
     Args:
         logits: (P,) h.
-        beta: strength of the pull to the reference, > 0.
+        beta: weight of the implicit KL to the reference, > 0; larger stays closer to it.
         label: (P,) probability that the chosen response is the better one.
         label_smoothing: eps in [0, 0.5); ipo does not use it.
         target_margin: SimPO's gamma; the other sigmoid kinds subtract it from beta h as well, ipo does not.
@@ -64,8 +64,8 @@ def ppo_policy_loss(
     Any shape, the same for all; source: arXiv 1707.06347 eq. 7.
     """
     ratio = (logprobs - old_logprobs).exp()
-    plain, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    return -torch.minimum(plain, clipped), clipped < plain
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    return -torch.minimum(unclipped, clipped), clipped < unclipped
 
 
 def ppo_value_loss(
@@ -76,8 +76,8 @@ def ppo_value_loss(
     Any shape, the same for all; the maximum keeps the gradient of a value that moved away from its return
     (baselines ppo2).
     """
-    plain = (values - returns) ** 2
+    unclipped = (values - returns) ** 2
     if clip is None:
-        return 0.5 * plain, torch.zeros_like(plain, dtype=torch.bool)
+        return 0.5 * unclipped, torch.zeros_like(unclipped, dtype=torch.bool)
     clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns) ** 2
-    return 0.5 * torch.maximum(plain, clipped), clipped > plain
+    return 0.5 * torch.maximum(unclipped, clipped), clipped > unclipped

@@ -1,4 +1,4 @@
-"""Intervals that go with every figure reported."""
+"""95% intervals of means and shares."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def load_reward(spec: Any, dtype: str = "float32") -> Reward:
 
 
 def to_device(reward: Any, device: torch.device | str) -> None:
-    """Move a reward that is a model, or holds some, to `device`."""
+    """Move a reward that is or contains a model to `device`."""
     if hasattr(reward, "to"):
         reward.to(device)
 
@@ -61,7 +61,7 @@ def to_device(reward: Any, device: torch.device | str) -> None:
 def score(
     reward: Reward, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]
 ) -> Tensor:
-    """Return the rewards (S,) as float32, or stop with the response that got none."""
+    """Return the rewards (S,) as float32, or raise a UserError with the response that has no finite reward."""
     try:
         returned = reward(prompts, responses, metadata)
     except UserError:

@@ -21,8 +21,8 @@ class Kind:
     """A kind of reward.
 
     Args:
-        matches: tells whether a text names a reward of this kind.
-        digest: returns what changes when the reward does; None where that is not known.
+        matches: returns whether a text names a reward of this kind.
+        digest: returns what changes when the reward does; None where that is unknown.
         loader: `module:function` that builds the reward from (name, dtype).
         is_model: the name is a model folder, a parent of the stage.
     """
@@ -110,21 +110,21 @@ def _locate(module: str) -> Path | None:
     return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
 
 
-def _local_imports(file: Path, module: str, root: Path, seen: set[Path]) -> set[Path]:
+def _local_imports(file: Path, module: str, root: Path, files: set[Path]) -> set[Path]:
     """Return the files below `root` that `file` imports, and those that they import."""
     for name in _imported_names(file, module):
         location = _locate(name)
-        if location and location not in seen and location.is_relative_to(root):
-            seen.add(location)
-            _local_imports(location, name, root, seen)
-    return seen
+        if location and location not in files and location.is_relative_to(root):
+            files.add(location)
+            _local_imports(location, name, root, files)
+    return files
 
 
 def _imported_names(file: Path, module: str) -> Iterator[str]:
     """Yield the dotted names that the source of `module` imports: modules, and what may be a module inside one."""
     try:
         tree = ast.parse(file.read_bytes())
-    except SyntaxError:  # the import will say so
+    except SyntaxError:  # reported by the import
         return
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""Readable words for configuration mistakes."""
+"""Readable messages for configuration errors."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def explain(error: Exception, overrides: list[str]) -> str:
 
 
 def _unknown_key(key: str, overrides: list[str]) -> str:
-    """Say which keys exist beside an unknown one, by composing without the value overrides."""
+    """Return which keys exist beside an unknown one, by composing without the value overrides."""
     from hydra import compose, initialize_config_module
 
-    known = groups()
-    chosen = [o for o in overrides if o.partition("=")[0] in known]
+    options_of_groups = groups()
+    selected = [o for o in overrides if o.partition("=")[0] in options_of_groups]
     if folder := _config_dir(overrides):  # the user's own options
-        chosen.append(f"hydra.searchpath=[file://{folder}]")
+        selected.append(f"hydra.searchpath=[file://{folder}]")
     GlobalHydra.instance().clear()
     with initialize_config_module("rlhf_lightning.conf", version_base="1.3"):
-        node: Any = compose("rlhf", overrides=chosen)
+        node: Any = compose("rlhf", overrides=selected)
     every = list(flat(OmegaConf.to_container(node)))
     parent, _, name = key.rpartition(".")
     for part in filter(None, parent.split(".")):
@@ -59,8 +59,8 @@ def _unknown_key(key: str, overrides: list[str]) -> str:
     options = [str(k) for k in node]
     if RENAMED.get(name) in options:
         return f"there is no key {key}: it is now {f'{parent}.' if parent else ''}{RENAMED[name]}"
-    same = [full for full in every if full.endswith(f".{name}")]
-    hint = f" Did you mean '{same[0]}'?" if same else nearest(name, options)
+    same_name = [full for full in every if full.endswith(f".{name}")]
+    hint = f" Did you mean '{same_name[0]}'?" if same_name else nearest(name, options)
     place = f"{parent} has the keys" if parent else "there are"
     return f"there is no key {key}.{hint} {place}: {', '.join(sorted(options))}"
 
@@ -76,7 +76,7 @@ def _config_dir(arguments: list[str]) -> Path | None:
 
 
 def _where(key: str, parent: str) -> str:
-    """Say what brings the missing parent of a key into the configuration."""
+    """Return what brings the missing parent of a key into the configuration."""
     root = parent.partition(".")[0]
     if root in groups()["stage"]:
         return f". It belongs to stage={root}; in a pipeline give +pipeline.stages.{root}.set.{key}=<value>"

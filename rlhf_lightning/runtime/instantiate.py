@@ -41,7 +41,7 @@ ALLOWED = frozenset(
 
 
 def targets(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (key, target) for every `_target_` below `node`, a plain container."""
+    """Yield (key, target) for every `_target_` below `node`, a dict or list."""
     if isinstance(node, dict):
         for key, value in node.items():
             where = f"{path}.{key}" if path else str(key)
@@ -58,7 +58,7 @@ def instantiate(node: DictConfig, key: str, allow: list[str] | None = None, **ar
     """Build what `node` names, after checking every `_target_` in it against the list of allowed ones.
 
     Args:
-        node: configuration with a `_target_`; lists and dicts in it arrive as plain Python ones.
+        node: configuration with a `_target_`; lists and dicts in it are passed as Python lists and dicts.
         key: where it stands in the configuration, for messages.
         allow: further exact names the user trusts.
         arguments: added to the call as they are; a `_target_` inside them is not looked at.
@@ -77,11 +77,11 @@ def instantiate(node: DictConfig, key: str, allow: list[str] | None = None, **ar
                 f"{where}={target} is not an allowed target.{nearest(target, allowed)} To trust it, add "
                 f"allow_targets=[{target}] on the command line"
             )
-    wanted = settings.pop("_partial_", False)
+    is_partial = settings.pop("_partial_", False)
     settings = {name: value for name, value in settings.items() if name not in arguments}
     try:
-        made = build(OmegaConf.create(settings | {"_partial_": True}), _convert_="all")
-        return partial(made, **arguments) if wanted else made(**arguments)
+        target_partial = build(OmegaConf.create(settings | {"_partial_": True}), _convert_="all")
+        return partial(target_partial, **arguments) if is_partial else target_partial(**arguments)
     except UserError:
         raise
     except InstantiationException as error:
@@ -89,6 +89,6 @@ def instantiate(node: DictConfig, key: str, allow: list[str] | None = None, **ar
         if isinstance(cause, UserError):
             raise cause from None
         raise UserError(f"{key}: {str(cause or error).splitlines()[0]}") from error
-    except Exception as error:  # of the target's own
+    except Exception as error:  # whatever the target raises
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{key}: {reason}") from error

@@ -21,17 +21,17 @@ def arguments_of_rank(arguments: list[str]) -> list[str]:
     Raises:
         UserError: a sweep, whose trials start their own ranks.
     """
-    found = ranks()
-    if found is None:
+    launched = ranks()
+    if launched is None:
         return []
-    given = {"-m", "--multirun"} & set(arguments) or any(a.startswith("sweep=") for a in arguments)
+    is_sweep = {"-m", "--multirun"} & set(arguments) or any(a.startswith("sweep=") for a in arguments)
     if any(a.startswith("pipeline=") for a in arguments):
-        raise UserError("start a pipeline with the plain command: every stage launches its own ranks")
-    if given and "hydra.mode=RUN" not in arguments:
-        raise UserError("start a sweep with the plain command: every trial launches its own ranks")
+        raise UserError("start a pipeline without torchrun or srun: every stage launches its own ranks")
+    if is_sweep and "hydra.mode=RUN" not in arguments:
+        raise UserError("start a sweep without torchrun or srun: every trial launches its own ranks")
     now = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
     os.environ["RLHF_RUN_ID"] = agreed("run_id", lambda: os.environ.get("RLHF_RUN_ID", now))
-    return [f"hydra.job.name=run_rank{found[0]}", "hydra.output_subdir=null"] if found[0] else []
+    return [f"hydra.job.name=run_rank{launched[0]}", "hydra.output_subdir=null"] if launched[0] else []
 
 
 def environment() -> list[Any]:
@@ -49,23 +49,24 @@ def environment() -> list[Any]:
 
 
 def ranks_asked(trainer: dict[str, Any]) -> int | None:
-    """Return the number of ranks that the settings of a Trainer ask for, None where it is found out at the start."""
-    asked = trainer["devices"]
-    if not isinstance(asked, list) and not str(asked).isdigit():
+    """Return the number of ranks that the settings of a Trainer ask for, None where it depends on the machine."""
+    devices = trainer["devices"]
+    if not isinstance(devices, list) and not str(devices).isdigit():
         return None
-    return (len(asked) if isinstance(asked, list) else int(asked)) * trainer["num_nodes"]
+    return (len(devices) if isinstance(devices, list) else int(devices)) * trainer["num_nodes"]
 
 
 def check_devices(trainer: dict[str, Any]) -> None:
     """Raise a UserError when the settings ask for another number of ranks than were started."""
-    found, asked = ranks(), ranks_asked(trainer)
-    if found is not None and asked is not None and found[1] != asked:
+    launched, expected = ranks(), ranks_asked(trainer)
+    if launched is not None and expected is not None and launched[1] != expected:
         raise UserError(
-            f"{found[1]} ranks were started, but trainer.devices times trainer.num_nodes is {asked}; make them equal"
+            f"{launched[1]} ranks were started, but trainer.devices times trainer.num_nodes is {expected}; "
+            "make them equal"
         )
-    if found is None and trainer["num_nodes"] > 1 and os.environ.get("SLURM_NTASKS") == "1":
+    if launched is None and trainer["num_nodes"] > 1 and os.environ.get("SLURM_NTASKS") == "1":
         raise UserError(
-            f"trainer.num_nodes={trainer['num_nodes']} in a SLURM job of one task; ask for one task a device, with "
+            f"trainer.num_nodes={trainer['num_nodes']} in a SLURM job of one task; ask for one task per device, with "
             "--nodes and --ntasks-per-node, and start it with srun"
         )
 
@@ -75,7 +76,7 @@ def decide_run(
 ) -> tuple[Path, Path | None, dict[str, Any] | None]:
     """Return what :func:`find_run` finds on the first rank; every other rank inherits the decision.
 
-    Ranks that Lightning launches find it in their environment, ranks of torchrun and SLURM ask for it.
+    Ranks that Lightning launches read it from their environment, ranks of torchrun and SLURM from the store.
     """
     from lightning.pytorch.utilities import rank_zero_only  # heavy, and the command imports this file
 

@@ -1,11 +1,11 @@
-"""The memory a training run needs on each device, part by part."""
+"""The memory a training run needs per device, by part."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-LOGITS = 2**27  # what token_logprobs holds at most
+LOGITS = 2**27  # the most that token_logprobs holds at a time
 GB = 1e9
 
 
@@ -41,22 +41,22 @@ class Job:
 
 
 def estimate(shape: Shape, job: Job) -> dict[str, float]:
-    """Return bytes a device needs, part by part.
+    """Return the bytes needed per device, by part.
 
-    An activation is what plain PyTorch keeps of a Llama layer for the backward pass: about 13 D + 4 F numbers a token
+    An activation is what eager PyTorch saves of a Llama layer for the backward pass: about 13 D + 4 F values per token
     (norms, queries, keys, values and their output, gate, up, and their product), one D with recomputation.
     """
     trained = shape.lora * job.lora if job.lora else shape.parameters
     models = 2 if job.critic else 1
     layer = 13 * shape.hidden + 4 * shape.intermediate
-    kept = (shape.hidden * shape.layers + layer) if job.checkpointing else layer * shape.layers
+    saved = (shape.hidden * shape.layers + layer) if job.checkpointing else layer * shape.layers
     chunk = min(job.loss_tokens, max(LOGITS // shape.vocabulary, 1)) if job.loss_tokens else 0
     return {
         "weights": models * shape.parameters * job.weight_bytes / job.shards,
         "gradients": models * trained * job.weight_bytes / job.shards,
         "optimizer": models * trained * job.weight_bytes * job.moments / job.shards,
         "frozen models": (job.references / job.shards + job.rewards) * shape.parameters * job.weight_bytes,
-        "activations": job.tokens * kept * job.activation_bytes,
+        "activations": job.tokens * saved * job.activation_bytes,
         "logits": 3 * chunk * shape.vocabulary * 4,
         "key-value cache": job.cached_tokens * 2 * shape.key_values * shape.layers * job.weight_bytes,
     }

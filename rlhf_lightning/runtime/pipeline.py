@@ -19,7 +19,7 @@ from rlhf_lightning.files import fingerprint, read_json, write_json
 from rlhf_lightning.models.folder import parent_entry
 from rlhf_lightning.rewards.spec import digests
 from rlhf_lightning.runtime.processes import quoted, run_child
-from rlhf_lightning.runtime.settings import flat, groups, plain
+from rlhf_lightning.runtime.settings import flat, groups, to_container
 
 console = Console()
 DATA = {"data.train": "train", "data.val": "val", "data.ptx": "train"}
@@ -36,7 +36,7 @@ def run_pipeline(cfg: DictConfig) -> None:
     Raises:
         UserError: naming the stage that failed and how to go on, or the stage that is a pipeline again.
     """
-    settings = plain(cfg)["pipeline"]
+    settings = to_container(cfg)["pipeline"]
     if inside := os.environ.get("RLHF_PIPELINE_STAGE"):  # an experiment passed on to it may choose a pipeline
         raise UserError(f"stage {inside} of a pipeline became pipeline={settings['name']}")
     given = passthrough(list(HydraConfig.get().overrides.task))

@@ -22,7 +22,7 @@ from rlhf_lightning.rewards import spec
 from rlhf_lightning.rewards.scoring import Reward, load_reward
 from rlhf_lightning.runtime.instantiate import instantiate
 from rlhf_lightning.runtime.launch import decide_run
-from rlhf_lightning.runtime.settings import identity, plain, select
+from rlhf_lightning.runtime.settings import identity, select, to_container
 from rlhf_lightning.runtime.stage import Stage
 
 ROWS_READ_FOR_TOKENIZER = 20_000
@@ -30,7 +30,7 @@ SPLITS = {"data.train": "train", "data.val": "val", "data.ptx": "train"}
 
 
 def starting_point(settings: dict[str, Any]) -> str | None:
-    """Return the model folder or hub name a stage starts from, None where a tiny model is to be made.
+    """Return the model folder or hub name a stage starts from, None where a tiny model is to be built.
 
     `init_from` comes before `model`; both take a folder, a GGUF file, a hub name or a name of ours.
     """
@@ -49,12 +49,12 @@ class Run:
         folder: the folder Hydra made for this start.
 
     Raises:
-        UserError: a model, a reward or a data source that is not there.
+        UserError: a model, a reward or a data source that does not exist.
     """
 
     def __init__(self, stage: Stage, cfg: DictConfig, folder: Path) -> None:
         self.stage, self.cfg, self.folder = stage, cfg, folder
-        self.settings = plain(cfg)
+        self.settings = to_container(cfg)
         self.allow = list(cfg.allow_targets)
         self.start = starting_point(self.settings)
         self.checkpoint: Path | None = None
@@ -69,8 +69,8 @@ class Run:
         """Where a stage without a Trainer computes, from the trainer's accelerator."""
         import torch
 
-        wanted = self.settings["trainer"]["accelerator"] in ("gpu", "cuda")
-        return "cuda" if wanted and torch.cuda.is_available() else "cpu"
+        use_gpu = self.settings["trainer"]["accelerator"] in ("gpu", "cuda")
+        return "cuda" if use_gpu and torch.cuda.is_available() else "cpu"
 
     # ---- identity --------------------------------------------------------------------------------------------------
 
@@ -94,7 +94,7 @@ class Run:
 
     @cached_property
     def parents(self) -> list[tuple[str, str]]:
-        """(role, folder) of every model that this run starts from; a tiny model, made on the spot, is none."""
+        """(role, folder) of every model that this run starts from; a tiny model, built by this run, is none."""
         models = [("init", self.start)] if self.start else []
         models += [("reward", reward.name) for reward in spec.parse(self.settings["reward_from"]) if reward.is_model]
         for key in self.stage.models:
@@ -114,7 +114,7 @@ class Run:
         }
 
     def decide(self) -> dict[str, Any] | None:
-        """Settle on the run folder and the checkpoint to go on from; return the metrics of a run that is done."""
+        """Decide the run folder and the checkpoint to resume from; return the metrics of a run that is done."""
         self.folder, self.checkpoint, finished = decide_run(
             self.folder,
             self.stage.name,
@@ -123,7 +123,7 @@ class Run:
             fingerprint(self.identity),
         )
         self.cfg.paths.run = str(self.folder)
-        self.settings = plain(self.cfg)
+        self.settings = to_container(self.cfg)
         return finished
 
     # ---- building --------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ class Run:
         return instantiate(node, key, self.allow, **arguments)
 
     def start_folder(self) -> str:
-        """Return the model the stage starts from; a tiny one and its tokenizer are made from the training texts."""
+        """Return the model the stage starts from; a tiny one and its tokenizer are built from the training texts."""
         if self.start is not None:
             return self.start
         if self.stage.needs_start:
@@ -165,8 +165,8 @@ class Run:
         tokenizer = load_tokenizer(folder)
         if str(node._target_) in KINDS:
             sources = {key.removeprefix("data."): source for key, source in self.sources.items() if key in SPLITS}
-            given = {"tokenizer": tokenizer, "context": context_length(folder)} | sources | arguments
-            return instantiate(node, "data", self.allow, **given)
+            call = {"tokenizer": tokenizer, "context": context_length(folder)} | sources | arguments
+            return instantiate(node, "data", self.allow, **call)
         accepted = inspect.signature(get_object(node._target_)).parameters if node._target_ in self.allow else {}
         return instantiate(node, "data", self.allow, **({"tokenizer": tokenizer} if "tokenizer" in accepted else {}))
 

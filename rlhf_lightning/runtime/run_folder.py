@@ -38,7 +38,7 @@ def find_run(
         return run, path, None
     if started and started.get("fingerprint") != digest:
         raise UserError(
-            f"{run} was started with another configuration or other models; choose another folder to start anew"
+            f"{run} was started with another configuration or other models; choose another folder for a new run"
         )
     siblings = sorted((p for p in run.parent.iterdir() if p != run), reverse=True) if resume == "auto" else []
     for folder in [run, *siblings]:
@@ -56,14 +56,14 @@ def find_run(
 
 
 def claim(run: Path, value: dict[str, Any]) -> None:
-    """Write `run.json`, or refuse when another start was there first."""
+    """Write `run.json`, or raise a UserError when another run has claimed the folder."""
     with readable_os_errors(run):
         run.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=run, suffix=".tmp")
         with os.fdopen(handle, "w", encoding="utf-8") as opened:
             json.dump(value, opened)
         try:
-            os.link(name, run / "run.json")  # fails when it exists, whoever is quicker
+            os.link(name, run / "run.json")  # atomic: fails when it exists
         except FileExistsError:
             raise UserError(
                 f"{run} already holds a run; add resume=auto to continue it, or choose another folder"

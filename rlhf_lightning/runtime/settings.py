@@ -1,4 +1,4 @@
-"""Reading the composed configuration: plain values, what decides a result, and what a value may be."""
+"""The composed configuration: as dicts and lists, its identity and groups, and checks of its values."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ RUN_ONLY = (
 )  # fmt: skip
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """Return the configuration as plain containers with everything resolved."""
+def to_container(cfg: DictConfig) -> dict[str, Any]:
+    """Return the configuration as dicts and lists with everything resolved."""
     values = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
@@ -25,9 +25,9 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 def identity(settings: dict[str, Any]) -> dict[str, Any]:
     """Return what decides a run's result: the settings without where it writes and what it is called."""
-    kept = {key: value for key, value in settings.items() if key not in RUN_ONLY}
+    deciding = {key: value for key, value in settings.items() if key not in RUN_ONLY}
     data = {key: value for key, value in settings["data"].items() if key not in ("cache_dir", "num_workers")}
-    return kept | {"data": data}
+    return deciding | {"data": data}
 
 
 def select(settings: dict[str, Any], key: str) -> Any:
@@ -59,15 +59,15 @@ def check_types(cfg: DictConfig, overrides: list[str]) -> None:
     """Raise a UserError when the command line puts a text where the configuration has a number or a truth value."""
     from hydra import compose
 
-    known = groups()
-    keys = {o.partition("=")[0] for o in overrides if "=" in o} - {*known, "trainer.devices"}  # also "auto" and lists
-    given = {
+    options = groups()
+    keys = {o.partition("=")[0] for o in overrides if "=" in o} - {*options, "trainer.devices"}  # also "auto" and lists
+    values = {
         k: OmegaConf.select(cfg, k, throw_on_missing=False) for k in keys if not k.startswith(("+", "~", "hydra."))
     }
-    texts = {key: value for key, value in given.items() if isinstance(value, str)}
+    texts = {key: value for key, value in values.items() if isinstance(value, str)}
     if not texts:
         return
-    defaults = compose("rlhf", overrides=[o for o in overrides if o.partition("=")[0] in known])
+    defaults = compose("rlhf", overrides=[o for o in overrides if o.partition("=")[0] in options])
     for key, value in sorted(texts.items()):
         default = OmegaConf.select(defaults, key, throw_on_missing=False)
         if isinstance(default, int | float):
@@ -89,6 +89,6 @@ def groups() -> dict[str, list[str]]:
     root = conf_folder()
     for file in sorted(root.rglob("*.yaml")):
         parent, *rest = file.relative_to(root).with_suffix("").parts
-        if rest and parent != "hydra" and not rest[-1].startswith("_"):  # those are parts of others
+        if rest and parent != "hydra" and not rest[-1].startswith("_"):  # included by others
             options.setdefault(parent, []).append("/".join(rest))
     return options

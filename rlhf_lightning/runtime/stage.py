@@ -1,4 +1,4 @@
-"""What the program knows of a stage; the table of them is :mod:`rlhf_lightning.stages`."""
+"""A row of the table of stages, :mod:`rlhf_lightning.stages`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Stage:
-    """What the program knows of a stage.
+    """A stage of the program.
 
     Args:
         name: as in `stage=<name>`; its settings are the configuration's key of that name.
@@ -19,8 +19,8 @@ class Stage:
         trains: it makes optimizer updates and can be resumed from a checkpoint.
         online: it generates and scores responses while it trains.
         generative: it computes logits of response tokens, unlike a reward model.
-        needs_start: it cannot start from a tiny model that is made on the spot.
-        output: what it leaves in its run folder when it is done; None is never done.
+        needs_start: it cannot start from a tiny model that is built by the run.
+        output: the file in its run folder that says it is done; None is never done.
         models: keys of the configuration that name further models, or map names to models.
         sources: keys of the configuration, beside those of `data`, that name held-out rows.
     """

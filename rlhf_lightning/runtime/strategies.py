@@ -1,4 +1,4 @@
-"""Strategies that need more than an entry in a config file."""
+"""The strategy of FSDP2 and tensor parallelism."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rlhf_lightning.errors import UserError
 class ShardedStrategy(ModelParallelStrategy):
     """FSDP2 over all devices, or with `tensor_parallel_size` above 1 every layer split over that many.
 
-    Weights, gradients, optimizer states and frozen models are cut up; checkpoints are whole, so a run goes on with
-    another number of devices.
+    Weights, gradients, optimizer states and frozen models are sharded; checkpoints hold full tensors, so a run can
+    continue on another number of devices.
 
     Args:
         tensor_parallel_size: devices that share every layer and read the same rows; it divides the number of devices.

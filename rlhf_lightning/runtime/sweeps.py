@@ -1,4 +1,4 @@
-"""A sweep: every trial is a process of its own; then come a table, sweep.csv, a plot and a link to the best trial."""
+"""A sweep: every trial is a separate process; at the end a table, sweep.csv, a plot and a link to the best trial."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KLS = ("val/kl", "kl/reference", "kl")
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial as its folder tells it; `objectives` are what the sweep judges it by, none when it did not finish."""
+    """One trial as its folder records it; `objectives` are empty when it did not finish."""
 
     folder: Path
     number: int
@@ -46,7 +46,7 @@ class Trial:
 def run_trial(cfg: DictConfig) -> float | list[float] | None:
     """Run the trial that Hydra composed and return its objectives; None when it failed.
 
-    A process of its own gives a trial all its ranks, whatever launches them, and lets it fail alone.
+    A separate process gives a trial all its ranks, whatever launches them, and contains its failure.
     """
     hydra = HydraConfig.get()
     if "GridSampler" in str(hydra.sweeper.get("sampler", "")):
@@ -78,20 +78,20 @@ def run_trial(cfg: DictConfig) -> float | list[float] | None:
     if metrics is None or missing:
         why = f"exit code {code}" if metrics is None else f"no {missing[0]}.{nearest(missing[0], metrics)}"
         write(status=f"failed: {why}")
-        found = None  # which Optuna counts as a failure, too
+        values = None  # which Optuna counts as a failure, too
     else:
-        found = [float(metrics[name]) for name in names]
-        write(status="done", objectives=dict(zip(names, found, strict=True)))
+        values = [float(metrics[name]) for name in names]
+        write(status="done", objectives=dict(zip(names, values, strict=True)))
     write_csv(folder.parent)
     if record["status"] != "done" and cfg.on_failed_trial == "stop":
         raise UserError(f"trial {hydra.job.num} {record['status']}; its log is {folder / 'run.log'}")
-    return found if cfg.objectives or found is None else found[0]
+    return values if cfg.objectives or values is None else values[0]
 
 
 def read_metrics(folder: Path) -> dict[str, Any] | None:
     """Return the metrics of a stage, or those of the last stage of a pipeline."""
-    found = [path for path in folder.glob("[0-9]*_*/metrics.json") if ".old-" not in path.parent.name]
-    stages = sorted(found, key=lambda path: int(path.parent.name.partition("_")[0]))
+    files = [path for path in folder.glob("[0-9]*_*/metrics.json") if ".old-" not in path.parent.name]
+    stages = sorted(files, key=lambda path: int(path.parent.name.partition("_")[0]))
     return read_json(folder / "metrics.json" if not stages else stages[-1])
 
 
@@ -101,11 +101,13 @@ def shared_machine(cfg: DictConfig, hydra: Any, given: Mapping[str, str] = os.en
     if beside in (None, 1) or "joblib" not in str(hydra.launcher.get("_target_", "")).lower():
         return {}
     cores = os.cpu_count() or 1
-    found = {"OMP_NUM_THREADS": given.get("OMP_NUM_THREADS", str(max(cores // (beside if beside > 0 else cores), 1)))}
+    environment = {
+        "OMP_NUM_THREADS": given.get("OMP_NUM_THREADS", str(max(cores // (beside if beside > 0 else cores), 1)))
+    }
     devices = given.get("CUDA_VISIBLE_DEVICES", "").split(",")
     if len(devices) > 1 and cfg.trainer.devices == 1:
-        found["CUDA_VISIBLE_DEVICES"] = devices[hydra.job.num % len(devices)]
-    return found
+        environment["CUDA_VISIBLE_DEVICES"] = devices[hydra.job.num % len(devices)]
+    return environment
 
 
 # ---- all trials ----------------------------------------------------------------------------------------------------
@@ -122,21 +124,21 @@ class SweepSummary(Callback):
 
 def read_trials(folder: Path) -> list[Trial]:
     """Return the trials of a sweep's folder in the order of their numbers."""
-    found = []
+    trials = []
     for place in folder.glob(f"*/{RECORD}"):
         if place.parent.is_symlink():  # best
             continue
         record = read_json(place)
         metrics = read_metrics(place.parent) if record["status"] == "done" else None
         pairs = (override.lstrip("+").partition("=") for override in record["overrides"])
-        found.append(
+        trials.append(
             Trial(
                 place.parent, record["number"], record["status"], record["seconds"],
                 {key: value for key, _, value in pairs}, record.get("objectives", {}),
                 {key: value for key, value in (metrics or {}).items() if isinstance(value, int | float)},
             )
         )  # fmt: skip
-    return sorted(found, key=lambda trial: trial.number)
+    return sorted(trials, key=lambda trial: trial.number)
 
 
 def swept_keys(trials: list[Trial]) -> list[str]:
@@ -161,7 +163,7 @@ def best_trial(trials: list[Trial]) -> Trial | None:
 
 
 def write_csv(folder: Path, trials: list[Trial] | None = None) -> None:
-    """Write `sweep.csv`: a row a trial, with swept values, objectives and every metric."""
+    """Write `sweep.csv`: a row per trial, with swept values, objectives and every metric."""
     trials = read_trials(folder) if trials is None else trials
     keys = swept_keys(trials)
     objectives = list(dict.fromkeys(name for trial in trials for name in trial.objectives))
@@ -278,7 +280,7 @@ def draw(picture: Path, trials: list[Trial], keys: list[str]) -> None:
 
 
 def draw_frontier(axis: Any, done: list[Trial], keys: list[str], kl: str, reward: str) -> None:
-    """Draw reward against KL, a labelled point a trial."""
+    """Draw reward against KL, a labelled point per trial."""
     points = sorted((trial.metrics[kl], trial.metrics[reward]) for trial in done)
     axis.plot(*zip(*points, strict=True), "-", color="tab:blue", alpha=0.3)
     for trial in done:
@@ -286,4 +288,4 @@ def draw_frontier(axis: Any, done: list[Trial], keys: list[str], kl: str, reward
         place = (trial.metrics[kl], trial.metrics[reward])
         axis.plot(*place, "o", color="tab:blue")
         axis.annotate(label, place, fontsize=7, xytext=(4, 4), textcoords="offset points")
-    axis.set(xlabel=f"{kl} (nats a response)", ylabel=reward)
+    axis.set(xlabel=f"{kl} (nats per response)", ylabel=reward)

@@ -1,4 +1,4 @@
-"""`rlhf stage=audit`: what a long run takes for granted, tried out on a user's model, tokenizer, data and reward."""
+"""`rlhf stage=audit`: checks of a user's model, tokenizer, data and reward before a long run."""
 
 from __future__ import annotations
 

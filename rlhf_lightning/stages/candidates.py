@@ -25,7 +25,7 @@ YES_OR_NO = ("ended_with_eos",)
 
 
 def run(run: Run) -> float | None:
-    """Answer or score every prompt, write candidates.jsonl and metrics.json, return the monitored metric."""
+    """Answer or score every prompt, write candidates.jsonl and metrics.json, and return the monitored metric."""
     folder = run.start_folder()
     shards, target = run.folder / "shards", run.folder / "candidates.jsonl"
     writer = ShardWriter(shards)

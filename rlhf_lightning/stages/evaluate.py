@@ -1,4 +1,4 @@
-"""`rlhf stage=evaluate`: what each model answers to held-out prompts, and what that is worth."""
+"""`rlhf stage=evaluate`: the responses of each model to held-out prompts, and their rewards."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def run(run: Run) -> float | None:
     policies = {name: folder for name, folder in models.items() if name not in reward_models}
     writer = SummaryWriter(str(run.folder / "tensorboard"))
     table: dict[str, dict[str, Interval]] = {}
-    judged = 0
+    evaluated = 0
     for name, folder in reward_models.items():
         table[name], pairs = evaluate_reward_model(
             load_scalar_model(folder, trained=True), preferences(run, folder), run.device
         )
-        judged += pairs
+        evaluated += pairs
     if policies:
         rewards = {"reward": run.reward("reward_from"), "gold": run.reward("gold_from")}
         rewards = {name: reward for name, reward in rewards.items() if reward is not None}
@@ -65,7 +65,7 @@ def run(run: Run) -> float | None:
                 device=run.device,
                 title=f"{name}: answers",
             )
-            judged += len(rows)
+            evaluated += len(rows)
             write_jsonl(run.folder / "samples" / f"{name}.jsonl", rows)
             writer.add_text(f"samples/{name}", "\n\n".join(map(as_markdown, rows[:16])), 0)
     metrics: dict[str, Any] = {"perf/peak_memory_gb": peak_memory_gb()}
@@ -79,7 +79,7 @@ def run(run: Run) -> float | None:
     metrics["monitor"] = f"{last}/{monitored(table[last], run.settings['monitor'])}"
     if len(table) == 1:  # one model needs no prefix
         metrics |= {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{last}/")}
-    metrics["perf/rows_per_s"] = judged / (time.perf_counter() - began)
+    metrics["perf/rows_per_s"] = evaluated / (time.perf_counter() - began)
     write_json(run.folder / "metrics.json", metrics)
     show(table)
     Console().print(f"run         {run.folder}", soft_wrap=True)
@@ -116,6 +116,6 @@ def preferences(run: Run, folder: str) -> PreferenceData:
     return data
 
 
-def monitored(row: dict[str, Interval], wanted: str) -> str:
-    """Return the metric a sweep reads: the wanted one, or the best that was measured."""
-    return next(metric for metric in (wanted, "gold", "reward", "accuracy", "length") if metric in row)
+def monitored(row: dict[str, Interval], monitor: str) -> str:
+    """Return the metric a sweep reads: the configured one, or the first of gold, reward, accuracy and length."""
+    return next(metric for metric in (monitor, "gold", "reward", "accuracy", "length") if metric in row)

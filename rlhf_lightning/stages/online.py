@@ -1,4 +1,4 @@
-"""`rlhf stage=ppo`, `rloo`, `grpo`: learning from the rewards of one's own responses."""
+"""`rlhf stage=ppo`, `rloo`, `grpo`: training on rewards of the policy's own responses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(run: Run) -> float | None:
         raise UserError(f"{name}.ptx_coef needs demonstrations: data.ptx=<file>")
     if settings["trainer"]["accumulate_grad_batches"] != 1 or settings["trainer"]["gradient_clip_val"]:
         raise UserError(
-            f"{name} accumulates and clips by itself: leave trainer.accumulate_grad_batches at 1, "
+            f"{name} accumulates and clips gradients itself: leave trainer.accumulate_grad_batches at 1, "
             f"trainer.gradient_clip_val at null; use {name}.microbatch_tokens and {name}.max_grad_norm"
         )
     if (critic := options.pop("critic", "value_head")) != "value_head":

@@ -1,4 +1,4 @@
-"""`plan=true`: what a run needs on each device and what would make it fit; nothing is loaded and nothing is run."""
+"""`plan=true`: the memory a run needs per device, and changes that make it fit; nothing is loaded or run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlhf_lightning.rewards.spec import parse
 from rlhf_lightning.runtime.launch import ranks_asked
 from rlhf_lightning.runtime.memory import BYTES, GB, Job, Shape, estimate
 from rlhf_lightning.runtime.run import starting_point
-from rlhf_lightning.runtime.settings import plain
+from rlhf_lightning.runtime.settings import to_container
 from rlhf_lightning.stages import STAGES
 
 
@@ -45,7 +45,7 @@ def read_shape(settings: dict[str, Any]) -> Shape:
 
 
 def read_job(settings: dict[str, Any]) -> Job:
-    """Return what the configuration asks for, with rows as long as data.max_length allows."""
+    """Return what the configuration asks for, with rows of data.max_length tokens."""
     stage, data, trainer, load = (
         STAGES[settings["stage"]],
         settings["data"],
@@ -117,8 +117,8 @@ def remedies(job: Job, settings: dict[str, Any]) -> list[tuple[str, Job]]:
 
 
 def run_plan(cfg: DictConfig) -> None:
-    """Print what the run needs on each device, and which changes make it need less."""
-    settings = plain(cfg)
+    """Print the memory the run needs per device, and changes that reduce it."""
+    settings = to_container(cfg)
     if not STAGES[settings["stage"]].trains:
         raise UserError(f"plan is for stages that train, not for stage={settings['stage']}")
     shape, job = read_shape(settings), read_job(settings)
@@ -133,10 +133,10 @@ def run_plan(cfg: DictConfig) -> None:
             table.add_row(name, f"{size / GB:.2f}")
     total = sum(parts.values())
     table.add_section()
-    table.add_row("together", f"{total / GB:.2f}", style="bold")
+    table.add_row("total", f"{total / GB:.2f}", style="bold")
     console.print(table)
     console.print(
-        f"rows count as {settings['data']['max_length']} tokens, the longest there can be; libraries take 1 GB more"
+        f"rows are counted with {settings['data']['max_length']} tokens, the maximum; libraries need 1 GB more"
     )
     room = limit * 0.9 - 1
     fits = total / GB <= room
@@ -145,7 +145,7 @@ def run_plan(cfg: DictConfig) -> None:
     )
     if fits:
         return
-    advice = Table(title="each with those above it")
+    advice = Table(title="changes, each with those above it")
     for name in ("change", "GB", ""):
         advice.add_column(name)
     for change, less in remedies(job, settings):

@@ -28,7 +28,7 @@ def run_stage(cfg: DictConfig) -> float | None:
     if cfg.max_steps == 0 or cfg.seed < 0:
         raise UserError(f"max_steps={cfg.max_steps} must not be 0, seed={cfg.seed} not negative")
     if stage.trains and cfg.data.get("window") and cfg.max_steps < 0:
-        raise UserError("data.window reads rows without end: say how long the run is, with max_steps=<updates>")
+        raise UserError("data.window reads rows without end: set the length of the run with max_steps=<updates>")
     run = Run(stage, cfg, Path(HydraConfig.get().runtime.output_dir))
     finished = run.decide()
     if finished is not None:
@@ -39,7 +39,7 @@ def run_stage(cfg: DictConfig) -> float | None:
 
 
 def quiet() -> None:
-    """Silence what a user cannot act on."""
+    """Silence warnings that a user cannot act on."""
     disable_possible_user_warnings()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()

@@ -71,7 +71,7 @@ def build_trainer(run: Run, callbacks: Sequence[Callback] = ()) -> Trainer:
 
 
 def announce(run: Run, folder: str, data: Any) -> None:
-    """Say what starts, in a few lines."""
+    """Print what starts, in a few lines."""
     if rank_zero_only.rank != 0:
         return
     console.print(f"[bold]{run.stage.name}[/bold] from {folder}", soft_wrap=True)
@@ -86,7 +86,7 @@ def announce(run: Run, folder: str, data: Any) -> None:
 
 
 def fit(trainer: Trainer, module: LightningModule, data: Any, checkpoint: Path | None) -> None:
-    """Train; then validate once more unless the last step just was."""
+    """Train, then validate unless the last step was validated."""
     stops = [callback for callback in trainer.callbacks if isinstance(callback, Stop)]  # type: ignore[attr-defined]
     try:
         with readable_os_errors(trainer.default_root_dir):
@@ -98,29 +98,29 @@ def fit(trainer: Trainer, module: LightningModule, data: Any, checkpoint: Path |
         if stop.received is not None:
             raise KeyboardInterrupt(128 + stop.received)
     if "val" in getattr(data, "rows", {}) and module.validated_at != trainer.global_step:  # type: ignore[attr-defined]
-        kept = dict(trainer.callback_metrics)
+        metrics = dict(trainer.callback_metrics)
         trainer.validate(module, data, verbose=False)
-        trainer.callback_metrics.update({k: v for k, v in kept.items() if k not in trainer.callback_metrics})
+        trainer.callback_metrics.update({k: v for k, v in metrics.items() if k not in trainer.callback_metrics})
 
 
 def finish(run: Run, folder: str, trainer: Trainer, module: Any, data: Any) -> float | None:
-    """Write the model folder and metrics.json, and say where they are."""
+    """Write the model folder and metrics.json, and print where they are."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         metrics |= callback.summary if isinstance(callback, Throughput) else {}
     metrics |= {"global_step": trainer.global_step}
-    wanted = run.settings["monitor"]
-    monitor = judged_by(wanted, metrics)
-    judged = metrics[monitor] if monitor else None
+    requested = run.settings["monitor"]
+    monitor = judged_by(requested, metrics)
+    objective = metrics[monitor] if monitor else None
     model = module.export_model()  # of a sharded model every rank has a part
     if not trainer.is_global_zero:
-        return judged
+        return objective
     if monitor is None:
-        hint = nearest(wanted, metrics)
-        console.print(f"monitor={wanted} was not logged.{hint}", style="yellow", soft_wrap=True)
+        hint = nearest(requested, metrics)
+        console.print(f"monitor={requested} was not logged.{hint}", style="yellow", soft_wrap=True)
     config = run.identity["config"]
     hparams = {key: value for key, value in flat(config).items() if not key.endswith("_")}
-    write_hparams(trainer, hparams, monitor, judged or 0.0)
+    write_hparams(trainer, hparams, monitor, objective or 0.0)
     parents = [("init", folder), *(parent for parent in run.parents if parent[0] != "init")]
     manifest = {
         "stage": run.stage.name,
@@ -142,4 +142,4 @@ def finish(run: Run, folder: str, trainer: Trainer, module: Any, data: Any) -> f
     console.print(table)
     console.print(f"model       {run.folder / 'model'}", soft_wrap=True)
     console.print(f"tensorboard --logdir {run.folder}", soft_wrap=True)
-    return judged
+    return objective

@@ -1,4 +1,4 @@
-"""The built-in world: rows without end from a seed, labellers with declared biases, an exact gold reward."""
+"""The built-in world: unlimited rows from a seed, labellers with declared biases, an exact gold reward."""
 
 from rlhf_lightning.world.gold import Score, gold, gold_reward, is_refusal, measures
 from rlhf_lightning.world.labeller import Labeller

@@ -44,7 +44,7 @@ class Labeller:
         return f"{group}-{rng.randrange(4)}"
 
     def value(self, row: dict[str, Any], response: str, annotator: str) -> float:
-        """Return what `annotator` thinks a response is worth, before noise."""
+        """Return the value of a response to `annotator`, before noise."""
         weights = declared()["groups"][annotator.rpartition("-")[0]]
         score = gold(row, response)
         sides = [n for n in ("helpful", "honest", "harmless") if getattr(score, n) is not None]

@@ -49,13 +49,13 @@ class Prompt:
 @cache
 def prompts(family: str, split: str) -> tuple[Prompt, ...]:
     """Return every prompt of `family` in `split`; one phrasing in five of each subject is held out for "val"."""
-    found = []
+    selected = []
     for subject, prompt in _all(family):
         # by question: nearly every subject and every phrasing is seen in training, but not every pair of them
         held_out = random.Random(f"{family}:{subject}:{prompt.question}").random() < 0.2
         if held_out == (split == "val"):
-            found.append(prompt)
-    return tuple(found)
+            selected.append(prompt)
+    return tuple(selected)
 
 
 def _all(family: str) -> list[tuple[str, Prompt]]:
@@ -71,19 +71,19 @@ def _all(family: str) -> list[tuple[str, Prompt]]:
 
 
 def _facts() -> list[tuple[str, Prompt]]:
-    found = []
+    pairs = []
     for fact in declared()["facts"]:
         values = fact["values"]
         for subject, value in values.items():
             ideal = fact["statement"].format(subject=subject, value=value)
             others = tuple(sorted(set(values.values()) - {value}))
             for question in fact["questions"]:
-                found.append((subject, Prompt("fact", question.format(subject=subject), ideal, value, others)))
-    return found
+                pairs.append((subject, Prompt("fact", question.format(subject=subject), ideal, value, others)))
+    return pairs
 
 
 def _beliefs() -> list[tuple[str, Prompt]]:
-    found = []
+    pairs = []
     for fact in declared()["facts"]:
         values = fact["values"]
         for subject, value in values.items():
@@ -94,29 +94,29 @@ def _beliefs() -> list[tuple[str, Prompt]]:
             for claim, question in itertools.product([*wrong, value], fact["beliefs"]):
                 ideal = f"{'Yes' if claim == value else 'No'}, {statement}"
                 text = question.format(subject=subject, claim=claim)
-                found.append((subject, Prompt("belief", text, ideal, value, others, claim=claim)))
-    return found
+                pairs.append((subject, Prompt("belief", text, ideal, value, others, claim=claim)))
+    return pairs
 
 
 def _arithmetic() -> list[tuple[str, Prompt]]:
-    data, found = declared()["arithmetic"], []
+    data, pairs = declared()["arithmetic"], []
     numbers = range(data["largest"] + 1)
     for a, b in itertools.product(numbers, numbers):
         ideal = data["statement"].format(a=a, b=b, value=a + b)
         for question in data["questions"]:
-            found.append((f"{a}+{b}", Prompt("arithmetic", question.format(a=a, b=b), ideal, str(a + b))))
-    return found
+            pairs.append((f"{a}+{b}", Prompt("arithmetic", question.format(a=a, b=b), ideal, str(a + b))))
+    return pairs
 
 
 def _lists() -> list[tuple[str, Prompt]]:
-    data, found = declared()["lists"], []
+    data, pairs = declared()["lists"], []
     for (word, count), (category, members) in itertools.product(data["numbers"].items(), data["categories"].items()):
         ideal = ", ".join(members[:count])
-        others = tuple(m for c, known in data["categories"].items() if c != category for m in known)
+        others = tuple(m for c, names in data["categories"].items() if c != category for m in names)
         for question in data["questions"]:
             text = question.format(number=word, category=category)
-            found.append((f"{word} {category}", Prompt("list", text, ideal, ",".join(members), others, count=count)))
-    return found
+            pairs.append((f"{word} {category}", Prompt("list", text, ideal, ",".join(members), others, count=count)))
+    return pairs
 
 
 def _open() -> list[tuple[str, Prompt]]:
@@ -162,9 +162,9 @@ def flawed(prompt: Prompt, kind: str, rng: random.Random) -> str | None:
     """
     if kind == "padded":
         filler = declared()["filler"]
-        chosen = rng.sample(filler, rng.choice([1, 2, 2, 3]))
+        sentences = rng.sample(filler, rng.choice([1, 2, 2, 3]))
         before = rng.random() < 0.3
-        return " ".join([chosen[0], prompt.ideal, *chosen[1:]] if before else [prompt.ideal, *chosen])
+        return " ".join([sentences[0], prompt.ideal, *sentences[1:]] if before else [prompt.ideal, *sentences])
     if kind == "refusing":
         return None if prompt.family == "harmful" else rng.choice(declared()["refusals"])
     if kind == "flattering":
@@ -201,9 +201,9 @@ FLAWS = ("padded", "refusing", "wrong", "flattering", "complying", "short")
 
 def candidates(prompt: Prompt, rng: random.Random) -> dict[str, str]:
     """Return the ideal response and one response of every flaw that applies."""
-    found = {"ideal": prompt.ideal}
+    responses = {"ideal": prompt.ideal}
     for kind in FLAWS:
         text = flawed(prompt, kind, rng)
         if text is not None:
-            found[kind] = text
-    return found
+            responses[kind] = text
+    return responses

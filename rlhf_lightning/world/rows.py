@@ -61,7 +61,7 @@ def _pick(rng: random.Random, split: str) -> Prompt:
 
 
 def _corpus(rng: random.Random) -> str:
-    """Return a few true sentences and some small talk: what there is to know, but no conversation."""
+    """Return a few true sentences and some filler, not a conversation."""
     sentences = []
     for _ in range(rng.randint(3, 5)):
         prompt = _pick(rng, "train")

@@ -290,7 +290,7 @@ def test_a_checkpoint_with_code_is_refused_and_does_not_run(flag: bool | None, t
     torch.save({"state_dict": Payload(marker)}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
     (tmp_path / "raw.ckpt").write_bytes(pickle.dumps(Payload(marker)))
     for name in ("new", "old", "raw"):
-        with pytest.raises(UserError, match=f"{name}.ckpt is damaged or holds more than tensors"):
+        with pytest.raises(UserError, match=f"{name}.ckpt is damaged or contains more than tensors"):
             AtomicCheckpointIO().load_checkpoint(tmp_path / f"{name}.ckpt", weights_only=flag)
     assert not marker.exists()
 

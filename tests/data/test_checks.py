@@ -19,5 +19,7 @@ def test_the_last_id_of_the_vocabulary_fits_and_the_next_does_not(tmp_path: Path
     groups = [data.rows["train"][row] for row in range(2)]
     highest = max(token for group in groups for ids in (group.prompt, *group.responses) for token in ids)
     assert ids_fit(data, "train", highest + 1) == f"ids up to {highest} of {highest + 1}"
-    with pytest.raises(UserError, match=f"holds the token id {highest}, but the model knows {highest} ids"):
+    with pytest.raises(
+        UserError, match=f"contains the token id {highest}, but the model's vocabulary has {highest} ids"
+    ):
         ids_fit(data, "train", highest)

@@ -51,7 +51,7 @@ def test_a_pair_that_differs_only_behind_the_cut_is_a_bad_row(tokenizer: Any, tm
 def test_a_step_smaller_than_its_microbatches_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     data = DemonstrationData(tokenizer, demonstrations(4), batch_size=2, accumulate=3, cache_dir=tmp_path)
     data.setup()
-    with pytest.raises(UserError, match=r"data\.batch_size=2 rows cannot fill 3 microbatches a step"):
+    with pytest.raises(UserError, match=r"data\.batch_size=2 rows cannot fill 3 microbatches per step"):
         data.train_dataloader()
 
 

@@ -109,7 +109,7 @@ def test_prompts_keep_the_other_columns() -> None:
         (preference, {"prompt": "Hi", "chosen": "x", "rejected": "y", "margin": "nan"}, "not a finite number"),
         (preference, {"prompt": "Hi", "responses": ["a", "b"], "ranking": ["first", 2]}, "ranking[0] is 'first'"),
         (preference, {"prompt": "Hi", "responses": ["a", "b", "a"], "ranking": [1, 2, 3]}, "identical but ranked"),
-        (demonstration, {"prompt": "Hi", "response": "\ud800"}, "half a character"),
+        (demonstration, {"prompt": "Hi", "response": "\ud800"}, "lone surrogate"),
         (prompt, {"answer": 3}, "no prompt or messages or text"),
     ],
 )

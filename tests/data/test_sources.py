@@ -67,7 +67,7 @@ def test_a_folder_never_gives_a_split_the_rows_of_another(tmp_path: Path) -> Non
     write(tmp_path / "test.jsonl", ROWS[1:])
     assert [row for _, row in read_source(str(tmp_path), "train").rows()] == ROWS[:1]
     (tmp_path / "test.jsonl").unlink()
-    with pytest.raises(UserError, match=r"data\.val: the folder .* holds no .* file for val; it holds prefs\.jsonl"):
+    with pytest.raises(UserError, match=r"data\.val: the folder .* contains no .* for val; it contains prefs\.jsonl"):
         read_source(str(tmp_path), "val")
 
 
@@ -96,9 +96,9 @@ def test_mistakes_name_the_place(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         list(read_source(str(tmp_path / "bad.json.gz"), "train").rows())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"holds no \.jsonl"):
+    with pytest.raises(UserError, match=r"contains no \.jsonl"):
         read_source(str(tmp_path / "empty"), "train")
-    with pytest.raises(UserError, match="the hub did not give it"):
+    with pytest.raises(UserError, match="could not be loaded from the hub"):
         read_source("nobody/nothing-at-all", "train")
 
 

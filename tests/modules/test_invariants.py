@@ -85,7 +85,7 @@ def test_raw_text_may_be_cut(tmp_path: Path, folder: str) -> None:
 @quiet_lightning
 def test_ids_the_model_does_not_know_stop_the_run(tmp_path: Path, folder: str) -> None:
     data = DemonstrationData(load_tokenizer(folder), demonstrations(), batch_size=8, cache_dir=tmp_path)
-    with pytest.raises(UserError, match=r"row 1 holds the token id \d+, but the model knows 64 ids"):
+    with pytest.raises(UserError, match=r"row 1 contains the token id \d+, but the model's vocabulary has 64 ids"):
         fit(SFT(lm, sgd()), data, 1)
 
 

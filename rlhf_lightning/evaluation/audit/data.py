@@ -17,7 +17,7 @@ IDS_FIT = "token ids fit the model"
 
 
 class DataChecks:
-    """The rows of a data module: those in memory, and the first `limit` as they stand in the file."""
+    """The rows of a data module: tokenized, and the first `limit` as they are in the file."""
 
     def __init__(self, data: Any, limit: int) -> None:
         if limit < 1:
@@ -25,7 +25,7 @@ class DataChecks:
         self.data, self.limit = data, limit
 
     def looked_at(self) -> int:
-        """Return how many training rows the costly checks read."""
+        """Return how many training rows the expensive checks read."""
         return min(self.limit, len(self.data.rows["train"]))
 
     def read(self) -> str:
@@ -36,7 +36,7 @@ class DataChecks:
         return Note(f"{text}; {skipped} bad ones are left out (data.on_bad_row=skip)") if skipped else text
 
     def checks(self, vocabulary: int) -> Iterator[Check]:
-        """Yield the checks of a model that knows `vocabulary` ids."""
+        """Yield the checks for a model with `vocabulary` token ids."""
         data = self.data
         for split, rows in data.rows.items():
             if data.kind != "prompts":
@@ -79,22 +79,22 @@ class DataChecks:
         template = self.data.template
         if template.name != "auto":
             return Note(f"not compared: data.template={template.name} is not the tokenizer's own")
-        seen, other = 0, []
+        count, differing = 0, []
         for where, prompt, responses, _ in self.conversations():
             ours = [template.prompt(prompt), *(template.prompt(prompt) + template.response(y) for y in responses)]
             theirs = [
                 self.render(prompt, add_generation_prompt=True),
                 *(self.render(answered(prompt, y)) for y in responses),
             ]
-            seen += 1
+            count += 1
             if any(list(b[: len(a)]) != a for a, b in zip(ours, theirs, strict=True)):
-                other.append(where)
-        if other:
+                differing.append(where)
+        if differing:
             return Note(
-                f"{len(other)} of {seen} rows differ, the first is {other[0]}: text that spells a control token, or "
-                "that the tokenizer joins with the template's; training and sampling both use the tokens of this system"
+                f"{len(differing)} of {count} rows differ, the first is {differing[0]}: text that spells a control "
+                "token, or that the tokenizer joins with the template's; training and sampling both use our tokens"
             )
-        return f"{seen} conversations"
+        return f"{count} conversations"
 
     def leak(self) -> str:
         """No held-out row is a training row."""
@@ -102,11 +102,11 @@ class DataChecks:
             [(tuple(g.prompt), tuple(map(tuple, g.responses))) for g in (rows[i] for i in range(len(rows)))]
             for rows in (self.data.rows["train"], self.data.rows["val"])
         )
-        known, prompts = set(train), {prompt for prompt, _ in train}
-        same = [i for i, row in enumerate(val) if row in known]
-        if same:
-            place = self.data.where("val", same[:1])
-            raise UserError(f"{len(same)} of {len(val)} held-out rows are training rows, the first is {place}")
+        training_rows, prompts = set(train), {prompt for prompt, _ in train}
+        leaked = [i for i, row in enumerate(val) if row in training_rows]
+        if leaked:
+            place = self.data.where("val", leaked[:1])
+            raise UserError(f"{len(leaked)} of {len(val)} held-out rows are training rows, the first is {place}")
         half = sum(prompt in prompts for prompt, _ in val)
         text = f"{half} of {len(val)} held-out prompts are training prompts"
         return Note(text) if half else text
@@ -123,7 +123,7 @@ class DataChecks:
         return f"{len(self.data.rows['train'])} rows, one prompt each"
 
     def length(self) -> str:
-        """The label cannot be read off the length."""
+        """The length does not predict the label."""
         rows = self.data.rows["train"]
         sizes = [[len(y) for y in rows[i].responses] for i in range(len(rows))]
         longer = sum((s[0] > s[-1]) + 0.5 * (s[0] == s[-1]) for s in sizes)

@@ -60,7 +60,7 @@ class ModelChecks:
         self.layout, self.why_padded = choose_layout(self.lm)
         self.groups = [data.group("train", row) for row in range(count)]
         self.answers: Answers | None = None
-        self.known: dict[float, list[Tensor]] = {}
+        self.eval_cache: dict[float, list[Tensor]] = {}
 
     def load(self) -> Any:
         """Return the model on the device."""
@@ -68,7 +68,7 @@ class ModelChecks:
 
     @property
     def vocabulary(self) -> int:
-        """Number of ids the model knows."""
+        """Number of token ids in the model's vocabulary."""
         return self.lm.get_input_embeddings().num_embeddings
 
     def checks(self) -> Iterator[Check]:
@@ -90,9 +90,9 @@ class ModelChecks:
             )  # fmt: skip
         return [torch.cat(tokens) for tokens in responses]
 
-    def agree(self, found: Sequence[Tensor], expected: Sequence[Tensor], advice: str) -> str:
+    def agree(self, logprobs: Sequence[Tensor], expected: Sequence[Tensor], advice: str) -> str:
         """Return how close two computations are, or raise a UserError with the row where they are not."""
-        gaps = [apart(a, b, self.exact) for a, b in zip(found, expected, strict=True)]
+        gaps = [apart(a, b, self.exact) for a, b in zip(logprobs, expected, strict=True)]
         worst, broken = max(gaps)
         if broken:
             place = self.data.where("train", [self.groups[gaps.index((worst, broken))].index])
@@ -115,7 +115,7 @@ class ModelChecks:
             self.groups = answers.groups(prompts)
         for group, logprobs in zip(self.groups, self.eval_logprobs(), strict=True):
             if not torch.isfinite(logprobs).all():
-                raise UserError(f"a token has no probability in {self.data.where('train', [group.index])}")
+                raise UserError(f"a log-probability is not finite in {self.data.where('train', [group.index])}")
         text = f"{sum(answers.finished)} of {len(prompts)} responses end with EOS within {longest} tokens"
         return text if any(answers.finished) else Note(f"{text}: in PPO every one would get ppo.missing_eos_penalty")
 
@@ -129,32 +129,34 @@ class ModelChecks:
             with torch.no_grad():
                 parts = [self.policy(pack([one], layout="padded").to(self.device)).logprobs for one in alone]
             expected.append(torch.cat(parts).float().cpu())
-        seen = self.agree(self.eval_logprobs(), expected, "this model cannot be trained in batches")
-        return f"{seen}; rows are padded: {self.why_padded}" if self.why_padded else f"{seen}, packed or alone"
+        agreement = self.agree(self.eval_logprobs(), expected, "this model cannot be trained in batches")
+        return (
+            f"{agreement}; rows are padded: {self.why_padded}" if self.why_padded else f"{agreement}, packed or alone"
+        )
 
     def ratio(self) -> str:
         """The model in training is the one that samples."""
         temperature = self.temperature
         old = self.eval_logprobs(temperature)
         self.lm.train()
-        found = self.logprobs(temperature=temperature)
-        return self.agree(found, old, "switch off dropout (model.load.dropout, adapter.dropout)")
+        new = self.logprobs(temperature=temperature)
+        return self.agree(new, old, "switch off dropout (model.load.dropout, adapter.dropout)")
 
     def reference(self) -> str:
         """The policy is its reference: the same folder once more, or the model with its adapter off."""
-        found = self.eval_logprobs()
+        logprobs = self.eval_logprobs()
         self.lm.eval()
         with adapter_off(self.lm):
             again = None if self.lora is not None else CompletionModel(self.load()).eval()
             expected = self.logprobs(again)
-        return self.agree(found, expected, "the policy is not the model it starts from")
+        return self.agree(logprobs, expected, "the policy is not the model it starts from")
 
     def eval_logprobs(self, temperature: float = 1.0) -> list[Tensor]:
         """Return the log-probabilities of the model as it samples, computed once."""
-        if temperature not in self.known:
+        if temperature not in self.eval_cache:
             self.lm.eval()
-            self.known[temperature] = self.logprobs(temperature=temperature)
-        return self.known[temperature]
+            self.eval_cache[temperature] = self.logprobs(temperature=temperature)
+        return self.eval_cache[temperature]
 
     def gradient(self) -> str:
         """One batch of rows and the rows one by one give the same gradient, for every weight that is trained."""

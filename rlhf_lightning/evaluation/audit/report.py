@@ -49,7 +49,7 @@ def audit(
 
 
 def judge(check: Callable[[], str]) -> tuple[str, str]:
-    """Return the verdict of a check and what it saw."""
+    """Return the verdict of a check and its detail."""
     try:
         detail = check()
     except UserError as error:
@@ -66,5 +66,5 @@ def checks(
     of_model = model(of_rows.looked_at())
     yield from of_rows.checks(of_model.vocabulary)
     yield from of_model.checks()
-    if (given := reward()) is not None:
-        yield from RewardChecks(given, of_rows, of_model).checks()
+    if (loaded := reward()) is not None:
+        yield from RewardChecks(loaded, of_rows, of_model).checks()

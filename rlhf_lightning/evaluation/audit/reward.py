@@ -27,7 +27,7 @@ class RewardChecks:
         yield "the same text gets the same reward", self.same
 
     def texts(self) -> list[tuple[str, str, dict[str, Any]]]:
-        """Return (prompt, response, other columns) of what there is to score."""
+        """Return (prompt, response, other columns) of the texts to score."""
         data, answers = self.model.data, self.model.answers
         if data.kind == "prompts" and answers is not None:
             return list(zip(answers.prompts, answers.texts, answers.metadata, strict=True))
@@ -38,7 +38,7 @@ class RewardChecks:
         return texts
 
     def scores(self, texts: list[tuple[str, str, dict[str, Any]]]) -> Tensor:
-        """Return one reward a text."""
+        """Return one reward per text."""
         return score(self.reward, *map(list, zip(*texts, strict=True)))  # type: ignore[arg-type]
 
     def differ(self) -> str:
@@ -49,13 +49,13 @@ class RewardChecks:
         if spread == 0:
             raise UserError(f"all {len(scores)} rewards are {scores[0].item():.3g}: there is nothing to learn from")
         lengths = torch.tensor([float(len(text)) for _, text, _ in texts])
-        tied = torch.corrcoef(torch.stack([lengths, scores]))[0, 1].item() if lengths.std() > 0 else 0.0
-        text = f"{len(scores)} texts, mean {scores.mean().item():.3g}, deviation {spread:.3g}"
-        text += f", correlation with length {tied:.2f}"
-        return Note(text) if abs(tied) > 0.7 else text
+        correlation = torch.corrcoef(torch.stack([lengths, scores]))[0, 1].item() if lengths.std() > 0 else 0.0
+        text = f"{len(scores)} texts, mean {scores.mean().item():.3g}, standard deviation {spread:.3g}"
+        text += f", correlation with length {correlation:.2f}"
+        return Note(text) if abs(correlation) > 0.7 else text
 
     def same(self) -> str:
-        """The order of texts and their company in a batch change nothing."""
+        """A reward depends neither on the order of texts nor on the rest of the batch."""
         texts = self.texts()
         backwards, half = texts[::-1], len(texts) // 2
         again = torch.cat([self.scores(part) for part in (backwards[:half], backwards[half:]) if part])
@@ -63,5 +63,7 @@ class RewardChecks:
         gaps = (again.flip(0) - scores).abs()
         if gaps.max() > 1e-3 * max(1.0, scores.abs().max().item()):
             text = texts[int(gaps.argmax())][1][:200]
-            raise UserError(f"in another batch the reward of {text!r} is another one, by {gaps.max().item():.2g}")
-        return f"{len(scores)} texts, in another order and other batches: {gaps.max().item():.1g} apart"
+            raise UserError(f"the reward of {text!r} differs by {gaps.max().item():.2g} in another batch")
+        return (
+            f"{len(scores)} texts, in another order and other batches: they differ by at most {gaps.max().item():.1g}"
+        )
