@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -87,9 +88,7 @@ def _main(arguments: list[str], environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     sys.argv[1:] = arguments
-    from rlhf_lightning.__main__ import main
-
-    main()
+    runpy.run_module("rlhf_lightning", run_name="__main__", alter_sys=True)
 
 
 def quoted(text: str) -> str:
