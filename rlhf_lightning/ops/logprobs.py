@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+MAX_LOGITS = 2**27  # logits that exist at a time
 BLOCK = 2**22  # logits converted to float32 at a time; small enough that their memory is reused
 
 
@@ -60,7 +61,7 @@ def token_logprobs(
     targets: Tensor,
     temperature: float = 1.0,
     entropy: bool = False,
-    max_logits: int = 2**27,
+    max_logits: int = MAX_LOGITS,
     entropy_gradient: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Return log softmax(head(hidden) / temperature)[targets], and the entropy of that distribution if asked.

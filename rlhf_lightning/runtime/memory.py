@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhf_lightning.ops.logprobs import MAX_LOGITS
+
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-LOGITS = 2**27  # the most that token_logprobs holds at a time
 GB = 1e9
 
 
@@ -50,7 +51,7 @@ def estimate(shape: Shape, job: Job) -> dict[str, float]:
     models = 2 if job.critic else 1
     layer = 13 * shape.hidden + 4 * shape.intermediate
     saved = (shape.hidden * shape.layers + layer) if job.checkpointing else layer * shape.layers
-    chunk = min(job.loss_tokens, max(LOGITS // shape.vocabulary, 1)) if job.loss_tokens else 0
+    chunk = min(job.loss_tokens, max(MAX_LOGITS // shape.vocabulary, 1)) if job.loss_tokens else 0
     return {
         "weights": models * shape.parameters * job.weight_bytes / job.shards,
         "gradients": models * trained * job.weight_bytes / job.shards,

@@ -19,10 +19,9 @@ from rlhf_lightning.files import fingerprint, read_json, write_json
 from rlhf_lightning.models.folder import parent_entry
 from rlhf_lightning.rewards.spec import digests
 from rlhf_lightning.runtime.processes import quoted, run_child
-from rlhf_lightning.runtime.settings import flat, groups, to_container
+from rlhf_lightning.runtime.settings import DATA_SPLITS, flat, groups, to_container
 
 console = Console()
-DATA = {"data.train": "train", "data.val": "val", "data.ptx": "train"}
 REWARDS = ("reward_from", "gold_from")
 GIVEN = {  # what a stage may write as {name} and the user gives as a key
     "root": "data_root: a value is needed, the folder with train.jsonl.gz and test.jsonl.gz",
@@ -111,8 +110,8 @@ def parent_weights(stage: dict[str, Any], folders: dict[str, str | None]) -> dic
 
 def content_digests(values: dict[str, Any]) -> list[Any]:
     """Return the digests of the data files and of the rewards among a stage's values."""
-    files = {key: values[key] for key in DATA if isinstance(values.get(key), str) and Path(values[key]).exists()}
-    keys = [read_source(path, DATA[key]).key for key, path in files.items()]
+    files = {key: values[key] for key in DATA_SPLITS if isinstance(values.get(key), str) and Path(values[key]).exists()}
+    keys = [read_source(path, DATA_SPLITS[key]).key for key, path in files.items()]
     return keys + [digests(values[key]) for key in REWARDS if values.get(key)]
 
 
@@ -132,9 +131,9 @@ def find_pipeline(run: Path, digest: str, resume: str | None) -> Path:
                 return folder
     elif (run / "run.json").is_file() and resume == "here":
         if read_json(run / "run.json")["fingerprint"] != digest:
-            raise UserError(f"{run} was started with other settings; choose another folder to start anew")
+            raise UserError(f"{run} was started with other settings; choose another folder for a new run")
     elif (run / "run.json").is_file():
-        raise UserError(f"{run} already holds a pipeline; add resume=auto to continue it")
+        raise UserError(f"{run} already contains a pipeline; add resume=auto to continue it")
     write_json(run / "run.json", {"fingerprint": digest})
     return run
 
@@ -153,5 +152,5 @@ def run_part(name: str, folder: Path, overrides: list[str]) -> None:
     if code:
         raise UserError(
             f"stage {name} failed (exit code {code}); its log is {folder / 'run.log'}. Add resume=auto to the same "
-            "command to go on after the stages that are done"
+            "command to continue after the stages that are done"
         )

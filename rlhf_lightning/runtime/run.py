@@ -22,11 +22,10 @@ from rlhf_lightning.rewards import spec
 from rlhf_lightning.rewards.scoring import Reward, load_reward
 from rlhf_lightning.runtime.instantiate import instantiate
 from rlhf_lightning.runtime.launch import decide_run
-from rlhf_lightning.runtime.settings import identity, select, to_container
+from rlhf_lightning.runtime.settings import DATA_SPLITS, identity, select, to_container
 from rlhf_lightning.runtime.stage import Stage
 
 ROWS_READ_FOR_TOKENIZER = 20_000
-SPLITS = {"data.train": "train", "data.val": "val", "data.ptx": "train"}
 
 
 def starting_point(settings: dict[str, Any]) -> str | None:
@@ -81,11 +80,11 @@ class Run:
         kind = KINDS.get(str(data.get("_target_")), "")
         world = {"seed": self.settings["seed"]} | (data.get("world") or {})
         sources: dict[str, Source] = {}
-        for key in (*SPLITS, *self.stage.sources):
+        for key in (*DATA_SPLITS, *self.stage.sources):
             value, name = select(self.settings, key), key.removeprefix("data.")
             if value is not None:
-                split = SPLITS.get(key, "val")
-                rows = {"data.ptx": "demonstrations"}.get(key, kind if key in SPLITS else "preferences")
+                split = DATA_SPLITS.get(key, "val")
+                rows = {"data.ptx": "demonstrations"}.get(key, kind if key in DATA_SPLITS else "preferences")
                 stream = split == "train" and data.get("window") is not None
                 options = world if key in ("data.train", "data.val") else world | {"records": None}
                 limit = None if key == "data.ptx" else data.get(f"{split}_rows")
@@ -164,7 +163,7 @@ class Run:
         assert node is not None
         tokenizer = load_tokenizer(folder)
         if str(node._target_) in KINDS:
-            sources = {key.removeprefix("data."): source for key, source in self.sources.items() if key in SPLITS}
+            sources = {key.removeprefix("data."): source for key, source in self.sources.items() if key in DATA_SPLITS}
             call = {"tokenizer": tokenizer, "context": context_length(folder)} | sources | arguments
             return instantiate(node, "data", self.allow, **call)
         accepted = inspect.signature(get_object(node._target_)).parameters if node._target_ in self.allow else {}
