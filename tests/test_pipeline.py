@@ -11,7 +11,7 @@ from tests.helpers.cli import SMALL, rlhf
 
 pytestmark = pytest.mark.slow
 QUICK = ["pipeline=demo", "debug=fast", "pipeline.stages.evaluate.set.evaluate.rows=4", *SMALL]
-QUICK.append("+pipeline.stages.base.set.data.world.rows=200")  # the tokenizer is trained on all of them
+QUICK.append("pipeline.stages.base.set.data.world.rows=200")  # the tokenizer is trained on all of them
 STAGES = ["base", "sft", "reward", "ppo", "dpo", "evaluate"]
 
 
@@ -33,6 +33,8 @@ def test_the_demo_runs_is_skipped_when_done_and_goes_on_where_something_changed(
         "3_ppo": [str(run / "1_sft" / "model"), str(run / "2_reward" / "model")],
         "4_dpo": [str(run / "1_sft" / "model")],
     }
+    steps = {name: json.loads((run / name / "metrics.json").read_text())["global_step"] for name in folders[:5]}
+    assert set(steps.values()) == {2, 4}  # debug=fast comes before what the pipeline sets; PPO ends an iteration
     metrics = json.loads((run / "5_evaluate" / "metrics.json").read_text())
     assert {"base/gold", "sft/gold", "ppo/gold_low", "dpo/kl", "reward/accuracy"} <= metrics.keys()
     again = rlhf(tmp_path, *QUICK, "resume=auto").stdout

@@ -10,7 +10,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from rlhf_lightning.data.sources import read_source
@@ -19,7 +19,7 @@ from rlhf_lightning.files import fingerprint, read_json, write_json
 from rlhf_lightning.models.folder import parent_entry
 from rlhf_lightning.rewards.spec import digests
 from rlhf_lightning.runtime.processes import quoted, run_child
-from rlhf_lightning.runtime.settings import DATA_SPLITS, flat, groups, to_container
+from rlhf_lightning.runtime.settings import DATA_SPLITS, conf_folder, flat, groups, to_container
 
 console = Console()
 REWARDS = ("reward_from", "gold_from")
@@ -42,14 +42,16 @@ def run_pipeline(cfg: DictConfig) -> None:
     run = Path(HydraConfig.get().runtime.output_dir)
     run = find_pipeline(run, fingerprint([settings, given]), cfg.resume)
     folders: dict[str, str | None] = {"root": cfg.data_root, "init_from": cfg.init_from}
-    began, stages = time.monotonic(), settings["stages"]
+    began, stages, debug = time.monotonic(), settings["stages"], debug_values()
     for number, (name, stage) in enumerate(stages.items()):
         folder = run / f"{number}_{name}"
         values = stage_values(stage, folders)
         # a stage that starts from another one is not asked to start from what the pipeline starts from
         mine = [o for o in given if not ("init_from" in values and o.lstrip("+").startswith("init_from="))]
-        overrides = [*map(as_override, values.items()), *mine]
-        digest = fingerprint([overrides, parent_weights(stage, folders), content_digests(values | parsed(mine))])
+        overrides = [*map(as_override, (values | debug).items()), *mine]
+        digest = fingerprint(
+            [overrides, parent_weights(stage, folders), content_digests(values | debug | parsed(mine))]
+        )
         if is_done(folder, digest):
             console.print(f"[dim]stage {number + 1} of {len(stages)}: {name} is done[/dim]")
         else:
@@ -113,6 +115,15 @@ def content_digests(values: dict[str, Any]) -> list[Any]:
     files = {key: values[key] for key in DATA_SPLITS if isinstance(values.get(key), str) and Path(values[key]).exists()}
     keys = [read_source(path, DATA_SPLITS[key]).key for key, path in files.items()]
     return keys + [digests(values[key]) for key in REWARDS if values.get(key)]
+
+
+def debug_values() -> dict[str, Any]:
+    """Return what the choice of `debug` sets: it comes before what a pipeline sets for a stage."""
+    choice = HydraConfig.get().runtime.choices.get("debug")
+    sources = [Path(s.path) for s in HydraConfig.get().runtime.config_sources if s.provider == "command-line"]
+    files = (folder / "debug" / f"{choice}.yaml" for folder in [*sources, conf_folder()])
+    file = next((file for file in files if choice and file.is_file()), None)
+    return flat(OmegaConf.to_container(OmegaConf.load(file))) if file else {}
 
 
 def passthrough(overrides: list[str]) -> list[str]:

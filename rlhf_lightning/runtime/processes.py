@@ -88,6 +88,7 @@ def _main(arguments: list[str], environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     sys.argv[1:] = arguments
+    sys.modules.pop("rlhf_lightning.__main__", None)  # multiprocessing has imported it under this name
     runpy.run_module("rlhf_lightning", run_name="__main__", alter_sys=True)
 
 
