@@ -14,7 +14,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 
 PRELOAD = [  # what takes seconds to import; nothing that starts a thread, which a fork would lose
-    "hydra._internal.hydra",
+    "hydra.main",
     "lightning.pytorch",
     "peft",
     "torch._dynamo",
