@@ -67,7 +67,7 @@ def answer(
     Args:
         template: decodes responses.
         prompts: groups whose prompt is read; `index`, with `seed_parts`, decides the sampled tokens.
-        scorers: name -> callable (prompts, responses, metadata) -> (S,), see :func:`rlhf_lightning.rewards.score`.
+        scorers: name -> callable (prompts, responses, metadata) -> (S,), as :func:`rewards.scoring.score`.
         mesh: the module's device mesh; ranks that share every layer get the answers of the first of them.
         progress: called with the number of prompts done after each batch.
     """

@@ -17,6 +17,8 @@ from rlhf_lightning.models.completion import CompletionModel, response_logprobs
 from rlhf_lightning.models.frozen import Frozen
 from rlhf_lightning.ops.groups import GroupBatch, Layout
 
+ROWS = 2048  # whose responses are read at a time
+
 
 class CachedReference:
     """Looks up log pi_ref of every response of a data module by the row numbers of a batch.
@@ -54,16 +56,20 @@ class CachedReference:
 
 
 def _compute(reference: Frozen[CompletionModel], data: RowData, split: str, layout: Layout) -> np.ndarray:
-    groups = [data.group(split, row) for row in range(len(data.rows[split]))]
+    rows = data.rows[split]
     device = next(reference.model.parameters()).device
-    table = np.zeros((len(groups), max(len(group.responses) for group in groups)), dtype=np.float32)
+    parts: list[list[float]] = []
     with Progress(*Progress.get_default_columns(), transient=True) as bar:
-        task = bar.add_task(f"reference log-probabilities ({split})", total=len(groups))
-        logprobs = response_logprobs(
-            reference, groups, layout, device, tokens=4 * data.row_tokens, progress=lambda n: bar.advance(task, n)
-        )
-    for row, responses in enumerate(logprobs):
-        table[row, : len(responses)] = [tokens.sum().item() for tokens in responses]
+        task = bar.add_task(f"reference log-probabilities ({split})", total=len(rows))
+        for begin in range(0, len(rows), ROWS):  # not all rows in memory
+            groups = [data.group(split, row) for row in range(begin, min(begin + ROWS, len(rows)))]
+            logprobs = response_logprobs(
+                reference, groups, layout, device, tokens=4 * data.row_tokens, progress=lambda n: bar.advance(task, n)
+            )
+            parts += [[tokens.sum().item() for tokens in responses] for responses in logprobs]
+    table = np.zeros((len(rows), max(map(len, parts))), dtype=np.float32)
+    for row, sums in enumerate(parts):
+        table[row, : len(sums)] = sums
     return table
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.data.template import Template
+from rlhf_lightning.distributed import data_ranks
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.answers import Answers, answer
 from rlhf_lightning.generation.engine import Engine
@@ -82,7 +83,7 @@ class Generating(StageModule):
     def group_list(self, batch: Any) -> GroupList:
         prompts = super().group_list(batch)
         if any(group.index < 0 for group in prompts.groups):  # of a user's loader: each needs its own random numbers
-            rank, world_size = self.trainer.global_rank, self.trainer.world_size
+            rank, world_size = data_ranks(self.trainer)
             numbers = range(rank, rank + world_size * len(prompts), world_size)
             groups = [replace(group, index=number) for group, number in zip(prompts.groups, numbers, strict=True)]
             return GroupList(groups, ptx=prompts.ptx)

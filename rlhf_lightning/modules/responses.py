@@ -24,9 +24,11 @@ def sampled_responses(
     if not rows:
         return []
     engine.start(lm, data.template.eos_ids)
-    with torch.random.fork_rng():
-        answers = answer(engine, data.template, rows, max_new_tokens=max_new_tokens, seed_parts=("samples",))
-    engine.close()
+    try:
+        with torch.random.fork_rng():
+            answers = answer(engine, data.template, rows, max_new_tokens=max_new_tokens, seed_parts=("samples",))
+    finally:
+        engine.close()
     prompts = [data.tokenizer.decode(row.prompt) for row in rows]
     columns = zip(prompts, answers.texts, answers.finished, strict=True)
     return [{"prompt": p, "response": text, "finished": finished} for p, text, finished in columns]

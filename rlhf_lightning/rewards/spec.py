@@ -92,13 +92,29 @@ def _world_version(name: str) -> str:
 
 
 def source_digest(name: str) -> str | None:
-    """Return the digest of a reward's `module:function`: its file, and what it imports from the working directory.
+    """Return the digest of a reward's `module:function`: its file, and the user's files that it imports.
 
-    Modules are located like an import but not imported; None where there is no such file.
+    Modules are located like an import but not imported; None where there is no such file. The user's files are those
+    below the working directory, without installed packages.
     """
     module = name.partition(":")[0]
     start = _locate(module)
-    return file_digest(*sorted({start, *_local_imports(start, module, Path.cwd(), set())})) if start else None
+    if start is None:
+        return None
+    files, waiting = {start}, [(start, module)]
+    while waiting:
+        for imported in _imported_names(*waiting.pop()):
+            location = _locate(imported)
+            if location and location not in files and _is_users(location):
+                files.add(location)
+                waiting.append((location, imported))
+    return file_digest(*sorted(files))
+
+
+def _is_users(file: Path) -> bool:
+    """Return whether a file is below the working directory and not in an environment there."""
+    installed = {"site-packages", "dist-packages"} & set(file.parts) or file.is_relative_to(sys.prefix)
+    return file.is_relative_to(Path.cwd()) and not installed
 
 
 def _locate(module: str) -> Path | None:
@@ -110,16 +126,6 @@ def _locate(module: str) -> Path | None:
     return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
 
 
-def _local_imports(file: Path, module: str, root: Path, files: set[Path]) -> set[Path]:
-    """Return the files below `root` that `file` imports, and those that they import."""
-    for name in _imported_names(file, module):
-        location = _locate(name)
-        if location and location not in files and location.is_relative_to(root):
-            files.add(location)
-            _local_imports(location, name, root, files)
-    return files
-
-
 def _imported_names(file: Path, module: str) -> Iterator[str]:
     """Yield the dotted names that the source of `module` imports: modules, and what may be a module inside one."""
     try:
@@ -129,7 +135,7 @@ def _imported_names(file: Path, module: str) -> Iterator[str]:
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from (alias.name for alias in node.names if alias.name not in sys.stdlib_module_names)
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])

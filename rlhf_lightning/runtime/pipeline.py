@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
@@ -19,7 +21,7 @@ from rlhf_lightning.files import fingerprint, read_json, write_json
 from rlhf_lightning.models.folder import parent_entry
 from rlhf_lightning.rewards.spec import digests
 from rlhf_lightning.runtime.processes import quoted, run_child
-from rlhf_lightning.runtime.settings import DATA_SPLITS, conf_folder, flat, groups, to_container
+from rlhf_lightning.runtime.settings import DATA_SPLITS, flat, groups, to_container
 
 console = Console()
 REWARDS = ("reward_from", "gold_from")
@@ -29,8 +31,11 @@ GIVEN = {  # what a stage may write as {name} and the user gives as a key
 }
 
 
-def run_pipeline(cfg: DictConfig) -> None:
+def run_pipeline(cfg: DictConfig, maps: Collection[str] = ()) -> None:
     """Run the stages of `cfg.pipeline` in order.
+
+    Args:
+        maps: keys of the configuration that are empty and to be filled, such as `evaluate.models`.
 
     Raises:
         UserError: naming the stage that failed and how to go on, or the stage that is a pipeline again.
@@ -48,7 +53,7 @@ def run_pipeline(cfg: DictConfig) -> None:
         values = stage_values(stage, folders)
         # a stage that starts from another one is not asked to start from what the pipeline starts from
         mine = [o for o in given if not ("init_from" in values and o.lstrip("+").startswith("init_from="))]
-        overrides = [*map(as_override, (values | debug).items()), *mine]
+        overrides = [as_override(key, value, maps) for key, value in (values | debug).items()] + mine
         digest = fingerprint(
             [overrides, parent_weights(stage, folders), content_digests(values | debug | parsed(mine))]
         )
@@ -88,9 +93,10 @@ def filled(value: Any, folders: dict[str, str | None]) -> Any:
     return value
 
 
-def as_override(item: tuple[str, Any]) -> str:
-    """Return key and value in Hydra's override grammar."""
-    key, value = item
+def as_override(key: str, value: Any, maps: Collection[str] = ()) -> str:
+    """Return key and value in Hydra's override grammar; a new key of one of `maps` is added."""
+    if any(key.startswith(f"{name}.") for name in maps):
+        key = f"+{key}"
     if isinstance(value, list):
         return f"{key}=[{','.join(quoted(v) if isinstance(v, str) else json.dumps(v) for v in value)}]"
     if isinstance(value, str):
@@ -120,10 +126,12 @@ def content_digests(values: dict[str, Any]) -> list[Any]:
 def debug_values() -> dict[str, Any]:
     """Return what the choice of `debug` sets: it comes before what a pipeline sets for a stage."""
     choice = HydraConfig.get().runtime.choices.get("debug")
-    sources = [Path(s.path) for s in HydraConfig.get().runtime.config_sources if s.provider == "command-line"]
-    files = (folder / "debug" / f"{choice}.yaml" for folder in [*sources, conf_folder()])
-    file = next((file for file in files if choice and file.is_file()), None)
-    return flat(OmegaConf.to_container(OmegaConf.load(file))) if file else {}
+    if not choice:
+        return {}
+    with_debug, without = (
+        flat(OmegaConf.to_container(compose("rlhf", overrides=overrides))) for overrides in ([f"debug={choice}"], [])
+    )
+    return {key: value for key, value in with_debug.items() if value != without.get(key)}
 
 
 def passthrough(overrides: list[str]) -> list[str]:

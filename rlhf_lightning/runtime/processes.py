@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -9,7 +10,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
@@ -43,17 +46,36 @@ def run_child(
     configs = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
     arguments = [*configs, *overrides, f"hydra.run.dir={quoted(str(folder))}", "hydra.mode=RUN", "resume=here"]
     variables = os.environ | dict(environment or {})
-    child = Forked(arguments, variables) if fork else Started(arguments, variables)
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child.pid, number))
+    child: Started | Forked | None = None
+
+    def forward(number: int, frame: Any) -> None:
+        if child is not None:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(child.pid, number)
+        else:
+            raise KeyboardInterrupt(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, forward)
     try:
+        child = start(arguments, variables, fork)
         code = child.wait()
-    except KeyboardInterrupt:  # the terminal sent it to the child as well
-        code = child.wait()
+    except KeyboardInterrupt:
+        if child is None:
+            raise
+        code = child.wait()  # the terminal sent it to the child as well
     finally:
         signal.signal(signal.SIGTERM, previous)
     if code in (130, 143, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt(code if code > 0 else 128 - code)
     return code
+
+
+def start(arguments: list[str], environment: Mapping[str, str], fork: bool) -> Started | Forked:
+    """Start `rlhf`; a fork server that cannot be had (a path of TMPDIR too long for its socket) is done without."""
+    if fork:
+        with suppress(OSError):
+            return Forked(arguments, environment)
+    return Started(arguments, environment)
 
 
 class Started:
@@ -88,8 +110,14 @@ def _main(arguments: list[str], environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     sys.argv[1:] = arguments
+    sys.path.insert(0, os.getcwd())  # as -m does
     sys.modules.pop("rlhf_lightning.__main__", None)  # multiprocessing has imported it under this name
-    runpy.run_module("rlhf_lightning", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module("rlhf_lightning", run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out; loggers end their runs there
 
 
 def quoted(text: str) -> str:

@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_object
-from omegaconf import DictConfig
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
 
+from rlhf_lightning.data.base import RowData
 from rlhf_lightning.data.datamodules import KINDS
 from rlhf_lightning.data.sources import Source, read_source
 from rlhf_lightning.errors import UserError
@@ -78,7 +79,7 @@ class Run:
         """Every data source of the run by its key; each is read and digested here, and nowhere else."""
         data = self.settings["data"]
         kind = KINDS.get(str(data.get("_target_")), "")
-        world = {"seed": self.settings["seed"]} | (data.get("world") or {})
+        world = {"seed": data.get("seed", self.settings["seed"])} | (data.get("world") or {})
         sources: dict[str, Source] = {}
         for key in (*DATA_SPLITS, *self.stage.sources):
             value, name = select(self.settings, key), key.removeprefix("data.")
@@ -152,22 +153,42 @@ class Run:
         texts = (text for source in sources for _, row in source.rows() for text in texts_of(row))
         return build_tiny(self.folder / "init", texts, seed=settings["seed"], **settings["model"]["build"])
 
-    def data(self, folder: str, node: DictConfig | None = None, **arguments: Any) -> Any:
-        """Return the data module with the tokenizer of a model folder, cut to the tokens that the model can read.
+    def data(self, folder: str, node: DictConfig | None = None, rows: bool = False, **arguments: Any) -> Any:
+        """Return the data module, with the tokenizer of a model folder.
+
+        One of ours, or a subclass, is cut to the tokens that the model can read and gets the sources of this run;
+        another LightningDataModule gets what its constructor takes.
 
         Args:
             node: instead of the configuration's `data`.
+            rows: the stage reads rows, which only ours have.
             arguments: added to the call, or in place of what the configuration says.
+
+        Raises:
+            UserError: a data module that cannot be imported, or has no rows where they are needed.
         """
         node = node or self.cfg.data
         assert node is not None
-        tokenizer = load_tokenizer(folder)
-        if str(node._target_) in KINDS:
+        kind, tokenizer = self.data_class(str(node._target_)), load_tokenizer(folder)
+        if issubclass(kind, RowData):
             sources = {key.removeprefix("data."): source for key, source in self.sources.items() if key in DATA_SPLITS}
-            call = {"tokenizer": tokenizer, "context": context_length(folder)} | sources | arguments
-            return instantiate(node, "data", self.allow, **call)
-        accepted = inspect.signature(get_object(node._target_)).parameters if node._target_ in self.allow else {}
-        return instantiate(node, "data", self.allow, **({"tokenizer": tokenizer} if "tokenizer" in accepted else {}))
+            given = {"tokenizer": tokenizer, "context": context_length(folder)} | sources | arguments
+            return instantiate(node, "data", self.allow, **given)
+        if rows:
+            raise UserError(f"stage={self.stage.name} reads rows: data._target_={node._target_} is no RowData")
+        parameters = inspect.signature(kind).parameters
+        accepted = {key: value for key, value in node.items() if key in parameters or key == "_target_"}
+        given = {"tokenizer": tokenizer} if "tokenizer" in parameters else {}
+        return instantiate(OmegaConf.create(accepted), "data", self.allow, **given)
+
+    def data_class(self, target: str) -> type:
+        """Return the class of a data module, which must be allowed."""
+        if target not in KINDS and target not in self.allow:
+            instantiate(OmegaConf.create({"_target_": target}), "data", self.allow)  # raises, with what to do
+        try:
+            return get_class(target)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"data._target_={target}: {str(error).splitlines()[0]}") from error
 
     def module(self, load: Callable[[], Any], **options: Any) -> Any:
         """Return the stage's LightningModule; models are loaded later, by its `configure_model`."""
@@ -183,4 +204,5 @@ class Run:
     def reward(self, key: str) -> Reward | None:
         """Return the reward that `reward_from` or `gold_from` names, None where it names none."""
         value = self.settings.get(key)
-        return load_reward(value, self.settings["model"]["load"]["dtype"]) if spec.parse(value, key) else None
+        dtype = self.settings["model"]["load"]["dtype"] if key == "reward_from" else "float32"
+        return load_reward(value, dtype) if spec.parse(value, key) else None

@@ -29,7 +29,7 @@ def run(run: Run) -> float | None:
     folder = run.start_folder()
     shards, target = run.folder / "shards", run.folder / "candidates.jsonl"
     writer = ShardWriter(shards)
-    data = run.data(folder, done=lambda: writer.done)
+    data = run.data(folder, rows=True, done=lambda: writer.done)
     data.setup("predict")
     module = run.module(
         partial(load_causal_lm, folder, **run.settings["model"]["load"]),

@@ -99,7 +99,7 @@ def is_reward_model(folder: str) -> bool:
 
 def prompts(run: Run, folder: str) -> Any:
     """Return the prompts tokenized for a model: the held-out ones, or the training ones where there are no others."""
-    data = run.data(folder, **({"train": None} if run.settings["data"]["val"] is not None else {}))
+    data = run.data(folder, rows=True, **({"train": None} if run.settings["data"]["val"] is not None else {}))
     data.setup()
     report_skipped(data)
     return data

@@ -39,16 +39,19 @@ def train(run: Run, folder: str, load: Callable[[], Any], **options: Any) -> flo
         options: arguments of the module.
     """
     data = run.data(folder)
-    data.setup("fit")
+    ours = isinstance(data, RowData)
+    if ours:
+        data.setup("fit")
     module = run.module(load, **options)
-    trainer = build_trainer(run)
+    # ours plan whole steps over all ranks; of another's loader Lightning gives every rank its part
+    trainer = build_trainer(run) if ours else build_trainer(run, use_distributed_sampler=True)
     announce(run, folder, data)
     fit(trainer, module, data, run.checkpoint)
     return finish(run, folder, trainer, module, data)
 
 
-def build_trainer(run: Run, callbacks: Sequence[Callback] = ()) -> Trainer:
-    """Build the Trainer with its callbacks, logger and strategy; `callbacks` come first."""
+def build_trainer(run: Run, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
+    """Build the Trainer with its callbacks, logger and strategy; `callbacks` come first, `options` win."""
     settings = run.settings
     bar = progress_bar()
     configured = [run.build(f"callbacks.{name}") for name, node in (settings["callbacks"] or {}).items() if node]
@@ -67,6 +70,7 @@ def build_trainer(run: Run, callbacks: Sequence[Callback] = ()) -> Trainer:
         enable_progress_bar=not isinstance(bar, LineProgress),
         val_check_interval=steps * settings["trainer"]["accumulate_grad_batches"] if steps else None,
         check_val_every_n_epoch=None if steps else 1,
+        **options,
     )
 
 

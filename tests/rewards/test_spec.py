@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,23 @@ def test_a_reward_changes_with_what_it_imports_from_here(
     assert None not in before
     (package / changed).write_text((package / changed).read_text() + "# changed\n")
     assert (digests(reward) != before) is differs
+
+
+def test_what_is_installed_below_the_working_directory_does_not_count(package: Path) -> None:
+    """With an environment in the working directory a reward that imports torch would read all of it."""
+    installed = package / ".venv" / "lib" / "site-packages"
+    installed.mkdir(parents=True)
+    (installed / "library.py").write_text("x = 1")
+    (package / "uses.py").write_text("import library, helper")
+    sys.path.append(str(installed))
+    try:
+        before = digests("uses:f")
+        (installed / "library.py").write_text("x = 2")
+        assert digests("uses:f") == before
+        (package / "helper.py").write_text("y = 2")
+        assert digests("uses:f") != before
+    finally:
+        sys.path.remove(str(installed))
 
 
 def test_a_module_that_is_not_here_has_no_digest(package: Path) -> None:
