@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_lightning.data.base import RowData
@@ -78,14 +78,15 @@ class Run:
     def sources(self) -> dict[str, Source]:
         """Every data source of the run by its key; each is read and digested here, and nowhere else."""
         data = self.settings["data"]
-        kind = KINDS.get(str(data.get("_target_")), "")
+        target = data.get("_target_")
+        kind = getattr(self.data_class(target), "kind", None) if target else ""
         world = {"seed": data.get("seed", self.settings["seed"])} | (data.get("world") or {})
         sources: dict[str, Source] = {}
-        for key in (*DATA_SPLITS, *self.stage.sources):
+        for key in (*(DATA_SPLITS if kind is not None else ()), *self.stage.sources):  # another's keys are its own
             value, name = select(self.settings, key), key.removeprefix("data.")
             if value is not None:
                 split = DATA_SPLITS.get(key, "val")
-                rows = {"data.ptx": "demonstrations"}.get(key, kind if key in DATA_SPLITS else "preferences")
+                rows = {"data.ptx": "demonstrations"}.get(key, str(kind) if key in DATA_SPLITS else "preferences")
                 stream = split == "train" and data.get("window") is not None
                 options = world if key in ("data.train", "data.val") else world | {"records": None}
                 limit = None if key == "data.ptx" else data.get(f"{split}_rows")
@@ -185,10 +186,11 @@ class Run:
         """Return the class of a data module, which must be allowed."""
         if target not in KINDS and target not in self.allow:
             instantiate(OmegaConf.create({"_target_": target}), "data", self.allow)  # raises, with what to do
+        module, _, name = target.rpartition(".")
         try:
-            return get_class(target)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"data._target_={target}: {str(error).splitlines()[0]}") from error
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(f"data._target_={target} cannot be imported: {error}") from error
 
     def module(self, load: Callable[[], Any], **options: Any) -> Any:
         """Return the stage's LightningModule; models are loaded later, by its `configure_model`."""
