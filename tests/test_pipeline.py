@@ -11,7 +11,7 @@ from tests.helpers.cli import SMALL, rlhf
 
 pytestmark = pytest.mark.slow
 QUICK = ["pipeline=demo", "debug=fast", "pipeline.stages.evaluate.set.evaluate.rows=4", *SMALL]
-QUICK.append("pipeline.stages.base.set.data.world.rows=200")  # the tokenizer is trained on all of them
+QUICK.append("+pipeline.stages.base.set.data.world.rows=200")  # the tokenizer is trained on all of them
 STAGES = ["base", "sft", "reward", "ppo", "dpo", "evaluate"]
 
 
