@@ -150,6 +150,7 @@ def run(tests: Sequence[str], mutant: Mutant | None) -> Verdict:
         copy = Path(folder).resolve()
         for name in ("rlhf_lightning", "tests"):
             shutil.copytree(ROOT / name, copy / name)
+        shutil.copytree(ROOT / "conf", copy / "rlhf_lightning" / "conf", dirs_exist_ok=True)  # as the wheel has it
         shutil.copy(ROOT / "pyproject.toml", copy)
         if mutant is not None:
             mutant.apply(copy / "rlhf_lightning")
