@@ -3,50 +3,52 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 from functools import cache
 from pathlib import Path
 
+from tests.helpers import fork_server as fork_server_module
+from tests.helpers.fork_server import Forked
+
 SMALL = ["model.build.hidden_size=32", "model.build.layers=1", "model.build.heads=2", "model.build.vocab_size=300"]
 
 
 class ForkServer:
-    """Runs `rlhf` in forks of one process that has imported what takes seconds to import; one command at a time."""
+    """Runs `rlhf` in forks of one process that has imported what takes seconds to import."""
 
     def __init__(self) -> None:
-        self.channel, other = socket.socketpair()
-        with other:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", Path(__file__).with_name("fork_server.py"), str(other.fileno())],
-                pass_fds=[other.fileno()],
-                env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},  # read by imports
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,  # so that close() reaches the children
-            )
+        self.folder = tempfile.TemporaryDirectory()  # of its socket, whose path must be short
+        self.path = f"{self.folder.name}/socket"
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", fork_server_module.__file__, self.path],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},  # read by imports
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # so that close() reaches the children
+        )
+        assert self.process.stdout is not None
+        with self.process.stdout as ready:
+            if not ready.readline():
+                raise RuntimeError(f"the fork server ended with {self.process.wait()}")
 
     def run(self, arguments: list[str], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
         """Return what `python -m rlhf_lightning` with `arguments` prints and its exit code, as subprocess.run does."""
-        with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-            command = {"arguments": arguments, "cwd": str(cwd), "env": env, "stdout": out.name, "stderr": err.name}
-            self.channel.sendall(json.dumps(command).encode() + b"\n")
-            answer = self.channel.recv(64)
-            if not answer:
-                raise RuntimeError(f"the fork server ended with {self.process.wait()}")
-            return subprocess.CompletedProcess(["rlhf", *arguments], int(answer), out.read(), err.read())
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            code = Forked(self.path, arguments, str(cwd), env, out.fileno(), err.fileno()).wait()
+            out.seek(0)
+            err.seek(0)
+            return subprocess.CompletedProcess(["rlhf", *arguments], code, out.read(), err.read())
 
     def close(self) -> None:
         """Kill the server and every process it started."""
-        self.channel.close()
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.folder.cleanup()
 
 
 @cache

@@ -53,7 +53,7 @@ def gradients(lm: Any, loss: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("lora", "ks"),
     # test_layout.py has every K in float64, on tiny models
-    [(False, (2,)), (True, (2,)), pytest.param(False, (1, 4, 9), marks=pytest.mark.nightly)],
+    [(False, (2,)), *(pytest.param(*case, marks=pytest.mark.nightly) for case in [(True, (2,)), (False, (1, 4, 9))])],
     ids=["full", "lora", "every K"],
 )
 def test_loss_and_gradients(smollm2: str, shared_data: Path, lora: bool, ks: tuple[int, ...]) -> None:
