@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from rlhf_lightning import distributed
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.runtime import launch
-from tests.helpers.cli import SMALL, environment, rlhf
+from tests.helpers.cli import SMALL, environment, fork_server, rlhf
 
 STEP = ["stage=sft", "data=demonstrations/jsonl", "data.train=rows.jsonl", "max_steps=2", "data.batch_size=8", *SMALL]
 TWO = ["trainer.devices=2", "strategy=ddp"]
@@ -79,22 +80,32 @@ def test_torchrun(folder: Path) -> None:
     assert len(list((folder / "outputs" / "sft" / "torchrun").iterdir())) == 1
 
 
-def slurm(folder: Path, *arguments: str, tasks: int = 2) -> tuple[list[int], str]:
-    """Run the tasks of a job as SLURM would start them; return their exit codes and what they said."""
-    job = {
+def slurm_job(tasks: int) -> dict[str, str]:
+    """Return the variables that SLURM gives to every task of a job on one node."""
+    return {
         "SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NAME": "rlhf", "SLURM_NTASKS": str(tasks),
         "SLURM_NTASKS_PER_NODE": str(tasks), "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1",
         "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1",
     }  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "rlhf_lightning", *arguments], cwd=folder, text=True, stdout=subprocess.PIPE,
-            env=environment(folder, **job, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)), stderr=subprocess.STDOUT,
-        )
-        for rank in range(tasks)
-    ]  # fmt: skip
-    said = [rank.communicate(timeout=200)[0] for rank in ranks]
-    return [rank.returncode for rank in ranks], "".join(said)
+
+
+def slurm(folder: Path, *arguments: str) -> tuple[list[int], str]:
+    """Run the two tasks of a job as SLURM would start them; return their exit codes and what they said."""
+    job = slurm_job(2)
+    with tempfile.TemporaryFile("w+") as said:
+        started = [
+            fork_server().start(
+                arguments,
+                folder,
+                environment(folder, **job, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
+                said,
+                said,
+            )
+            for rank in range(2)
+        ]
+        codes = [rank.wait() for rank in started]
+        said.seek(0)
+        return codes, said.read()
 
 
 @pytest.mark.slow
@@ -111,8 +122,11 @@ def test_the_tasks_of_a_slurm_job(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.dist
 def test_a_slurm_job_of_one_task_launches_its_own_ranks(folder: Path) -> None:
-    codes, said = slurm(folder, *STEP, *TWO, "name=task", tasks=1)
-    assert codes == [0], said[-3000:]
+    """In interpreters of their own, the launched rank too."""
+    job = environment(folder, **slurm_job(1), SLURM_PROCID="0", SLURM_LOCALID="0")
+    command = [sys.executable, "-m", "rlhf_lightning", *STEP, *TWO, "name=task"]
+    done = subprocess.run(command, cwd=folder, env=job, text=True, capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
     check(folder, "task", "train_ddp_process_1.log")
 
 

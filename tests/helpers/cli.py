@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 from tests.helpers import fork_server as fork_server_module
 from tests.helpers.fork_server import Forked
@@ -35,10 +37,14 @@ class ForkServer:
             if not ready.readline():
                 raise RuntimeError(f"the fork server ended with {self.process.wait()}")
 
-    def run(self, arguments: list[str], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        """Return what `python -m rlhf_lightning` with `arguments` prints and its exit code, as subprocess.run does."""
+    def start(self, arguments: Sequence[str], cwd: Path, env: dict[str, str], out: IO[str], err: IO[str]) -> Forked:
+        """Start `python -m rlhf_lightning` with `arguments`, its output into two files."""
+        return Forked(self.path, list(arguments), str(cwd), env, out.fileno(), err.fileno())
+
+    def run(self, arguments: Sequence[str], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        """Return what the command prints and its exit code, as subprocess.run does."""
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            code = Forked(self.path, arguments, str(cwd), env, out.fileno(), err.fileno()).wait()
+            code = self.start(arguments, cwd, env, out, err).wait()
             out.seek(0)
             err.seek(0)
             return subprocess.CompletedProcess(["rlhf", *arguments], code, out.read(), err.read())
@@ -71,7 +77,7 @@ def rlhf(folder: Path, *arguments: str, code: int | None = 0, fork: bool = True)
     """
     if fork:
         try:
-            done = fork_server().run(list(arguments), folder, environment(folder))
+            done = fork_server().run(arguments, folder, environment(folder))
         except BaseException:  # a timeout, Ctrl-C: the next command must not get the answer to this one
             fork_server().close()
             fork_server.cache_clear()
