@@ -189,15 +189,21 @@ class RowData(LightningDataModule):
         return self.collate("train", micro)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return this rank's validation batches, in a fixed order, each within a token budget."""
+        """Return this rank's validation batches, in a fixed order, each within a token budget.
+
+        Every rank has the same number of them: the last one is repeated with weights of 0, which enters no metric.
+        """
         rank, world_size = self._ranks()
         batches = token_budget(self.rows["val"].tokens, 4 * self.row_tokens)
-        batches += [batches[-1]] * (-len(batches) % world_size)  # the same number on every rank
-        return self._listed("val", batches[rank::world_size])
+        repeats = -len(batches) % world_size
+        batches += [batches[-1]] * repeats
+        last = rank >= world_size - repeats
+        return self._listed("val", batches[rank::world_size], repeats=int(last))
 
-    def _listed(self, split: str, batches: Sequence[Sequence[int]]) -> DataLoader[Any]:
-        """Return a loader of the given rows, batch by batch."""
-        micros = [MicroBatch(tuple(batch), None, None, step=0) for batch in batches]
+    def _listed(self, split: str, batches: Sequence[Sequence[int]], repeats: int = 0) -> DataLoader[Any]:
+        """Return a loader of the given rows, batch by batch; the last `repeats` batches have weights of 0."""
+        weights = [None] * (len(batches) - repeats) + [0.0] * repeats
+        micros = [MicroBatch(tuple(batch), w, w, step=0) for batch, w in zip(batches, weights, strict=True)]
         listed = _Listed(micros, lambda micro: self.collate(split, micro))
         return DataLoader(listed, batch_size=None, generator=generator("loader"))
 

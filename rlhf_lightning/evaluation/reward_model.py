@@ -8,19 +8,23 @@ import torch
 
 from rlhf_lightning.data.datamodules import PreferenceData
 from rlhf_lightning.models.completion import ScalarModel, choose_layout
-from rlhf_lightning.ops.ranking import pairwise_ranking
-from rlhf_lightning.ops.statistics import Interval, wilson_interval
+from rlhf_lightning.ops.ranking import pairs_in_order, ranked_pairs
+from rlhf_lightning.ops.statistics import Interval, share_interval
 
 
 @torch.no_grad()
 def evaluate_reward_model(model: Any, data: PreferenceData, device: str = "cpu") -> tuple[dict[str, Interval], int]:
-    """Return the accuracy on the held-out pairs of `data` with its Wilson interval, and the number of pairs."""
+    """Return the accuracy on the held-out pairs of `data` with its interval, and the number of pairs.
+
+    The pairs of one prompt, whether of one ranking or of several rows, are not independent.
+    """
     model.to(device).eval()
     layout, _ = choose_layout(model)
-    scorer, correct, pairs = ScalarModel(model), 0.0, 0
+    scorer, correct, prompts = ScalarModel(model), [], []
     for groups in data.val_dataloader():
         batch = groups.pack(layout).to(device)
-        _, gaps = pairwise_ranking(scorer(batch), batch.ranks, batch.group_of, batch.margins, batch.labels)
-        correct += float((gaps > 0).sum() + 0.5 * (gaps == 0).sum())
-        pairs += len(gaps)
-    return {"accuracy": (correct / pairs, *wilson_interval(correct, pairs))}, pairs
+        scores = scorer(batch)
+        better, worse = ranked_pairs(batch.ranks, batch.group_of)
+        correct += pairs_in_order(scores[better] - scores[worse]).tolist()
+        prompts += [tuple(groups.groups[group].prompt) for group in batch.group_of[better].tolist()]
+    return {"accuracy": share_interval(correct, prompts)}, len(correct)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.console import Console
 from rich.table import Table
 
@@ -54,6 +56,6 @@ def cell(name: str, value: Interval | None) -> str:
     if value is None:
         return ""
     mean, low, high = value
-    if name in WITH_INTERVAL:
+    if name in WITH_INTERVAL and math.isfinite(low):
         return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
     return f"{mean:.1f}" if name == "length" else f"{mean:.3f}"

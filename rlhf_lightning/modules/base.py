@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,8 @@ from rlhf_lightning.models.adapters import add_lora, merge_lora
 from rlhf_lightning.models.completion import choose_layout, unwrap
 from rlhf_lightning.models.sharding import by_mesh, shard, total_norm, whole_state
 from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList, Layout
-from rlhf_lightning.ops.statistics import wilson_interval
+from rlhf_lightning.ops.ranking import pairs_in_order
+from rlhf_lightning.ops.statistics import share_interval
 
 log = logging.getLogger(__name__)
 # packing in the module is on purpose: the layout is the model's, whoever loads the data
@@ -61,7 +63,9 @@ class StageModule(LightningModule):
         self.layout: Layout = "packed"
         self.validated_at = -1  # the update after which validation last ran
         self.phase = ""  # what a long training step is doing now, for the progress bar
+        self.repeated = False  # whether this validation batch only fills up the number of batches of this rank
         self._sums: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        self._pairs: list[Tensor] = []  # of held-out pairs: row, batch, group in the batch, whether they are in order
 
     def build(self) -> Any:
         """Return the loaded model, with LoRA layers where configured, and choose the layout of its batches."""
@@ -224,13 +228,57 @@ class StageModule(LightningModule):
     # ---- metrics ---------------------------------------------------------------------------------------------------
 
     def track(self, split: str, weight: Tensor | float, **sums: Tensor) -> None:
-        """Add sums over `weight` items to the running means of `split`."""
+        """Add sums over `weight` items to the running means of `split`; those of a repeated batch count nothing."""
         means = self._sums.setdefault(split, {})
         for name, value in sums.items():
             value = value.detach().double()
             added = torch.as_tensor(weight, dtype=torch.float64, device=value.device)
+            if self.repeated:
+                value, added = torch.zeros_like(value), torch.zeros_like(added)
             total, count = means.get(name, (torch.zeros_like(value), torch.zeros_like(added)))
             means[name] = (total + value, count + added)
+
+    def track_pairs(self, split: str, batch: GroupBatch, better: Tensor, gaps: Tensor) -> None:
+        """Track accuracy and margin of pairs (P,): their better responses and how far these score higher."""
+        correct = pairs_in_order(gaps.detach())
+        self.track(split, len(gaps), accuracy=correct.sum(), margin=gaps.sum())
+        if split == "val":
+            groups = batch.group_of[better]
+            number = torch.full_like(groups, len(self._pairs))
+            pairs = torch.stack([batch.index[groups], number, groups, correct], 1)
+            self._pairs.append(pairs[:0] if self.repeated else pairs)
+
+    def pair_interval(self) -> tuple[float, float]:
+        """Return the 95% interval of the accuracy over the held-out pairs of all ranks, and forget them.
+
+        The pairs of one prompt are not independent, whether they come from one ranking or from several rows.
+        """
+        pairs, self._pairs = torch.cat(self._pairs), []
+        outcomes: list[float] = []
+        prompts: list[Any] = []
+        for rank, part in enumerate(self.gather(pairs)):
+            for row, *place, correct in part.tolist():
+                known = row >= 0 and isinstance(self.data, RowData)
+                prompts.append(tuple(self.data.rows["val"][int(row)].prompt) if known else (rank, *place))
+                outcomes.append(correct)
+        _, low, high = share_interval(outcomes, prompts)
+        return low, high
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """Return `values` (N, ...) of every rank that reads different rows; N may differ between ranks."""
+        if self.trainer.world_size == 1:
+            return [values]
+        group = self.device_mesh["data_parallel"].get_group() if self.device_mesh is not None else None
+
+        def everywhere(mine: Tensor) -> list[Tensor]:
+            parts = [torch.empty_like(mine) for _ in range(self.data_ranks)]
+            torch.distributed.all_gather(parts, mine, group)
+            return parts
+
+        counts = torch.cat(everywhere(torch.tensor([len(values)], device=self.device))).tolist()
+        padded = torch.zeros(max(counts), *values.shape[1:], dtype=values.dtype, device=self.device)
+        padded[: len(values)] = values
+        return [part[:count] for part, count in zip(everywhere(padded), counts, strict=True)]
 
     def reduced(self, split: str) -> tuple[dict[str, float], dict[str, float]]:
         """Return the means of `split` over all ranks and the number of items of each, and reset them."""
@@ -246,13 +294,12 @@ class StageModule(LightningModule):
         """Log and return the means of `split`; a held-out accuracy comes with its 95% interval."""
         if split == "val":
             self.validated_at = self.trainer.global_step
-        means, counts = self.reduced(split)
+        means, _ = self.reduced(split)
         if split == "val" and "accuracy" in means:
-            pairs = counts["accuracy"]
-            low, high = wilson_interval(means["accuracy"] * pairs, int(pairs))
-            means |= {"accuracy_low": low, "accuracy_high": high}
+            low, high = self.pair_interval()
+            means |= {"accuracy_low": low, "accuracy_high": high} if math.isfinite(low) else {}
         means = {f"{split}/{name}": value for name, value in means.items()}
-        self.log_dict(means)
+        self.log_dict(means, sync_dist=split == "val")  # equal on all ranks already; without it Lightning warns
         return means
 
     def clip(self, limit: float | None) -> Tensor:
@@ -286,9 +333,16 @@ class StageModule(LightningModule):
         self.log_dict({"optim/grad_norm": norm, "optim/lr": optimizer.param_groups[0]["lr"]})
         self.flush("train")
 
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.repeated = batch.per_group == 0
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.repeated = False
+
     def on_validation_epoch_end(self) -> None:
         if self.trainer.sanity_checking:
             self._sums.pop("val", None)
+            self._pairs.clear()
             return
         self.flush("val")
 

@@ -148,9 +148,8 @@ class DPO(StageModule):
         best = batch.ranks == 0
         rewards = self.beta * ratios.detach()
         gaps = rewards[better] - rewards[worse]
-        correct = (gaps > 0).double().sum() + 0.5 * (gaps == 0).double().sum()
         self.track(split, batch.groups, loss=losses.sum())
-        self.track(split, len(gaps), accuracy=correct, margin=gaps.sum())
+        self.track_pairs(split, batch, better, gaps)
         self.track(split, best.sum(), chosen_reward=rewards[best].sum(), chosen_logprob=summed[best].sum())
         self.track(split, (~best).sum(), rejected_reward=rewards[~best].sum(), rejected_logprob=summed[~best].sum())
         if self.sft_coef:

@@ -15,7 +15,7 @@ from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.models.completion import ScalarModel, unwrap
 from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, StageModule
 from rlhf_lightning.ops.groups import GroupBatch, pack
-from rlhf_lightning.ops.ranking import centering, pairwise_ranking, plackett_luce
+from rlhf_lightning.ops.ranking import centering, pairwise_ranking, plackett_luce, ranked_pairs
 
 
 class RewardModel(StageModule):
@@ -73,9 +73,9 @@ class RewardModel(StageModule):
             if batch.margins.any() or (batch.labels != 1).any():
                 raise UserError("reward.loss=plackett_luce uses neither margin nor label; use reward.loss=pairwise")
             losses = plackett_luce(scores, batch.ranks, batch.group_of, batch.groups)
-        correct = (gaps > 0).double().sum() + 0.5 * (gaps == 0).double().sum()
         self.track(split, batch.groups, loss=losses.sum())
-        self.track(split, len(gaps), accuracy=correct, margin=gaps.sum())
+        better, _ = ranked_pairs(batch.ranks, batch.group_of)
+        self.track_pairs(split, batch, better, gaps)
         best = batch.ranks == 0
         self.track(split, best.sum(), chosen_score=scores[best].sum())
         self.track(split, (~best).sum(), rejected_score=scores[~best].sum())
@@ -83,7 +83,9 @@ class RewardModel(StageModule):
         if split == "val":
             chance = torch.sigmoid(gaps)  # that the better response wins; both orders of a pair are counted
             ones = torch.ones_like(gaps, dtype=torch.long)
-            self.calibration.update(torch.cat([chance, 1 - chance]), torch.cat([ones, 1 - ones]))
+            forecasts, outcomes = torch.cat([chance, 1 - chance]), torch.cat([ones, 1 - ones])
+            counted = 0 if self.repeated else len(forecasts)
+            self.calibration.update(forecasts[:counted], outcomes[:counted])
         if self.center:
             losses = losses + self.center * centering(scores, batch.group_of, batch.groups)
         return losses

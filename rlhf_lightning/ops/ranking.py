@@ -30,6 +30,11 @@ def ranked_pairs(ranks: Tensor, group_of: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
+def pairs_in_order(gaps: Tensor) -> Tensor:
+    """Return 1 for each pair (P,) whose better response scores higher, 0.5 for equal scores, else 0, in float64."""
+    return (gaps > 0).double() + 0.5 * (gaps == 0).double()
+
+
 def pairwise_ranking(
     scores: Tensor, ranks: Tensor, group_of: Tensor, margins: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 
+from scipy.special import stdtrit
+
+Z = 1.959964
 Interval = tuple[float, float, float]
-"""Mean, and lower and upper end of its 95% interval."""
+"""Mean, and lower and upper end of its 95% interval; the ends are NaN where there is no interval."""
 
 
-def wilson_interval(successes: float, n: float, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(successes: float, n: float, z: float = Z) -> tuple[float, float]:
     """Return the 95% Wilson score interval of a share; (0, 1) when n is 0."""
     if n == 0:
         return 0.0, 1.0
@@ -17,45 +20,62 @@ def wilson_interval(successes: float, n: float, z: float = 1.959964) -> tuple[fl
     centre = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return max((centre - spread) / scale, 0.0), min((centre + spread) / scale, 1.0)
+    # at a share of 0 or 1 rounding must not leave it outside
+    return max(min((centre - spread) / scale, share), 0.0), min(max((centre + spread) / scale, share), 1.0)
 
 
-def mean_interval(
-    values: Sequence[float], clusters: Sequence[Hashable] | None = None, z: float = 1.959964
-) -> tuple[float, float, float]:
-    """Return mean, lower and upper end of its 95% normal interval; the interval is the mean for one value.
+def mean_interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Interval:
+    """Return mean, lower and upper end of its 95% interval by Student's t with C - 1 degrees of freedom.
+
+    C is the number of clusters; from a single one nothing is known about the error, and the ends are NaN.
 
     Args:
         clusters: which values belong together, as responses to one prompt do; None takes all as independent. The
             standard error is then the cluster-robust one, sqrt(C / (C - 1) sum_c (sum_{i in c} (v_i - mean))^2) / n
-            (Liang and Zeger 1986), which for clusters of one value is the ordinary s / sqrt(n).
+            (Liang and Zeger 1986), which for clusters of one value is the ordinary s / sqrt(n). Student's t instead
+            of the normal distribution: Bell and McCaffrey 2002.
     """
     n = len(values)
     if n == 0:
         return math.nan, math.nan, math.nan
     mean = math.fsum(values) / n
-    half = z * _standard_error(values, clusters or range(n))
+    error, count = _standard_error(values, range(n) if clusters is None else clusters)
+    half = _student(count) * error
     return mean, mean - half, mean + half
 
 
-def share_interval(values: Sequence[float], clusters: Sequence[Hashable]) -> tuple[float, float, float]:
+def share_interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Interval:
     """Return the mean of yes (1) and no (0) values and its Wilson interval for as many values as are independent.
 
     That number is n divided by the design effect (Kish 1965), the ratio of the cluster-robust variance to the ordinary
-    one; where all values are equal it is the number of clusters.
+    one, and corrected for few clusters by the ratio of the quantiles of the normal distribution and Student's t
+    (Korn and Graubard 1998); where all values are equal it is the number of clusters. Independent values need no
+    correction. From a single cluster nothing is known about the error: the ends are NaN.
     """
     n = len(values)
     share = math.fsum(values) / n
-    ordinary, robust = (_standard_error(values, c) ** 2 for c in (range(n), clusters))
-    independent = n / max(robust / ordinary, 1.0) if ordinary else len(set(clusters))
+    if clusters is None or len(set(clusters)) == n > 1:
+        return share, *wilson_interval(share * n, n)
+    (ordinary, _), (robust, count) = _standard_error(values, range(n)), _standard_error(values, clusters)
+    if count == 1:
+        return share, math.nan, math.nan
+    effect = (robust / ordinary) ** 2 if ordinary else n / count
+    independent = n / max(effect, 1.0) * (Z / _student(count)) ** 2
     return share, *wilson_interval(share * independent, independent)
 
 
-def _standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
+def _student(clusters: int) -> float:
+    """Return the 97.5% quantile of Student's t for this many clusters."""
+    return float(stdtrit(clusters - 1, 0.975)) if clusters > 1 else math.nan
+
+
+def _standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> tuple[float, int]:
+    """Return the cluster-robust standard error of the mean and the number of clusters."""
     mean = math.fsum(values) / len(values)
     sums: dict[Hashable, float] = {}
     for value, cluster in zip(values, clusters, strict=True):
         sums[cluster] = sums.get(cluster, 0.0) + value - mean
     if len(sums) == 1:
-        return 0.0
-    return math.sqrt(len(sums) / (len(sums) - 1) * math.fsum(x * x for x in sums.values())) / len(values)
+        return 0.0, 1
+    error = math.sqrt(len(sums) / (len(sums) - 1) * math.fsum(x * x for x in sums.values())) / len(values)
+    return error, len(sums)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from functools import partial
 from typing import Any
@@ -69,7 +70,9 @@ def run(run: Run) -> float | None:
     metrics: dict[str, Any] = {"rows": rows, "responses": responses, "perf/peak_memory_gb": peak_memory_gb()}
     metrics["perf/rows_per_s"] = (rows - len(writer.done)) / (time.perf_counter() - began)
     for name, (mean, low, high) in table.items():
-        metrics |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+        metrics[name] = mean
+        if math.isfinite(low):
+            metrics |= {f"{name}_low": low, f"{name}_high": high}
     monitor = run.settings["monitor"]
     metrics["monitor"] = monitor if monitor in table else next(iter(table), None)
     write_json(run.folder / "metrics.json", metrics)
@@ -93,5 +96,5 @@ def show(table: dict[str, Interval], rows: int, responses: int) -> None:
     """Print each metric with its 95% interval."""
     printed = Table("", "mean", "95%", title=f"{responses} responses to {rows} prompts")
     for name, (mean, low, high) in table.items():
-        printed.add_row(name, f"{mean:.4g}", f"{low:.4g} .. {high:.4g}")
+        printed.add_row(name, f"{mean:.4g}", f"{low:.4g} .. {high:.4g}" if math.isfinite(low) else "one prompt")
     Console().print(printed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -71,7 +72,9 @@ def run(run: Run) -> float | None:
     metrics: dict[str, Any] = {"perf/peak_memory_gb": peak_memory_gb()}
     for name, row in table.items():
         for metric, (mean, low, high) in row.items():
-            metrics |= {f"{name}/{metric}": mean, f"{name}/{metric}_low": low, f"{name}/{metric}_high": high}
+            metrics[f"{name}/{metric}"] = mean
+            if math.isfinite(low):
+                metrics |= {f"{name}/{metric}_low": low, f"{name}/{metric}_high": high}
             writer.add_scalar(f"{name}/{metric}", mean, 0)
     writer.add_text("evaluation", as_markdown_table(table), 0)
     writer.close()

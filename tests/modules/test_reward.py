@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.folder import write_model
 from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer
 from rlhf_lightning.ops.groups import Group, pack
+from rlhf_lightning.ops.statistics import share_interval
 from tests.helpers.lightning import quiet_lightning
-from tests.modules.offline import Batches, adam, assert_wilson, classifier, fit, preferences, sgd, start
+from tests.modules.offline import WORDS, Batches, adam, assert_wilson, classifier, fit, preferences, sgd, start
 
 
 def score(prompt: list[int], response: list[int]) -> torch.Tensor:
@@ -144,3 +146,35 @@ def test_plackett_luce_does_not_drop_what_a_row_says(extra: dict[str, float]) ->
 def test_unknown_loss_is_refused() -> None:
     with pytest.raises(UserError, match=r"reward\.loss='listwise' is not one of"):
         RewardModel(classifier, sgd(), loss="listwise")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["rankings", "rows", "loader"])
+@quiet_lightning
+def test_pairs_of_one_prompt_are_one_cluster(form: str, tmp_path: Path) -> None:
+    """Four rankings of three, their twelve pairs as rows, a loader of groups: the interval is that of four prompts."""
+    folder = start(tmp_path)
+    rankings = [[" ".join(WORDS[place : place + n]) for n in (1, 2, 3)] for place in range(4)]
+    rows: list[dict[str, Any]] = []
+    for number, texts in enumerate(rankings):
+        prompt = f"name {WORDS[number]}"
+        if form != "rows":
+            rows.append({"prompt": prompt, "responses": texts, "ranking": [0, 1, 2]})
+        else:
+            rows += [{"prompt": prompt, "chosen": texts[i], "rejected": texts[j]} for i, j in ((0, 1), (0, 2), (1, 2))]
+    tokenizer = load_tokenizer(folder)
+    data = PreferenceData(tokenizer, rows, rows, batch_size=len(rows), cache_dir=tmp_path)
+    module = RewardModel(lambda: load_scalar_model(folder, seed=1), sgd(lr=0.0))
+    outcomes, prompts, groups = [], [], []
+    for number, texts in enumerate(rankings):
+        prompt = data.template.prompt([{"role": "user", "content": f"name {WORDS[number]}"}])
+        groups.append(Group(prompt, [data.template.response(text) for text in texts]))
+    loader = Batches([groups], [groups[:2], groups[2:]])
+    logged = fit(module, loader if form == "loader" else data, 1).callback_metrics
+    for number, group in enumerate(groups):
+        first, second, third = module.scorer(pack([group])).tolist()
+        outcomes += [float(first > second), float(first > third), float(second > third)]
+        prompts += [number] * 3
+    share, low, high = share_interval(outcomes, prompts)
+    assert 0 < share < 1
+    assert logged["val/accuracy"] == pytest.approx(share)
+    assert (logged["val/accuracy_low"], logged["val/accuracy_high"]) == pytest.approx((low, high), abs=1e-6)

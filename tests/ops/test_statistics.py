@@ -6,6 +6,7 @@ import math
 import random
 import statistics
 
+import numpy as np
 import pytest
 
 from rlhf_lightning.ops.statistics import mean_interval, share_interval, wilson_interval
@@ -49,11 +50,50 @@ def test_wilson_covers_the_truth(n: int, p: float) -> None:
 
 def test_mean_interval_by_hand() -> None:
     values = [1.0, 2.0, 6.0, 7.0]
-    half = 1.959964 * statistics.stdev(values) / 2
-    assert mean_interval(values) == pytest.approx((4.0, 4 - half, 4 + half), abs=1e-12)
-    assert mean_interval([3.0]) == (3.0, 3.0, 3.0)
+    half = 3.182446 * statistics.stdev(values) / 2  # the table's t with 3 degrees of freedom
+    assert mean_interval(values) == pytest.approx((4.0, 4 - half, 4 + half), abs=1e-5)
     assert mean_interval([2.0, 2.0]) == (2.0, 2.0, 2.0)
     assert all(math.isnan(v) for v in mean_interval([]))
+
+
+def test_one_cluster_has_no_interval() -> None:
+    for interval in (mean_interval([3.0]), mean_interval([3.0, 3.0], "aa"), share_interval([1.0, 1.0, 1.0], "aaa")):
+        assert math.isfinite(interval[0])
+        assert math.isnan(interval[1])
+        assert math.isnan(interval[2])
+
+
+@pytest.mark.parametrize("clusters", [2, 3, 8, 50])
+@pytest.mark.parametrize("size", [1, 4])
+def test_mean_intervals_cover_with_few_clusters(clusters: int, size: int) -> None:
+    """4,000 samples of normal values that share a cluster's mean; the normal quantile covers 70% of two clusters."""
+    rng = np.random.default_rng(clusters + size)
+    of = [c for c in range(clusters) for _ in range(size)]
+    values = rng.normal(size=(4000, clusters, 1)) + rng.normal(size=(4000, clusters, size))
+    ends = np.array([mean_interval(row.tolist(), of)[1:] for row in values.reshape(4000, -1)])
+    covered = ((ends[:, 0] <= 0) & (ends[:, 1] >= 0)).mean()
+    assert 0.94 < covered < 0.96  # its standard deviation is 0.0034
+
+
+@pytest.mark.parametrize(("clusters", "responses"), [(30, 4), (30, 9), (100, 4)])
+def test_accuracies_of_rankings_cover(clusters: int, responses: int) -> None:
+    """4,000 samples of rankings, whose K (K - 1) / 2 pairs share the noise of K scores.
+
+    With the pairs taken as independent .82 are covered at K = 4 and .46 at K = 9.
+    """
+    rng = np.random.default_rng(clusters * responses)
+    first, second = np.triu_indices(responses, 1)  # response 0 is the best
+
+    def outcomes(draws: int) -> np.ndarray:
+        skill = rng.normal(size=(draws, clusters, 1))  # some prompts are easier
+        scores = rng.normal(size=(draws, clusters, responses)) - 0.3 * np.exp(skill) * np.arange(responses)
+        return scores[..., first] > scores[..., second]
+
+    truth = outcomes(2000).mean()
+    of = [c for c in range(clusters) for _ in first]
+    ends = np.array([share_interval(row.ravel().astype(float).tolist(), of)[1:] for row in outcomes(4000)])
+    covered = ((ends[:, 0] <= truth) & (ends[:, 1] >= truth)).mean()
+    assert 0.94 < covered < 0.96
 
 
 def test_mean_interval_covers_the_truth() -> None:
@@ -72,8 +112,13 @@ def test_repeating_every_value_makes_no_interval_narrower() -> None:
     assert mean_interval(repeated, clusters) == pytest.approx(mean_interval(values), abs=1e-12)
     assert mean_interval(values, "abcd") == pytest.approx(mean_interval(values), abs=1e-12)
     shares = [float(v > 1) for v in repeated]
-    assert share_interval(shares, clusters) == pytest.approx((0.75, *wilson_interval(0.75 * 3.086, 3.086)), abs=1e-3)
-    assert share_interval([1.0] * 36, clusters) == (1.0, *wilson_interval(4, 4))
+    # the design effect (3/4 * 1/4 / 3) / (3/4 * 1/4 / 35), then 3 degrees of freedom
+    few = 36 * 3 / 35 * (1.959964 / 3.1824463) ** 2
+    assert share_interval(shares, clusters) == pytest.approx((0.75, *wilson_interval(0.75 * few, few)), abs=1e-6)
+    few_equal = 4 * (1.959964 / 3.1824463) ** 2
+    assert share_interval([1.0] * 36, clusters) == pytest.approx(
+        (1.0, *wilson_interval(few_equal, few_equal)), abs=1e-6
+    )
     assert share_interval([1.0, 0.0] * 10, range(20)) == pytest.approx((0.5, *wilson_interval(10, 20)), abs=1e-12)
 
 
