@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_lightning.data.messages import ROLES, RowError, need_list, need_string, need_text
+from rlhf_lightning.data.messages import ROLES, RowError, need_list, need_string, need_text, unread_fields
 from rlhf_lightning.errors import UserError, nearest
 
 VERSION = 1
@@ -131,12 +131,16 @@ def read_row(row: Row, columns: Columns, kinds: Sequence[str]) -> tuple[Layout |
 
 def unread_columns(row: Row, columns: Columns, kinds: Sequence[str]) -> set[str]:
     """Return the columns of a row that nothing but a reward reads."""
-    layout, view = read_row(row, columns, kinds)
+    try:
+        layout, view = read_row(row, columns, kinds)
+    except RowError:  # refused when it is read, or skipped
+        return set()
     if layout is None:
         return set()
     read = {*layout.needs, *layout.also, *BESIDE}
     kept = {name for name in view if name not in read}
-    return {str(name) for name, value in row.items() if name in kept and has_value(value)}
+    fields = {f"{name}[].{field}" for name in read & view.keys() for field in unread_fields(view[name])}
+    return {str(name) for name, value in row.items() if name in kept and has_value(value)} | fields
 
 
 def has_value(value: Any) -> bool:

@@ -105,8 +105,6 @@ def _message(message: Any, key: str, roles: Mapping[str, str]) -> Message:
         result["weight"] = weight
     elif weight:
         raise RowError(f"{key} is to be learned, and its role is {role}; only messages of the assistant are learned")
-    if not result["content"].strip() and role in ("user", "assistant") and not (calls or reasoning or weight == 0):
-        raise RowError(f"{key} ({role}) is empty")
     return result
 
 
@@ -185,11 +183,7 @@ def hh_messages(text: str) -> list[Message]:
     before, *parts = HH_TURN.split(text)
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = [turn(roles[name], content.strip()) for name, content in zip(parts[::2], parts[1::2], strict=True)]
-    turns = [turn("system", before.strip()), *turns] if before.strip() else turns
-    for number, message in enumerate(turns[:-1]):
-        if not message["content"]:
-            raise RowError(f"turn {number + 1} of the text ({message['role']}) is empty")
-    return turns
+    return [turn("system", before.strip()), *turns] if before.strip() else turns
 
 
 # ---- conversations --------------------------------------------------------------------------------------------------

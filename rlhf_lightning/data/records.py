@@ -107,6 +107,13 @@ def demonstration(row: Row, columns: Columns = PLAIN) -> Demonstration:
     return Demonstration(_learnable(messages), tools)
 
 
+def learned_turns(content: Content, turns: str) -> str:
+    """Return which turns of a conversation are learned, "last" or "all": what its messages say comes first."""
+    if isinstance(content, str) or not any("weight" in m for m in content):
+        return turns
+    return "last" if all(m.get("weight") == 0 for m in content[:-1] if m["role"] == "assistant") else "all"
+
+
 def preference(row: Row, columns: Columns = PLAIN) -> Preference:
     """Read a chosen and a rejected response, as texts or as conversations that share the prompt, or a ranking.
 
@@ -122,7 +129,10 @@ def preference(row: Row, columns: Columns = PLAIN) -> Preference:
         raise _missing(view, ["prompt"])
     if layout.kind == "rated":
         value = _rating(view, columns)
-        raise RowError(f"its response is labelled {value}; no row with the same prompt is labelled otherwise")
+        raise RowError(
+            f"its response is rated {value}, and no row with the same prompt is rated otherwise (with data.window rows "
+            "are not compared)"
+        )
     extra: dict[str, Any] = {"margin": _number(view, "margin", 0.0), "label": _label(view, columns)}
     extra["tools"] = _tools(view)
     if view.get("annotator") is not None:
@@ -160,7 +170,7 @@ def prompt(row: Row, columns: Columns = PLAIN) -> PromptRecord:
     else:
         messages = _prompt(view, columns) if view.get("prompt") else _pair(view, columns)[0]
     _need_user(messages)
-    last = next(m["content"] for m in reversed(messages) if m["role"] == "user")
+    last = need_text(next(m["content"] for m in reversed(messages) if m["role"] == "user"), "the last user turn")
     return PromptRecord(messages, last, metadata | {"messages": messages}, tools)
 
 
@@ -286,6 +296,8 @@ def _learnable(messages: list[Message]) -> list[Message]:
     _need_user(messages)
     if all(m.get("weight") == 0 for m in messages if m["role"] == "assistant"):
         raise RowError("every message of the assistant has weight 0, so there is nothing to learn")
+    if not {"weight", "tool_calls", "reasoning_content"} & messages[-1].keys():
+        need_text(messages[-1]["content"], "the last assistant message")
     return messages
 
 
@@ -302,8 +314,9 @@ def _with_system(turns: list[Message], view: Row) -> list[Message]:
 
 
 def _need_user(messages: list[Message]) -> None:
-    if not any(m["role"] == "user" for m in messages):
-        raise RowError("there is no user turn")
+    said = [m["content"] for m in messages if m["role"] == "user"]
+    if not any(text.strip() for text in said):
+        raise RowError("every user turn is empty" if said else "there is no user turn")
 
 
 # ---- the other columns -----------------------------------------------------------------------------------------------

@@ -90,7 +90,8 @@ class Run:
                 stream = split == "train" and data.get("window") is not None
                 options = world if key in ("data.train", "data.val") else world | {"records": None}
                 limit = None if key == "data.ptx" else data.get(f"{split}_rows")
-                sources[key] = read_source(value, split, limit, rows, options, name=name, stream=stream)
+                weights = data.get("weights") if key == "data.train" else None
+                sources[key] = read_source(value, split, limit, rows, options, name, stream, weights)
         return sources
 
     @cached_property

@@ -91,7 +91,7 @@ def test_mistakes_name_the_place(tmp_path: Path) -> None:
         read_source(str(tmp_path / "pares.jsonl"), "train")
     (tmp_path / "bad.jsonl").write_text('{"a": 1}\n{"a": \n')
     with pytest.raises(UserError, match=r"bad\.jsonl, row 2: not JSON"):
-        list(read_source(str(tmp_path / "bad.jsonl"), "train").rows())
+        tokenize(read_source(str(tmp_path / "bad.jsonl"), "train"), lambda row: Group([1], [[2]]), tmp_path, [])
     (tmp_path / "bad.json.gz").write_bytes(b"no gzip")
     with pytest.raises(UserError, match="cannot be read"):
         list(read_source(str(tmp_path / "bad.json.gz"), "train").rows())
