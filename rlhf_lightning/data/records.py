@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_lightning.data.layouts import Columns, Row, hint, listed, number_of, read_row
+from rlhf_lightning.data.beside import read_label, read_number, read_rank, read_rating, read_tools
+from rlhf_lightning.data.layouts import Columns, Row, hint, listed, read_row
 from rlhf_lightning.data.messages import (
     LeftOut,
     Message,
@@ -18,7 +17,6 @@ from rlhf_lightning.data.messages import (
     is_hh,
     is_hh_prompt,
     joined,
-    need_json,
     need_list,
     need_string,
     need_text,
@@ -86,7 +84,7 @@ def demonstration(row: Row, columns: Columns = PLAIN) -> Demonstration:
         raise _missing(view, ["messages", "prompt", "text"])
     if view.get("responses") is not None and layout.kind not in ("ranking", "conversation"):
         raise _missing(view, ["ranking"])
-    tools = _tools(view)
+    tools = read_tools(view)
     if layout.kind == "text":
         if view.get("prompt"):
             raise _missing(view, ["response", "completion", "chosen", "messages"])
@@ -101,7 +99,7 @@ def demonstration(row: Row, columns: Columns = PLAIN) -> Demonstration:
         question = pair.prompt if isinstance(pair.prompt, list) else [turn("user", pair.prompt)]
         messages = [*question, turn("assistant", best)]
     else:
-        if layout.kind == "rated" and _rating(view, columns) is False:
+        if layout.kind == "rated" and read_rating(view, columns) is False:
             raise LeftOut("it is labelled false: SFT learns only what is labelled true")
         messages = _answered(view, columns)
     return Demonstration(_learnable(messages), tools)
@@ -128,13 +126,13 @@ def preference(row: Row, columns: Columns = PLAIN) -> Preference:
                 raise _missing(view, [key])
         raise _missing(view, ["prompt"])
     if layout.kind == "rated":
-        value = _rating(view, columns)
+        value = read_rating(view, columns)
         raise RowError(
             f"its response is rated {value}, and no row with the same prompt is rated otherwise (with data.window rows "
             "are not compared)"
         )
-    extra: dict[str, Any] = {"margin": _number(view, "margin", 0.0), "label": _label(view, columns)}
-    extra["tools"] = _tools(view)
+    extra: dict[str, Any] = {"margin": read_number(view, "margin", 0.0), "label": read_label(view, columns)}
+    extra["tools"] = read_tools(view)
     if view.get("annotator") is not None:
         extra["annotator"] = str(view["annotator"])
     if layout.kind == "ranking":
@@ -157,7 +155,7 @@ def prompt(row: Row, columns: Columns = PLAIN) -> PromptRecord:
     if layout is None:
         raise _missing(view, ["prompt", "messages", "text"])
     metadata = dict(row) | {name: view[name] for name in columns.mapped if name != "prompt"}
-    tools, content = _tools(view), None
+    tools, content = read_tools(view), None
     if layout.kind == "text" and (content := parsed(view["text"], "text")) is view["text"]:
         text = need_text(content, "text")
         return PromptRecord(text, text, metadata, tools)
@@ -180,7 +178,7 @@ def rated(row: Row, columns: Columns) -> tuple[Row, Any, float] | None:
     if layout is None or layout.kind != "rated":
         return None
     shared = {name: view[name] for name in ("prompt", "system", "system_prompt", "tools", "functions") if name in view}
-    return shared, _final(_response(view), "response", columns), float(_rating(view, columns))
+    return shared, _final(_response(view), "response", columns), float(read_rating(view, columns))
 
 
 # ---- prompts and responses -------------------------------------------------------------------------------------------
@@ -275,7 +273,7 @@ def _pair(view: Row, columns: Columns) -> tuple[list[Message], tuple[str, str]]:
 def _ranking(view: Row, columns: Columns, extra: dict[str, Any]) -> Preference:
     given = need_list(view["responses"], "responses")
     responses = [_final(r, f"responses[{i}]", columns) for i, r in enumerate(given)]
-    ranks = [_rank(r, f"ranking[{i}]") for i, r in enumerate(need_list(view["ranking"], "ranking"))]
+    ranks = [read_rank(r, f"ranking[{i}]") for i, r in enumerate(need_list(view["ranking"], "ranking"))]
     if len(ranks) != len(responses) or len(responses) < 2:
         raise RowError(f"{len(responses)} responses but {len(ranks)} ranks; give one rank each, at least two responses")
     if len(set(ranks)) == 1:
@@ -317,85 +315,6 @@ def _need_user(messages: list[Message]) -> None:
     said = [m["content"] for m in messages if m["role"] == "user"]
     if not any(text.strip() for text in said):
         raise RowError("every user turn is empty" if said else "there is no user turn")
-
-
-# ---- the other columns -----------------------------------------------------------------------------------------------
-
-
-def _tools(view: Row) -> Tools:
-    """Return the JSON schemas of the column `tools`, or of `functions` in the older OpenAI format."""
-    key = "tools" if view.get("tools") else "functions"
-    if not view.get(key):
-        return None
-    tools = need_list(need_json(view[key], key), key)
-    if not all(isinstance(tool, dict) for tool in tools):
-        raise RowError(f"{key} is not a list of JSON schemas")
-    need_string(json.dumps(tools, ensure_ascii=False, default=str), key)
-    if key == "functions":
-        tools = [{"type": "function", "function": tool} for tool in tools]
-    return tools or None
-
-
-def _label(view: Row, columns: Columns) -> float:
-    """Return the probability that the chosen response is better.
-
-    A label of 0 says that the rejected one is better for sure: that is the number of a class rather than a
-    probability, unless the user names the column.
-    """
-    given = isinstance(view.get("label"), bool)
-    value = (
-        float(view["label"])
-        if given
-        else _number(view, "label", 1.0, f" (the probability that chosen is better); {NO_LABEL}")
-    )
-    if not 0 <= value <= 1:
-        raise RowError(f"label is {value:g}, outside 0..1 (the probability that chosen is better); {NO_LABEL}")
-    if value == 0 and "label" not in columns.mapped:
-        raise RowError(
-            f"label is {view['label']}, so chosen would be the worse one: data.columns.label=label reads it as the "
-            f"probability that chosen is better; {NO_LABEL}"
-        )
-    return value
-
-
-NO_LABEL = "data.columns.label=null leaves it to rewards"
-WORDS = {"true": True, "false": False}
-
-
-def _rating(view: Row, columns: Columns) -> bool | float:
-    """Return how good a single response is: true or false, or a number, more is better."""
-    key = "rating" if view.get("rating") is not None else "label"
-    value = WORDS.get(str(view[key]).lower(), view[key])
-    if isinstance(value, bool):
-        return value
-    number = _number(view, key, 0.0)
-    if key == "label":
-        if "label" not in columns.mapped:
-            raise RowError(
-                f"label is {value} beside a single response: data.columns.label=label reads it as whether the "
-                f"response is good, as true and false; {NO_LABEL}"
-            )
-        return bool(number)
-    return number
-
-
-def _rank(value: Any, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(number_of(value, key)):
-        raise RowError(f"{key} is {str(value)[:40]!r}, not a number")
-    return value
-
-
-def _number(row: Row, key: str, default: float, meaning: str = "") -> float:
-    value = row.get(key)
-    if value is None or value == "":
-        return default
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise RowError(f"{key} is {str(value)[:40]!r}, not a number{meaning}") from None
-    if not math.isfinite(number):
-        raise RowError(f"{key} is {value!r}, not a finite number")
-    return number
 
 
 def _missing(row: Row, keys: list[str]) -> RowError:
