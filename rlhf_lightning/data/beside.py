@@ -33,12 +33,7 @@ def read_label(view: Row, columns: Columns) -> float:
     A label of 0 says that the rejected one is better for sure: that is the number of a class rather than a
     probability, unless the user names the column.
     """
-    given = isinstance(view.get("label"), bool)
-    value = (
-        float(view["label"])
-        if given
-        else read_number(view, "label", 1.0, f" (the probability that chosen is better); {NO_LABEL}")
-    )
+    value = read_number(view, "label", 1.0, f" (the probability that chosen is better); {NO_LABEL}")
     if not 0 <= value <= 1:
         raise RowError(f"label is {value:g}, outside 0..1 (the probability that chosen is better); {NO_LABEL}")
     if value == 0 and "label" not in columns.mapped:

@@ -106,7 +106,8 @@ class Layout:
 def read_row(row: Row, columns: Columns, kinds: Sequence[str]) -> tuple[Layout | None, Row]:
     """Return the layout of a row among `kinds`, the best first, and the row in our columns; None where none fits.
 
-    Columns that the user maps come before others, our own names before those of a data set.
+    Columns that the user maps come before others, our own names before those of a data set, which are tried in the
+    order of the table.
     """
     view = columns.view(row)
     present = {name for name, value in view.items() if has_value(value)}
@@ -120,7 +121,8 @@ def read_row(row: Row, columns: Columns, kinds: Sequence[str]) -> tuple[Layout |
 
     def order(layout: Layout) -> tuple[Any, ...]:
         mapped = len(columns.mapped.intersection(layout.needs))
-        return (-mapped, layout.kind == "text", layout.read is not None, kinds.index(layout.kind))
+        ours = layout.read is None
+        return (-mapped, layout.kind == "text", not ours, kinds.index(layout.kind) if ours else 0)
 
     layout = min(fitting, key=order)
     if layout.read is None:
@@ -132,7 +134,7 @@ def read_row(row: Row, columns: Columns, kinds: Sequence[str]) -> tuple[Layout |
 def unread_columns(row: Row, columns: Columns, kinds: Sequence[str]) -> set[str]:
     """Return the columns of a row that nothing but a reward reads."""
     try:
-        layout, view = read_row(row, columns, kinds)
+        view, (layout, _) = columns.view(row), read_row(row, columns, kinds)
     except RowError:  # refused when it is read, or skipped
         return set()
     if layout is None:
