@@ -136,7 +136,7 @@ def _json_lines(file: Any) -> Iterator[Row | RowError]:
         if isinstance(line, RowError):
             yield line
         elif line.strip():
-            yield parse(line)
+            yield parse(line.rstrip(b"\r\n"))
 
 
 def parse(text: bytes) -> Any:

@@ -211,11 +211,9 @@ def _pick(splits: Any, split: str, name: str, key: str) -> Any:
     for candidate in SPLITS.get(split, (split,)):
         if candidate in splits:
             return splits[candidate]
-    first = next(iter(splits), split)
-    raise UserError(
-        f"{key}: {name} has the splits {', '.join(splits)}, none of them for {split}.{nearest(split, splits)} Choose "
-        f"one with {key}={name}:{first}"
-    )
+    likely = next((other for other in splits if other.startswith(split)), next(iter(splits), split))
+    advice = f" Choose one with {key}={name}:{likely}" if split in SPLITS else nearest(split, splits)
+    raise UserError(f"{key}: {name} has the splits {', '.join(splits)}, none of them for {split}.{advice}")
 
 
 def _content(dataset: Any, split: str) -> str:
