@@ -122,6 +122,7 @@ class RowData(LightningDataModule):
         self.world = dict(world or {})
         self.template = Template(tokenizer, template)
         self.sources: dict[str, Source] = {}
+        self.as_given: dict[str, Source] = {}
         self.rows: dict[str, Rows] = {}
 
     def source(self, split: str) -> Source:
@@ -133,6 +134,7 @@ class RowData(LightningDataModule):
             source = read_source(
                 self.given[split], split, self.limits[split], self.kind, world, stream=stream, weights=weights
             )
+            self.as_given[split] = source
             if source.parts and not stream:
                 source = several([self.prepare(part) for part in source.parts], source.name, source.weights)
             self.sources[split] = source if stream or source.parts else self.prepare(source)
@@ -175,7 +177,7 @@ class RowData(LightningDataModule):
             lines = ["an epoch has " + ", ".join(f"{count} rows of {name}" for name, count in rows.drawn().items())]
         unread: set[str] = set()
         if not self.source(split).name.startswith(WORLD):
-            for _, row in islice(self.source(split).rows(), LOOKED_AT):
+            for _, row in islice(self.as_given[split].rows(), LOOKED_AT):
                 unread |= unread_columns(row, self.columns, KINDS[self.kind])
         if unread:
             lines.append(

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.data.messages import RowError
+from rlhf_lightning.data.messages import DEEPEST, RowError, shallow
 from rlhf_lightning.errors import UserError
 
 Row = dict[str, Any]
@@ -25,8 +25,6 @@ LONGEST = 1 << 26
 """Bytes of the longest line that is read as a row."""
 LARGEST = 1 << 30
 """Bytes of the largest file that is read at once: a JSON list."""
-DEEPEST = 200
-"""Lists and objects inside each other in a row."""
 UNREADABLE = (OSError, EOFError, zlib.error, UnicodeDecodeError)
 
 
@@ -142,32 +140,27 @@ def _json_lines(file: Any) -> Iterator[Row | RowError]:
 def parse(text: bytes) -> Any:
     """Return the value of a JSON text, or a `RowError` with the reason why it has none."""
     try:
-        value = json.loads(text.decode("utf-8"))
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_object)
+        # every level has its bracket
+        return shallow(value, "the row") if text.count(b"[") + text.count(b"{") > DEEPEST else value
+    except RowError as error:
+        return error
     except json.JSONDecodeError as error:
         return RowError(f"not JSON ({error.msg} at column {error.colno})")
     except UnicodeDecodeError as error:
         return RowError(f"not UTF-8 (byte {error.start + 1} is 0x{text[error.start]:02x})")
     except RecursionError:
-        return RowError("lists or objects are nested too deeply")
+        return RowError(f"the row has lists or objects nested more than {DEEPEST} deep")
     except ValueError as error:  # of a number with thousands of digits
         return RowError(f"not JSON ({str(error).split(';')[0].split(':')[0]})")
-    if text.count(b"[") + text.count(b"{") > DEEPEST and _depth(value) > DEEPEST:
-        return RowError(f"lists or objects are nested more than {DEEPEST} deep")
-    return value
 
 
-def _depth(value: Any) -> int:
-    """Return how many lists and objects are inside each other, counted level by level."""
-    level, depth = [value], 0
-    while level := [
-        inner
-        for outer in level
-        if isinstance(outer, list | dict)
-        for inner in (outer.values() if isinstance(outer, dict) else outer)
-        if isinstance(inner, list | dict)
-    ]:
-        depth += 1
-    return depth
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise RowError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    return found
 
 
 def _json(file: Any) -> Iterator[Row | RowError]:

@@ -27,6 +27,10 @@ FLAGS = ("weight", "train", "loss")
 """Fields of a message that say whether it is learned."""
 MESSAGES_TEXT = re.compile(r"""\s*(?:\[\s*)?\{\s*["'](?:role|content|from|value)["']\s*:""")
 """How messages begin that are stored as text."""
+LONGEST_PRINTED = 1 << 20
+"""Characters of the longest text that is read as Python prints it, which takes much memory."""
+DEEPEST = 200
+"""Lists and objects inside each other in a row: others cannot be written again."""
 HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 
 
@@ -68,9 +72,11 @@ def parsed(value: Any, key: str) -> Any:
     """Return the messages that a text holds, as JSON or as Python prints them; another value as it is."""
     if not isinstance(value, str) or not MESSAGES_TEXT.match(value):
         return value
-    for read in (json.loads, ast.literal_eval):
+    for read in (json.loads, ast.literal_eval) if len(value) < LONGEST_PRINTED else (json.loads,):
         try:
-            return read(value)
+            return shallow(read(value), key)
+        except RowError:
+            raise
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
     raise RowError(f"{key} begins like messages stored as text, and is no JSON: {value[:60]!r}")
@@ -79,7 +85,8 @@ def parsed(value: Any, key: str) -> Any:
 def _message(message: Any, key: str, roles: Mapping[str, str]) -> Message:
     if not isinstance(message, dict):
         raise RowError(f"{key} is not an object with role and content")
-    fields = {FIELD_NAMES.get(str(name), str(name)): inner for name, inner in message.items() if inner is not None}
+    fields = {str(name): inner for name, inner in message.items() if inner is not None}
+    fields = {ours: fields[name] for name, ours in FIELD_NAMES.items() if name in fields} | fields
     if "role" not in fields:
         raise RowError(f"{key} is not an object with role and content")
     given = str(fields["role"])
@@ -257,9 +264,26 @@ def need_json(value: Any, key: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        found = json.loads(value)
     except (ValueError, RecursionError):
         raise RowError(f"{key} is not JSON: {value[:60]!r}") from None
+    return shallow(found, key)
+
+
+def shallow(value: Any, key: str) -> Any:
+    """Return a value with at most `DEEPEST` lists and objects inside each other, or raise a `RowError`."""
+    level, depth = [value], 0
+    while level := [
+        inner
+        for outer in level
+        if isinstance(outer, list | dict)
+        for inner in (outer.values() if isinstance(outer, dict) else outer)
+        if isinstance(inner, list | dict)
+    ]:
+        depth += 1
+        if depth > DEEPEST:
+            raise RowError(f"{key} has lists or objects nested more than {DEEPEST} deep")
+    return value
 
 
 def need_list(value: Any, key: str) -> list[Any]:

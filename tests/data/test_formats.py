@@ -63,12 +63,13 @@ def test_one_object_is_one_row(tmp_path: Path) -> None:
     ("name", "bad", "reason"),
     [
         ("d.jsonl", b'{"prompt": \n', "not JSON (Expecting value at column 12)"),
-        ("d.jsonl", b"[" * 100_000 + b"\n", "lists or objects are nested too deeply"),
+        ("d.jsonl", b"[" * 100_000 + b"\n", "the row has lists or objects nested more than 200 deep"),
         ("d.jsonl", b'{"x":' + b"[" * 300 + b"]" * 300 + b"}\n", "nested more than 200 deep"),
         ("d.jsonl", b'{"x":' + b"9" * 6000 + b"}\n", "not JSON (Exceeds the limit (4300 digits)"),
         ("d.jsonl", b'{"x": "\xff"}\n', "not UTF-8 (byte 8 is 0xff)"),
         ("d.jsonl", b'{"x": "' + b"a" * 5000 + b'"}\n', "the line is longer than 0 MiB"),
         ("d.jsonl", b"[1, 2]\n", "the row is list, not an object"),
+        ("d.jsonl", b'{"prompt": "a", "prompt": "b"}\n', "row 2: prompt is there twice"),
         ("d.jsonl", b"null\n", "the row is NoneType, not an object"),
         ("d.jsonl", b'{"prompt": "a\\ud800"}\n', "prompt contains a lone surrogate"),
         ("d.jsonl", b'{"\\ud800\\n": "a"}\n', "there is no prompt or messages or text; the row has \\ud800 ."),
@@ -111,7 +112,7 @@ def test_a_line_that_is_no_row_is_a_bad_row(
         ("d.jsonl.zst", b"no zstd", "row 1: the file cannot be read ("),
         ("d.json", b'{"prompt": "a"', "row 1: not JSON ("),
         ("d.json", b'{"data": 3}', "row 1: the file holds int, not a list of rows"),
-        ("d.json", b"[" * 100_000, "row 1: lists or objects are nested too deeply"),
+        ("d.json", b"[" * 100_000, "row 1: the row has lists or objects nested more than 200 deep"),
         ("d.parquet", b"PAR1 no parquet PAR1", "row 1: the file cannot be read ("),
     ],
 )

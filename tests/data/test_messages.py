@@ -35,6 +35,7 @@ CALL = {"type": "function", "function": {"name": "find", "arguments": {"what": "
         (USER | {"weight": 0}, USER),
         (BOT | {"weight": None, "tool_calls": None, "reasoning_content": None}, BOT),
         (BOT | {"reasoning_content": "hm"}, BOT | {"reasoning_content": "hm"}),
+        (BOT | {"value": 0.5, "from": 3}, BOT),
         (BOT | {"thinking": "hm"}, BOT | {"reasoning_content": "hm"}),
         (BOT | {"tool_calls": []}, BOT),
         (BOT | {"tool_calls": [CALL]}, BOT | {"tool_calls": [CALL]}),
@@ -73,6 +74,10 @@ def test_fields_of_a_message(given: dict[str, Any], expected: dict[str, Any]) ->
         (BOT | {"reasoning_content": 3}, "reasoning_content is int, not text"),
         (BOT | {"reasoning_content": "\ud800"}, "reasoning_content contains a lone surrogate"),
         (BOT | {"tool_calls": [{"name": "f", "arguments": {"a": "\udc00"}}]}, "tool_calls contains a lone surrogate"),
+        (
+            BOT | {"tool_calls": [{"name": "f", "arguments": '{"a":' + "[" * 300 + "]" * 300 + "}"}]},
+            "tool_calls[0].arguments has lists or objects nested more than 200 deep",
+        ),
         ({"role": "assistant", "content": None}, "is not an object with role and content"),
         ({"role": "critic\n", "content": "x"}, "role is 'critic\\n', not one of"),
         ("hello", "is not an object with role and content"),
