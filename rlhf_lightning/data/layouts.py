@@ -18,11 +18,16 @@ VERSION = 1
 Row = dict[str, Any]
 READ = (
     "messages", "prompt", "response", "completion", "chosen", "rejected", "responses", "ranking", "rating", "text",
-    "system", "tools", "margin", "label", "annotator", "answer",
+    "system", "tools", "reasoning_content", "margin", "label", "annotator", "answer",
 )  # fmt: skip
 """Columns that are read; other names are mapped to them. `answer` is read by rewards only."""
-BESIDE = {"system", "system_prompt", "tools", "functions", "margin", "label", "annotator"}
-"""Columns that are read beside any layout."""
+PROMPT = {"system", "system_prompt", "tools", "functions"}
+VERDICT = {"margin", "label", "annotator"}
+BESIDE = {
+    "conversation": PROMPT, "single": PROMPT | {"reasoning_content"}, "rated": PROMPT | {"reasoning_content"},
+    "pair": PROMPT | VERDICT, "ranking": PROMPT | VERDICT, "prompt": PROMPT, "text": set[str](),
+}  # fmt: skip
+"""Kind of a layout -> columns that are read beside it."""
 
 
 class Columns:
@@ -127,7 +132,7 @@ def read_row(row: Row, columns: Columns, kinds: Sequence[str]) -> tuple[Layout |
     layout = min(fitting, key=order)
     if layout.read is None:
         return layout, view
-    beside = {name: value for name, value in view.items() if name in BESIDE}
+    beside = {name: value for name, value in view.items() if name in BESIDE[layout.kind]}
     return layout, beside | layout.read(view)
 
 
@@ -139,7 +144,7 @@ def unread_columns(row: Row, columns: Columns, kinds: Sequence[str]) -> set[str]
         return set()
     if layout is None:
         return set()
-    read = {*layout.needs, *layout.also, *BESIDE}
+    read = {*layout.needs, *layout.also, *BESIDE[layout.kind]}
     kept = {name for name in view if name not in read}
     fields = {f"{name}[].{field}" for name in read & view.keys() for field in unread_fields(view[name])}
     return {str(name) for name, value in row.items() if name in kept and has_value(value)} | fields
@@ -272,7 +277,8 @@ def is_kto(row: Row) -> bool:
 def is_nectar(row: Row) -> bool:
     """Return whether `answers` has objects with a rank."""
     answers = row["answers"]
-    return isinstance(answers, list) and all(isinstance(item, dict) and "rank" in item for item in answers)
+    items = answers if isinstance(answers, list) else [answers]
+    return all(isinstance(item, dict) and "rank" in item for item in items)
 
 
 PAIR = {"chosen": "chosen", "rejected": "rejected"}

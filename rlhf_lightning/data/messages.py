@@ -23,6 +23,8 @@ ROLE_NAMES = {
 """Other names of roles, of ShareGPT, Gemma, Llama and the older OpenAI format."""
 FIELD_NAMES = {"from": "role", "value": "content", "reasoning": "reasoning_content", "thinking": "reasoning_content"}
 FIELDS = {"role", "content", "reasoning_content", "tool_calls", "function_call", "name", "tool_call_id"}
+REFUSED = ("tools", "functions", "channel", "refusal", "audio", "image", "images", "video")
+"""Fields that belong to what is learned and are not read."""
 FLAGS = ("weight", "train", "loss")
 """Fields of a message that say whether it is learned."""
 MESSAGES_TEXT = re.compile(r"""\s*(?:\[\s*)?\{\s*["'](?:role|content|from|value)["']\s*:""")
@@ -62,7 +64,7 @@ def read_messages(value: Any, key: str, roles: Mapping[str, str] | None = None) 
         if not is_hh(value):
             raise RowError(f"{key} is a text, not a list of messages")
         return hh_messages(value)
-    listed = [value] if isinstance(value, dict) else need_list(value, key)
+    listed = [value] if isinstance(value, dict) and not _is_columnar(value) else need_list(value, key)
     if not listed:
         raise RowError(f"{key} is empty")
     return [_message(message, f"{key}[{number}]", roles or {}) for number, message in enumerate(listed)]
@@ -89,6 +91,9 @@ def _message(message: Any, key: str, roles: Mapping[str, str]) -> Message:
     fields = {ours: fields[name] for name, ours in FIELD_NAMES.items() if name in fields} | fields
     if "role" not in fields:
         raise RowError(f"{key} is not an object with role and content")
+    if refused := [name for name in REFUSED if fields.get(name)]:
+        advice = ", the column tools is" if refused[0] in ("tools", "functions") else ""
+        raise RowError(f"{key}.{refused[0]} is not read{advice}")
     given = str(fields["role"])
     role = roles.get(given) or (given if given in ROLES else ROLE_NAMES.get(given.lower(), given.lower()))
     if role not in ROLES:
@@ -165,7 +170,7 @@ def unread_fields(value: Any) -> set[str]:
     """Return the fields of messages that nothing reads."""
     listed = value if isinstance(value, list) else []
     messages = [m for m in listed if isinstance(m, dict) and {"role", "from"} & m.keys()]
-    known = {*FIELDS, *FIELD_NAMES, *FLAGS}
+    known = {*FIELDS, *FIELD_NAMES, *FLAGS, *REFUSED}
     return {str(name) for m in messages for name, inner in m.items() if inner is not None} - known
 
 
@@ -270,6 +275,11 @@ def need_json(value: Any, key: str) -> Any:
     return shallow(found, key)
 
 
+def _is_columnar(value: dict[str, Any]) -> bool:
+    """Return whether an object has lists of one length: how `datasets` keeps a list of objects."""
+    return bool(value) and all(isinstance(v, list) for v in value.values()) and len(set(map(len, value.values()))) == 1
+
+
 def shallow(value: Any, key: str) -> Any:
     """Return a value with at most `DEEPEST` lists and objects inside each other, or raise a `RowError`."""
     level, depth = [value], 0
@@ -287,9 +297,11 @@ def shallow(value: Any, key: str) -> Any:
 
 
 def need_list(value: Any, key: str) -> list[Any]:
-    """Return a list, also one that is stored as JSON text, or raise a `RowError`."""
+    """Return a list, or raise a `RowError`; also one that is stored as JSON text, or column by column."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = need_json(value, key)
+    if isinstance(value, dict) and _is_columnar(value):
+        value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
     if not isinstance(value, list | tuple):
         raise RowError(f"{key} is {type(value).__name__}, not a list")
     return list(value)

@@ -202,6 +202,10 @@ def _prompt(view: Row, columns: Columns) -> list[Message]:
 def _answered(view: Row, columns: Columns) -> list[Message]:
     """Return the conversation of a prompt and its response; of several turns in a response all are learned."""
     turns = _turns(_response(view), "response", columns)
+    if view.get("reasoning_content"):
+        if len(turns) > 1 or "reasoning_content" in turns[0]:
+            raise RowError("the column reasoning_content is beside a response with turns or reasoning of its own")
+        turns = [turns[0] | {"reasoning_content": need_string(view["reasoning_content"], "reasoning_content")}]
     messages, begin = joined(_prompt(view, columns), turns, "response")
     answers = [m for m in messages[begin:] if m["role"] == "assistant"]
     if len(answers) < 2 or any("weight" in m for m in answers):

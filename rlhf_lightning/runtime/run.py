@@ -147,7 +147,8 @@ class Run:
 
         settings, data = self.settings, self.settings["data"]
         stream = data.get("window") is not None
-        kinds = ["corpus", "demonstrations"] if data["train"] == "world" else [""]
+        given = data["train"] if isinstance(data["train"], list) else [data["train"]]
+        kinds = ["corpus", "demonstrations"] if "world" in given else [""]
         world = {"seed": settings["seed"]} | (data.get("world") or {}) | {"records": None}
         sources = [
             read_source(data["train"], "train", ROWS_READ_FOR_TOKENIZER, kind, world, stream=stream) for kind in kinds

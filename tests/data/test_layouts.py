@@ -114,6 +114,22 @@ def test_the_column_system_comes_first_in_every_layout() -> None:
         demonstration({"messages": [system, USER, BOT], "system": "Be brief."})
 
 
+def test_reasoning_may_be_a_column() -> None:
+    row = {"problem": "Hi", "thinking": "hm", "solution": "Hello"}
+    assert demonstration(row).content == [USER, BOT]
+    content = demonstration(row, Columns({"reasoning_content": "thinking"})).content
+    assert content == [USER, BOT | {"reasoning_content": "hm"}]
+    with pytest.raises(RowError, match="beside a response with turns or reasoning of its own"):
+        demonstration({"prompt": "Hi", "response": [BOT | {"reasoning": "so"}], "reasoning_content": "hm"})
+
+
+def test_lists_may_be_kept_column_by_column() -> None:
+    columns = {"from": ["human", "gpt"], "value": ["Hi", "Hello"]}
+    assert demonstration({"conversations": columns}).content == [USER, BOT]
+    answers = {"answer": ["Go away", "Hello"], "rank": [2.0, 1.0]}
+    assert preference({"prompt": "Hi", "answers": answers}).responses == ["Hello", "Go away"]
+
+
 def test_every_layout_is_read_by_some_stage() -> None:
     for layout in LAYOUTS:
         assert layout.kind in {*DEMONSTRATIONS, *PREFERENCES, *PROMPTS}
@@ -154,6 +170,10 @@ def test_columns_that_nobody_reads_are_named() -> None:
     assert unread_columns(row, plain, DEMONSTRATIONS) == {"source", "text"}
     assert unread_columns(PAIRS["UltraFeedback"], plain, PREFERENCES) == {"models"}
     assert unread_columns({"ask": "Hi", "id": 1}, Columns({"prompt": "ask"}), PROMPTS) == {"id"}
+    assert unread_columns({"text": "Once", "system": "Be kind.", "label": 3}, plain, DEMONSTRATIONS) == {
+        "system",
+        "label",
+    }
     row = {"messages": [USER, BOT | {"timestamp": 3, "weight": 1}], "tools": []}
     assert unread_columns(row, plain, DEMONSTRATIONS) == {"messages[].timestamp"}
 
