@@ -73,7 +73,10 @@ def run_stage(cfg: DictConfig) -> float | None:
 
 
 def normalize(arguments: list[str]) -> list[str]:
-    """Return `arguments` with model=<folder or hub name> spelled as model=hub model.name=<...>; idempotent."""
+    """Return `arguments` as Hydra reads them; idempotent.
+
+    model=<folder or hub name> is model=hub model.name=<...>, and a key of the empty map data.columns is added to it.
+    """
     options = groups().get("model", [])
     normalized = []
     for argument in arguments:
@@ -83,6 +86,8 @@ def normalize(arguments: list[str]) -> list[str]:
                 "model=hub",
                 f"model.name={value!r}" if not value.startswith(("'", '"')) else f"model.name={value}",
             ]
+        elif key.startswith("data.columns."):
+            normalized.append(f"++{argument}")
         else:
             normalized.append(argument)
     return normalized

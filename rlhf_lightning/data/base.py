@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from rlhf_lightning.data.layouts import Columns, unread_columns
+from rlhf_lightning.data.mixture import JoinedRows, epoch_order
 from rlhf_lightning.data.planning import MicroBatch, PlannedLoader, StepPlan
-from rlhf_lightning.data.sources import Source, read_source
+from rlhf_lightning.data.records import KINDS
+from rlhf_lightning.data.sources import WORLD, Source, read_source, several
 from rlhf_lightning.data.stream import WindowLoader, Windows
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.data.tokenize import TokenizedRows, tokenize
@@ -19,6 +24,9 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.ops.groups import Group, GroupList, token_budget
 from rlhf_lightning.ops.seeding import generator
 
+LOOKED_AT = 100
+"""Rows in which columns that are not read are looked for at every start."""
+Rows = TokenizedRows | JoinedRows
 CACHE = Path.home() / ".cache" / "rlhf_lightning"
 
 
@@ -39,8 +47,10 @@ class RowData(LightningDataModule):
 
     Args:
         tokenizer: a Hugging Face fast tokenizer.
-        train, val: a file, folder, hub name, list of rows, a :class:`Source`, or "world" for the built-in world;
-            `val=None` is no validation.
+        train, val: a file, pattern of files, folder, hub name, list of rows, list of sources, a :class:`Source`, or
+            "world" for the built-in world; `val=None` is no validation.
+        weights: proportions in which the rows of several sources of `train` are drawn; None draws every row once.
+        columns: the data's names of columns and roles, see :class:`Columns`.
         batch_size: rows per optimizer step, over all ranks and accumulated microbatches.
         max_length: longest prompt plus response in tokens.
         row_tokens: token budget of a packed row.
@@ -66,6 +76,8 @@ class RowData(LightningDataModule):
         train: Any,
         val: Any = None,
         *,
+        weights: Sequence[float] | None = None,
+        columns: Mapping[str, Any] | None = None,
         batch_size: int = 8,
         max_length: int = 1024,
         row_tokens: int = 1024,
@@ -98,7 +110,7 @@ class RowData(LightningDataModule):
                 f"data.window={window} must be a multiple of data.batch_size={batch_size}, with data.num_workers=0"
             )
         self.window, self.windows = window, None
-        self.tokenizer = tokenizer
+        self.tokenizer, self.weights, self.columns = tokenizer, weights, Columns(columns)
         self.given = {"train": train, "val": val}
         if val is None:  # Lightning validates only where the hook is overridden
             self.val_dataloader = super().val_dataloader
@@ -110,17 +122,27 @@ class RowData(LightningDataModule):
         self.world = dict(world or {})
         self.template = Template(tokenizer, template)
         self.sources: dict[str, Source] = {}
-        self.rows: dict[str, TokenizedRows] = {}
+        self.as_given: dict[str, Source] = {}
+        self.rows: dict[str, Rows] = {}
 
     def source(self, split: str) -> Source:
         """Return where the rows of "train" or "val" come from."""
         if split not in self.sources:
             stream = split == "train" and self.window is not None
             world = {"seed": self.seed} | self.world
-            self.sources[split] = read_source(
-                self.given[split], split, self.limits[split], self.kind, world, stream=stream
+            weights = self.weights if split == "train" else None
+            source = read_source(
+                self.given[split], split, self.limits[split], self.kind, world, stream=stream, weights=weights
             )
+            self.as_given[split] = source
+            if source.parts and not stream:
+                source = several([self.prepare(part) for part in source.parts], source.name, source.weights)
+            self.sources[split] = source if stream or source.parts else self.prepare(source)
         return self.sources[split]
+
+    def prepare(self, source: Source) -> Source:
+        """Return a source whose rows are read as a whole, with what comes before its rows are tokenized."""
+        return source
 
     def setup(self, stage: str = "fit") -> None:
         """Read and tokenize each split once; later starts open the cache."""
@@ -132,14 +154,36 @@ class RowData(LightningDataModule):
                 self.windows = Windows(self.source(split), self.to_group, self.window, self.on_bad_row, raw)
                 self.rows[split] = next(self.windows.after(0))[1]  # what is checked before the first step
             else:
-                self.rows[split] = tokenize(
-                    self.source(split),
-                    self.to_group,
-                    cache_dir=self.cache_dir,
-                    parts=self.cache_key(),
-                    on_bad_row=self.on_bad_row,
-                    keep_raw=self.kind == "prompts",
-                )
+                source = self.source(split)
+                rows = [self._tokenized(part) for part in source.parts or (source,)]
+                names = [part.name for part in source.parts]
+                self.rows[split] = JoinedRows(rows, names, source.weights) if names else rows[0]
+
+    def _tokenized(self, source: Source) -> TokenizedRows:
+        return tokenize(
+            source,
+            self.to_group,
+            cache_dir=self.cache_dir,
+            parts=self.cache_key(),
+            on_bad_row=self.on_bad_row,
+            keep_raw=self.kind == "prompts",
+        )
+
+    def notes(self) -> list[str]:
+        """Return lines about the training rows: what an epoch draws, and what the first rows have that is not read."""
+        split = "train" if self.given["train"] is not None else "val"
+        rows, lines = self.rows.get(split), []
+        if isinstance(rows, JoinedRows):
+            lines = ["an epoch has " + ", ".join(f"{count} rows of {name}" for name, count in rows.drawn().items())]
+        unread: set[str] = set()
+        if not self.source(split).name.startswith(WORLD):
+            for _, row in islice(self.as_given[split].rows(), LOOKED_AT):
+                unread |= unread_columns(row, self.columns, KINDS[self.kind])
+        if unread:
+            lines.append(
+                f"columns of data.{split} that are not read, metadata for rewards: {', '.join(sorted(unread))}"
+            )
+        return lines
 
     def to_group(self, row: dict[str, Any]) -> Group:
         """Return the group of a raw row, or raise a `RowError`."""
@@ -147,7 +191,7 @@ class RowData(LightningDataModule):
 
     def cache_key(self) -> list[Any]:
         """Everything besides the rows that decides their tokens."""
-        return [type(self).__name__, self.template.key, self.max_length, self.turns]
+        return [type(self).__name__, self.columns.key, self.template.key, self.max_length, self.turns]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -157,12 +201,16 @@ class RowData(LightningDataModule):
         assert self.trainer is not None
         return self.trainer.max_steps
 
-    def _plan(self, rows: TokenizedRows | None = None) -> StepPlan:
+    def _plan(self, rows: Rows | None = None) -> StepPlan:
         rank, world_size = self._ranks()
         rows = self.rows["train"] if rows is None else rows
+        order = None
+        if isinstance(rows, JoinedRows) and rows.weights:
+            order = partial(epoch_order, rows.sizes, rows.weights, self.seed)
         return StepPlan(
-            rows.tokens, rows.loss_tokens, self.batch_size, self.accumulate, rank, world_size, seed=self.seed
-        )
+            rows.tokens, rows.loss_tokens, self.batch_size, self.accumulate, rank, world_size, seed=self.seed,
+            order=order,
+        )  # fmt: skip
 
     def _ranks(self) -> tuple[int, int]:
         return data_ranks(self.trainer) if self.trainer else (0, 1)
@@ -179,6 +227,9 @@ class RowData(LightningDataModule):
             raise UserError(
                 f"data.train has {len(self.rows['train'])} rows, fewer than {plan.parts} microbatches per step"
             )
+        if isinstance(self.rows["train"], JoinedRows) and self.trainer is not None:
+            for logger in self.trainer.loggers:
+                logger.log_metrics({f"data/{name}": n for name, n in self.rows["train"].drawn().items()}, step=0)
         if self.windows is not None:
             batches = (self.steps_per_epoch + 1) * self.accumulate  # one more step: a finished run can be extended
             return WindowLoader(self.windows, self._plan, self._collate_window, batches)

@@ -10,7 +10,9 @@ from torch.utils.data import DataLoader
 
 from rlhf_lightning.data import records
 from rlhf_lightning.data.base import RowData
+from rlhf_lightning.data.pairing import paired
 from rlhf_lightning.data.planning import MicroBatch
+from rlhf_lightning.data.sources import Source
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.ops.groups import Group, GroupList
 
@@ -21,8 +23,9 @@ class DemonstrationData(RowData):
     kind = "demonstrations"
 
     def to_group(self, row: dict[str, Any]) -> Group:
-        record = records.demonstration(row)
-        prompt, response, loss_mask = self.template.demonstration(record.content, turns=self.turns)
+        record = records.demonstration(row, self.columns)
+        turns = records.learned_turns(record.content, self.turns)
+        prompt, response, loss_mask = self.template.demonstration(record.content, turns=turns)
         records.check_length(len(prompt), self.max_length)
         room = self.max_length - len(prompt)
         return Group(prompt, [response[:room]], [loss_mask[:room]])
@@ -33,8 +36,12 @@ class PreferenceData(RowData):
 
     kind = "preferences"
 
+    def prepare(self, source: Source) -> Source:
+        """Return the rows with rated single responses to equal prompts as rankings."""
+        return paired(source, self.columns)
+
     def to_group(self, row: dict[str, Any]) -> Group:
-        record = records.preference(row)
+        record = records.preference(row, self.columns)
         prompt = self.template.prompt(record.prompt)
         records.check_length(len(prompt), self.max_length)
         room = self.max_length - len(prompt)
@@ -90,14 +97,14 @@ class PromptData(RowData):
         return self._listed("train", parts[rank::world_size])
 
     def to_group(self, row: dict[str, Any]) -> Group:
-        record = records.prompt(row)
+        record = records.prompt(row, self.columns)
         prompt = self.template.prompt(record.content)
         records.check_length(len(prompt), self.max_length)
         return Group(prompt, [])
 
     def group(self, split: str, row: int) -> Group:
         """Return the prompt of a row as a group without responses, with what rewards read."""
-        record = records.prompt(self.rows[split].raw(row))
+        record = records.prompt(self.rows[split].raw(row), self.columns)
         return replace(self.rows[split][row], text=record.text, metadata=record.metadata)
 
     def collate(self, split: str, micro: MicroBatch) -> GroupList:

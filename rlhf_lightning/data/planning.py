@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class StepPlan(Sampler[MicroBatch]):
         accumulate: microbatches per step on each rank (Lightning's `accumulate_grad_batches`).
         rank, world_size: this rank and the number of ranks.
         shuffle: permute the rows every epoch.
+        order: epoch -> the rows of that epoch in order, instead of a permutation.
     """
 
     def __init__(
@@ -53,7 +54,9 @@ class StepPlan(Sampler[MicroBatch]):
         world_size: int = 1,
         shuffle: bool = True,
         seed: int = 0,
+        order: Callable[[int], np.ndarray] | None = None,
     ) -> None:
+        self.order = order
         self.tokens, self.loss_tokens = tokens, loss_tokens
         self.parts = accumulate * world_size
         self.accumulate, self.rank, self.shuffle, self.seed = accumulate, rank, shuffle, seed
@@ -72,6 +75,8 @@ class StepPlan(Sampler[MicroBatch]):
         order = np.arange(rows)
         if self.shuffle:
             order = torch.randperm(rows, generator=generator(self.seed, "epoch", self.epoch)).numpy()
+        if self.order is not None:
+            order = self.order(self.epoch)
         for step in range(self.start // self.accumulate, self.steps):
             step_rows = order[step * self.batch_size : (step + 1) * self.batch_size]
             loss_tokens = max(float(self.loss_tokens[step_rows].sum()), 1.0)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
+import glob
 import hashlib
-import io
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.data.formats import FORMATS, count_rows, read_file
+from rlhf_lightning.data.messages import RowError
+from rlhf_lightning.data.mixture import check_weights, interleaved
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.files import file_digest
 
 Row = dict[str, Any]
-FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "eval", "test")}
+"""A split of ours -> what a split, or the begin of a file's name, is called for it."""
+PATTERN = "*?["
+WORLD = "the built-in world"
 
 
 @dataclass(frozen=True)
@@ -26,13 +30,16 @@ class Source:
     """Rows that can be read repeatedly: a name for messages, a content key for caches, and the reader.
 
     `rows()` yields (where, row); `where` is the 1-based row number, with the file name when there are several files.
-    `count()` is about the number of rows, None where it is unknown.
+    In place of a row there may be the `RowError` that says why a line is none. `count()` is about the number of rows,
+    None where it is unknown. A list of sources has them as `parts`, of which it mixes rows in proportion to `weights`.
     """
 
     name: str
     key: str
     rows: Callable[[], Iterator[tuple[str, Row]]]
     count: Callable[[], int | None]
+    parts: tuple[Source, ...] = ()
+    weights: tuple[float, ...] = ()
 
 
 def read_source(
@@ -43,39 +50,60 @@ def read_source(
     world: Row | None = None,
     name: str | None = None,
     stream: bool = False,
+    weights: Sequence[float] | None = None,
 ) -> Source:
     """Return the rows of `source`.
 
     Args:
-        source: a path, a folder, a hub data set name, a list of dicts, "world", or a Source, which is returned.
+        source: a path, a pattern of paths, a folder, a hub data set name, with `:split` or `:configuration:split`
+            where it has several; a list of these; a list of dicts; "world"; or a Source, which is returned.
         split: "train" or "val"; selects the split of a hub data set, a folder or the world.
-        limit: read only the first rows.
+        limit: read only the first rows, of each of several sources.
         kind: what the built-in world should make: demonstrations, preferences or prompts.
         world: options of the built-in world.
         name: the key of the configuration it comes from, for messages; `split` when None.
         stream: read nothing before the rows are asked for: a file's content key is its name, size and time, and a hub
             data set is not downloaded.
+        weights: proportions in which the rows of several sources are drawn.
 
     Raises:
         UserError: when the source does not exist or is empty.
     """
     if isinstance(source, Source):
         return source
-    if isinstance(source, list):
-        key = _digest(json.dumps(source, sort_keys=True, default=str).encode())
-        return _limited(Source(f"data.{name or split}", key, lambda: _numbered(source), lambda: len(source)), limit)
+    key = f"data.{name or split}"
+    if isinstance(source, list | tuple) and source and all(isinstance(part, str | Path | Source) for part in source):
+        parts = [read_source(part, split, limit, kind, world, name, stream) for part in source]
+        return several(parts, key, check_weights(weights, len(parts), key), stream)
+    check_weights(weights, 1, key)
+    if isinstance(source, list | tuple):
+        rows, digest = list(source), _digest(json.dumps(source, sort_keys=True, default=str).encode())
+        return _limited(Source(key, digest, lambda: _numbered(rows), lambda: len(rows)), limit)
     if source == "world":
         return _world(kind, split, limit, dict(world or {}))
-    path = Path(str(source)).expanduser()
-    if path.is_dir():
-        return _limited(_folder(path, split, stream), limit)
-    if path.is_file():
-        return _limited(_file(path, stream), limit)
-    if str(source).endswith(FORMATS) or str(source).startswith((".", "/", "~")):
+    return _limited(_named(str(source), split, key, stream), limit)
+
+
+def _named(name: str, split: str, key: str, stream: bool) -> Source:
+    """Return the source of a path, a pattern, or a name of the hub."""
+    path = Path(name).expanduser()
+    with _readable(f"{key}={name}"):
+        if path.is_dir():
+            return _folder(path, split, stream, key)
+        if path.is_file():
+            return _file(path, stream)
+        if path.exists():
+            raise UserError(f"{key}: {path} is neither a file nor a folder")
+        if set(PATTERN) & set(name):
+            return _files(_matching(path, key), name, stream)
+    first, _, rest = name.partition(":")
+    if rest and Path(first).expanduser().is_dir():
+        return _folder(Path(first).expanduser(), rest, stream, key)
+    if name.endswith(FORMATS) or name.startswith((".", "/", "~")):
         where = path.parent if path.parent.is_dir() else Path(".")
         hint = nearest(path.name, (p.name for p in where.iterdir()))
-        raise UserError(f"data.{name or split}: there is no file {path}.{hint}")
-    return _limited(_hub(str(source), split, stream), limit)
+        raise UserError(f"{key}: there is no file {path}.{hint}")
+    return _hub(name, split, stream, key)
 
 
 def _limited(source: Source, limit: int | None) -> Source:
@@ -94,92 +122,25 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror or error}") from error
+
+
 def _file(path: Path, stream: bool) -> Source:
     if not str(path).endswith(FORMATS):
         raise UserError(f"{path}: unknown format; use one of {', '.join(FORMATS)}")
-    key = (
-        _digest(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}".encode())
-        if stream
-        else file_digest(path)
-    )
-    return Source(str(path), key, lambda: _numbered(_read(path)), lambda: _count(path))
+    stat = path.stat()
+    key = _digest(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}".encode()) if stream else file_digest(path)
+    return Source(str(path), key, lambda: _numbered(read_file(path)), lambda: count_rows(path))
 
 
-def _read(path: Path) -> Iterator[Row]:
-    name = str(path)
-    if name.endswith(".parquet"):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-        except pa.ArrowException as error:
-            raise UserError(f"{path}: cannot be read ({error})") from error
-        return
-    with _opened(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as text:
-        try:
-            if ".csv" in path.name:
-                csv.field_size_limit(2**31 - 1)
-                yield from csv.DictReader(text)
-            elif ".jsonl" in path.name:
-                yield from _json_lines(path, text)
-            else:
-                content = json.load(text)
-                rows = content.get("data", [content]) if isinstance(content, dict) else content
-                if not isinstance(rows, list):
-                    raise UserError(f"{path} holds {type(rows).__name__}, not a list of rows")
-                yield from rows
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, json.JSONDecodeError, csv.Error) as error:
-            raise UserError(f"{path}: cannot be read ({error})") from error
-
-
-def _opened(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-
-
-def _count(path: Path) -> int | None:
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            return pq.ParquetFile(path).metadata.num_rows
-        if ".csv" not in path.name and ".jsonl" not in path.name:
-            return sum(1 for _ in _read(path))
-        with _opened(path) as file:
-            return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-    except Exception:  # reading the rows will say what is wrong with the file
-        return None
-
-
-def _json_lines(path: Path, text: io.TextIOWrapper) -> Iterator[Row]:
-    for number, line in enumerate(text, start=1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, row {number}: not JSON ({error.msg} at column {error.colno})") from error
-
-
-def _folder(path: Path, split: str, stream: bool) -> Source:
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        import datasets
-
-        dataset = datasets.load_from_disk(str(path))
-        if isinstance(dataset, datasets.DatasetDict):
-            dataset = _pick(dataset, split, str(path))
-        return Source(str(path), _content(dataset, split), lambda: _numbered(dataset), lambda: len(dataset))
-    files = sorted(p for p in path.rglob("*") if str(p).endswith(FORMATS))
-    names = {"train": ("train",), "val": ("val", "valid", "eval", "test")}
-    selected = [p for p in files if p.name.startswith(names[split])]
-    if not selected and split == "train":  # files without a split in their name are for training
-        selected = [p for p in files if not p.name.startswith(names["val"])]
-    if not selected:
-        kinds = f"{', '.join(FORMATS)} file for {split}"
-        contents = f"; it contains {', '.join(p.name for p in files[:5])}" if files else ""
-        raise UserError(f"data.{split}: the folder {path} contains no {kinds}{contents}")
-    parts = [_file(p, stream) for p in selected]
+def _files(paths: Sequence[Path], name: str, stream: bool) -> Source:
+    """Return the rows of several files as one source, file after file."""
+    parts = [_file(path, stream) for path in paths]
 
     def rows() -> Iterator[tuple[str, Row]]:
         for part in parts:
@@ -187,14 +148,72 @@ def _folder(path: Path, split: str, stream: bool) -> Source:
                 yield f"{Path(part.name).name}, {where}", row
 
     key = _digest("".join(part.key for part in parts).encode())
-    return Source(str(path), key, rows, lambda: sum(part.count() or 0 for part in parts))
+    return Source(name, key, rows, lambda: sum(part.count() or 0 for part in parts))
 
 
-def _pick(splits: Any, split: str, name: str) -> Any:
-    for candidate in {"train": ["train"], "val": ["validation", "val", "valid", "eval", "test"]}.get(split, [split]):
+def several(parts: Sequence[Source], name: str, weights: Sequence[float], stream: bool = False) -> Source:
+    """Return a list of sources as one: one after the other, or as a stream mixed by their weights."""
+    names = [part.name for part in parts]
+    if twice := sorted({part for part in names if names.count(part) > 1}):
+        raise UserError(f"{name} names {twice[0]} twice; data.weights draws more rows of a source")
+
+    def rows() -> Iterator[tuple[str, Row]]:
+        placed = [lambda part=part: ((f"{part.name}, {where}", row) for where, row in part.rows()) for part in parts]
+        return interleaved(placed, weights) if stream and weights else itertools.chain(*(read() for read in placed))
+
+    key = _digest(json.dumps([[part.key for part in parts], *([weights] if stream else [])]).encode())
+    counts = (lambda: None) if stream else (lambda: sum(part.count() or 0 for part in parts))
+    return Source(name, key, rows, counts, tuple(parts), tuple(weights))
+
+
+def _matching(pattern: Path, key: str) -> list[Path]:
+    found = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True))
+    files = [path for path in found if path.is_file() and path.name.endswith(FORMATS)]
+    if not files:
+        reason = f"none of {len(found)} matches is a {', '.join(FORMATS)} file" if found else "nothing matches it"
+        raise UserError(f"{key}={pattern}: {reason}")
+    return files
+
+
+def _folder(path: Path, split: str, stream: bool, key: str) -> Source:
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return _saved(path, split, key)
+    # a link to a device would be read without end
+    files = sorted(p for p in path.rglob("*") if p.name.endswith(FORMATS) and p.is_file())
+    selected = [p for p in files if p.name.startswith(SPLITS.get(split, (split,)))]
+    if not selected and split == "train":  # files without a split in their name are for training
+        selected = [p for p in files if not p.name.startswith(SPLITS["val"])]
+    if not selected:
+        kinds = f"{', '.join(FORMATS)} file for {split}"
+        contents = f"; it contains {', '.join(p.name for p in files[:5])}" if files else ""
+        raise UserError(f"{key}: the folder {path} contains no {kinds}{contents}")
+    return _files(selected, str(path) if split in SPLITS else f"{path}:{split}", stream)
+
+
+def _saved(path: Path, split: str, key: str) -> Source:
+    """Return the rows of a folder written by `datasets`."""
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:  # damaged files raise types of several packages
+        raise UserError(f"{key}: the data set {path} cannot be read ({_reason(error)})") from error
+    if isinstance(dataset, datasets.DatasetDict):
+        dataset = _pick(dataset, split, str(path), key)
+    elif split not in SPLITS:
+        raise UserError(f"{key}: {path} is one split, there is no {split} in it")
+    name = str(path) if split in SPLITS else f"{path}:{split}"
+    return Source(name, _content(dataset, split), lambda: _guarded(dataset, name), lambda: len(dataset))
+
+
+def _pick(splits: Any, split: str, name: str, key: str) -> Any:
+    """Return the split of that name; of "train" and "val" also under its other names."""
+    for candidate in SPLITS.get(split, (split,)):
         if candidate in splits:
             return splits[candidate]
-    raise UserError(f"data.{split}: {name} has the splits {', '.join(splits)}, none of them for {split}")
+    likely = next((other for other in splits if other.startswith(split)), next(iter(splits), split))
+    advice = f" Choose one with {key}={name}:{likely}" if split in SPLITS else nearest(split, splits)
+    raise UserError(f"{key}: {name} has the splits {', '.join(splits)}, none of them for {split}.{advice}")
 
 
 def _content(dataset: Any, split: str) -> str:
@@ -203,30 +222,61 @@ def _content(dataset: Any, split: str) -> str:
     return _digest(f"{split}:{dataset.num_rows}:{content}".encode())
 
 
-def _hub(name: str, split: str, stream: bool) -> Source:
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+def _guarded(dataset: Any, name: str) -> Iterator[tuple[str, Row]]:
+    """Yield the numbered rows of a data set of `datasets`, which raises types of several packages."""
+    number = 0
+    try:
+        for number, row in enumerate(dataset, start=1):
+            yield f"row {number}", row
+    except (UserError, RowError, GeneratorExit):
+        raise
+    except Exception as error:
+        raise UserError(f"{name}, row {number + 1}: the data set cannot be read ({_reason(error)})") from error
+
+
+def _hub(name: str, split: str, stream: bool, key: str) -> Source:
+    """Return a data set of the hub: `name`, `name:split`, `name:configuration`, or `name:configuration:split`."""
     import datasets
 
-    @contextmanager
-    def readable() -> Iterator[None]:
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:  # datasets raises a dozen types for "not reachable" and "not there"
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise UserError(
-                f"data.{split}={name} is no local file or folder, and could not be loaded from the hub: {reason}"
-            ) from error
+    place, *chosen = name.split(":")
+    if len(chosen) > 2:
+        raise UserError(f"{key}={name}: a data set is name, name:split, or name:configuration:split")
 
-    def streamed() -> Iterator[tuple[str, Row]]:
-        with readable():
-            yield from _numbered(dataset)
+    def load(configuration: str | None) -> Any:
+        named: list[Any] = [configuration] if configuration else []
+        options: dict[str, Any] = {"streaming": stream}
+        return datasets.load_dataset(place, *named, **options)
 
-    with readable():
-        dataset = _pick(datasets.load_dataset(name, streaming=stream), split, name)
+    try:
+        splits, wanted = _loaded(load, chosen, split)
+    except Exception as error:  # datasets raises a dozen types for "not reachable" and "not there"
+        raise UserError(
+            f"{key}={name} is no local file or folder, and could not be loaded from the hub: {_reason(error)}"
+        ) from error
+    dataset = _pick(splits, wanted, ":".join([place, *chosen[:-1]]), key)
     if stream:
-        return Source(name, _digest(f"{name}:{split}".encode()), streamed, lambda: None)
-    return Source(name, _content(dataset, split), lambda: _numbered(dataset), lambda: len(dataset))
+        return Source(name, _digest(f"{name}:{split}".encode()), lambda: _guarded(dataset, name), lambda: None)
+    return Source(name, _content(dataset, wanted), lambda: _guarded(dataset, name), lambda: len(dataset))
+
+
+def _loaded(load: Callable[[str | None], Any], chosen: Sequence[str], split: str) -> tuple[Any, str]:
+    """Return the splits of a data set, and which is wanted: one name is a split, or else a configuration."""
+    if len(chosen) != 1:
+        return load(chosen[0] if chosen else None), (chosen[1] if chosen else "") or split
+    try:
+        splits = load(None)
+    except ValueError:  # it has several configurations and no default
+        return load(chosen[0]), split
+    if chosen[0] in splits:
+        return splits, chosen[0]
+    try:
+        return load(chosen[0]), split
+    except ValueError:  # no configuration either: the message names the splits
+        return splits, chosen[0]
 
 
 def _world(kind: str, split: str, limit: int | None, options: Row) -> Source:
@@ -238,10 +288,18 @@ def _world(kind: str, split: str, limit: int | None, options: Row) -> Source:
     size = limit or sizes[split]
     key = json.dumps([world.VERSION, kind, split, size, seed, options], sort_keys=True)
     return Source(
-        f"the built-in world ({kind})",
+        f"{WORLD} ({kind})",
         _digest(key.encode()),
         lambda: _numbered(world.rows(kind, size, seed=seed, split=split, **options)),
         lambda: size,
+    )
+
+
+def is_local(name: Any) -> bool:
+    """Return whether a source is a file, a folder or a pattern of files of this machine."""
+    places = (str(name), str(name).partition(":")[0])
+    return isinstance(name, str) and (
+        any(Path(p).expanduser().exists() for p in places) or bool(set(PATTERN) & set(name))
     )
 
 

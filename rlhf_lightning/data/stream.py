@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -9,7 +10,7 @@ from typing import Any
 
 from rlhf_lightning.data.planning import MicroBatch, StepPlan
 from rlhf_lightning.data.sources import Source
-from rlhf_lightning.data.tokenize import ToGroup, TokenizedRows, encode
+from rlhf_lightning.data.tokenize import ToGroup, TokenizedRows, encode, reasons
 from rlhf_lightning.errors import UserError
 
 
@@ -49,14 +50,8 @@ class Windows:
 
     def tokenized(self, chunk: list[tuple[str, dict[str, Any]]]) -> TokenizedRows:
         _, bad, columns = encode(self.to_group, self.keep_raw, chunk)
-        if bad and self.on_bad_row == "error":
-            where, reason = bad[0]
-            raise UserError(f"{self.source.name}, {where}: {reason}")
-        skipped: dict[str, int] = {}
-        for _, reason in bad:
-            reason = reason.split(";")[0]
-            skipped[reason] = skipped.get(reason, 0) + 1
-        return TokenizedRows(columns, skipped, self.source.key)
+        skipped = Counter(reasons(bad, self.on_bad_row, self.source.name))
+        return TokenizedRows(columns, dict(skipped), self.source.key)
 
 
 class WindowLoader:

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from rlhf_lightning.data.records import RowError
+from rlhf_lightning.data.messages import LeftOut, RowError
 from rlhf_lightning.data.sources import Row, Source
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import build_once
@@ -42,8 +42,8 @@ COLUMNS = {
     "text": np.dtype(np.uint8),  # where a row stands in its source, then the row as JSON when it is kept
 }
 ToGroup = Callable[[Row], Group]
-Encoded = tuple[int, list[tuple[str, str]], dict[str, np.ndarray]]
-"""Of a chunk: how many rows it had, (where, reason) of the bad ones, the columns of the good ones."""
+Encoded = tuple[int, list[tuple[str, RowError]], dict[str, np.ndarray]]
+"""Of a chunk: how many rows it had, (where, reason) of those that are left out, the columns of the others."""
 
 
 class TokenizedRows:
@@ -102,13 +102,15 @@ def _mapped(path: Path, kind: np.dtype) -> np.ndarray:
 
 
 def report_skipped(data: Any) -> None:
-    """Print how many rows were skipped, and why."""
+    """Print how many rows were skipped, and why, and what else is to be known of the rows."""
     parts = {f"data.{split}": rows for split, rows in data.rows.items()}
     if getattr(data, "ptx", None) is not None:
         parts["data.ptx"] = data.ptx.rows["train"]
     for name, rows in parts.items():
         for reason, count in rows.skipped.items():
             Console().print(f"skipped {count} rows of {name}: {reason}", style="yellow", soft_wrap=True)
+    for line in data.notes():
+        Console().print(line, style="yellow", markup=False, soft_wrap=True)
 
 
 def tokenize(
@@ -153,10 +155,7 @@ def _write(folder: Path, source: Source, to_group: ToGroup, on_bad_row: str, kee
         files = {name: stack.enter_context((folder / name).open("wb")) for name in COLUMNS}
         task = stack.enter_context(bar).add_task(f"tokenizing {source.name}", total=total)
         for size, bad, columns in _encoded(source, to_group, keep_raw, total):
-            if bad and on_bad_row == "error":
-                where, reason = bad[0]
-                raise UserError(f"{source.name}, {where}: {reason}")
-            skipped.update(reason.split(";")[0] for _, reason in bad)
+            skipped.update(reasons(bad, on_bad_row, source.name))
             for name in STARTS:  # the offsets of a chunk begin at 0
                 columns["rows"][name] += begins[name]
                 begins[name] += len(columns[name])
@@ -164,6 +163,18 @@ def _write(folder: Path, source: Source, to_group: ToGroup, on_bad_row: str, kee
                 file.write(columns[name].tobytes())
             bar.advance(task, size)
     (folder / "skipped.json").write_text(json.dumps(skipped))
+
+
+def reasons(bad: list[tuple[str, RowError]], on_bad_row: str, name: str) -> list[str]:
+    """Return why rows are left out, without the details of each row.
+
+    Raises:
+        UserError: the first bad row, unless `on_bad_row` is "skip".
+    """
+    for where, error in bad:
+        if on_bad_row == "error" and not isinstance(error, LeftOut):
+            raise UserError(f"{name}, {where}: {error}") from None
+    return [str(error).split(";")[0] for _, error in bad]
 
 
 def _encoded(source: Source, to_group: ToGroup, keep_raw: bool, total: int | None) -> Iterator[Encoded]:
@@ -196,14 +207,16 @@ def _encode_inherited(chunk: list[tuple[str, Row]]) -> Encoded:
 def encode(to_group: ToGroup, keep_raw: bool, chunk: list[tuple[str, Row]]) -> Encoded:
     """Return the encoded rows of `chunk`, a list of (where, row)."""
     columns: dict[str, Any] = {name: bytearray() if name == "text" else [] for name in COLUMNS}
-    bad: list[tuple[str, str]] = []
+    bad: list[tuple[str, RowError]] = []
     for where, row in chunk:
         try:
+            if isinstance(row, RowError):  # a line that is no row
+                raise row
             if not isinstance(row, dict):
                 raise RowError(f"the row is {type(row).__name__}, not an object")
             group = to_group(row)
         except RowError as error:
-            bad.append((where, str(error)))
+            bad.append((where, error))
             continue
         place, raw = where.encode(), json.dumps(row, default=str).encode() if keep_raw else b""
         sizes = (group.tokens, group.loss_tokens, len(group.responses), len(place), len(raw))

@@ -20,7 +20,11 @@ from rlhf_lightning.modules.online import Generating
 from rlhf_lightning.ops.groups import GroupList
 from rlhf_lightning.rewards.scoring import Reward, score, to_device
 
-OF_OTHERS = {"ranking", "scores", "margin", "label", "annotator"}  # columns about other responses
+OF_OTHERS = {
+    "prompt", "messages", "conversations", "conversation", "response", "completion", "chosen", "rejected", "responses",
+    "ranking", "rating", "scores", "margin", "label", "annotator",
+}  # fmt: skip
+"""Columns about the prompt, which is written as `prompt`, or about other responses."""
 
 
 class Candidates(Generating):
@@ -84,7 +88,7 @@ class Candidates(Generating):
         for place, group in enumerate(batch.groups):
             extra = dict(group.metadata)
             value: dict[str, Any] = {"prompt": extra.get("messages") or prompt_text(group, self.template)}
-            value |= {name: column for name, column in extra.items() if name not in OF_OTHERS | {"messages"}}
+            value |= {name: column for name, column in extra.items() if name not in OF_OTHERS}
             value |= responses[place]
             if scores is not None:
                 value |= {"scores": scores[place], "ranking": ranking(value["responses"], scores[place])}
@@ -110,11 +114,11 @@ class Candidates(Generating):
 
     def responses_of(self, number: int) -> list[str]:
         row = self.data.rows["train"].raw(number)
-        listed = row.get("responses")
+        listed = self.data.columns.view(row).get("responses")
         if isinstance(listed, list) and listed and all(isinstance(text, str) for text in listed):
             return listed
         try:
-            return preference(row).responses
+            return preference(row, self.data.columns).responses
         except RowError as error:
             raise UserError(f"{self.data.where('train', [number])} has no responses to score: {error}") from error
 

@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from rlhf_lightning.data.sources import read_source
+from rlhf_lightning.data.sources import is_local, read_source
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import fingerprint, read_json, write_json
 from rlhf_lightning.models.folder import parent_entry
@@ -53,7 +53,7 @@ def run_pipeline(cfg: DictConfig, maps: Collection[str] = ()) -> None:
         values = stage_values(stage, folders)
         # a stage that starts from another one is not asked to start from what the pipeline starts from
         mine = [o for o in given if not ("init_from" in values and o.lstrip("+").startswith("init_from="))]
-        overrides = [as_override(key, value, maps) for key, value in (values | debug).items()] + mine
+        overrides = [as_override(key, value, [*maps, "data.columns"]) for key, value in (values | debug).items()] + mine
         digest = fingerprint(
             [overrides, parent_weights(stage, folders), content_digests(values | debug | parsed(mine))]
         )
@@ -118,9 +118,14 @@ def parent_weights(stage: dict[str, Any], folders: dict[str, str | None]) -> dic
 
 def content_digests(values: dict[str, Any]) -> list[Any]:
     """Return the digests of the data files and of the rewards among a stage's values."""
-    files = {key: values[key] for key in DATA_SPLITS if isinstance(values.get(key), str) and Path(values[key]).exists()}
-    keys = [read_source(path, DATA_SPLITS[key]).key for key, path in files.items()]
+    given = [(key, part) for key in DATA_SPLITS for part in parts_of(values.get(key)) if is_local(part)]
+    keys = [read_source(part, DATA_SPLITS[key], name=key.removeprefix("data.")).key for key, part in given]
     return keys + [digests(values[key]) for key in REWARDS if values.get(key)]
+
+
+def parts_of(value: Any) -> list[Any]:
+    """Return the sources that a key of data names."""
+    return list(value) if isinstance(value, list) else [value]
 
 
 def debug_values() -> dict[str, Any]:

@@ -90,7 +90,8 @@ class Run:
                 stream = split == "train" and data.get("window") is not None
                 options = world if key in ("data.train", "data.val") else world | {"records": None}
                 limit = None if key == "data.ptx" else data.get(f"{split}_rows")
-                sources[key] = read_source(value, split, limit, rows, options, name=name, stream=stream)
+                weights = data.get("weights") if key == "data.train" else None
+                sources[key] = read_source(value, split, limit, rows, options, name, stream, weights)
         return sources
 
     @cached_property
@@ -146,7 +147,8 @@ class Run:
 
         settings, data = self.settings, self.settings["data"]
         stream = data.get("window") is not None
-        kinds = ["corpus", "demonstrations"] if data["train"] == "world" else [""]
+        given = data["train"] if isinstance(data["train"], list) else [data["train"]]
+        kinds = ["corpus", "demonstrations"] if "world" in given else [""]
         world = {"seed": settings["seed"]} | (data.get("world") or {}) | {"records": None}
         sources = [
             read_source(data["train"], "train", ROWS_READ_FOR_TOKENIZER, kind, world, stream=stream) for kind in kinds

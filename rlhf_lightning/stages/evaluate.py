@@ -108,12 +108,16 @@ def prompts(run: Run, folder: str) -> Any:
     return data
 
 
+NOT_OF_PAIRS = ("_target_", "ptx", "ptx_batch_size", "columns", "weights")
+"""Settings of `data` that are about the prompts."""
+
+
 def preferences(run: Run, folder: str) -> PreferenceData:
     """Return the held-out preferences tokenized for a reward model."""
     source = run.sources.get("evaluate.preferences")
     if source is None:
         raise UserError(f"{folder} is a reward model; give held-out pairs with evaluate.preferences=<file or world>")
-    options = {k: v for k, v in run.settings["data"].items() if k not in ("_target_", "ptx", "ptx_batch_size")}
+    options = {k: v for k, v in run.settings["data"].items() if k not in NOT_OF_PAIRS}
     data = PreferenceData(load_tokenizer(folder), **options | {"train": None, "val": source})
     data.setup()
     return data

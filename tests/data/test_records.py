@@ -65,12 +65,21 @@ def test_ranks_may_be_fractions_and_the_best_of_a_ranking_is_a_demonstration() -
     assert demonstration(row).content[-1] == {"role": "assistant", "content": "b"}
 
 
-def test_prompts_keep_the_other_columns() -> None:
-    found = prompt({"messages": [USER, BOT, USER | {"content": "More"}, OTHER], "answer": "3"})
+def test_rewards_get_every_column_of_the_row_and_the_answer_that_followed_the_prompt() -> None:
+    row = {"messages": [USER, BOT, USER | {"content": "More"}, OTHER], "answer": "3"}
+    found = prompt(row)
     assert found.text == "More"
-    assert found.metadata == {"answer": "3", "messages": [USER, BOT, USER | {"content": "More"}]}
-    found = prompt({"prompt": "Hi", "chosen": "x", "rejected": "y", "id": 7})
-    assert found.metadata == {"id": 7, "messages": [USER]}
+    assert found.metadata == {"answer": "3", "messages": row["messages"][:3], "completion": "Go away"}
+    for row in (
+        {"prompt": "Hi", "chosen": "x", "rejected": "y", "id": 7},
+        {"prompt": "Hi", "responses": ["a", "b"], "ranking": [1, 2], "text": "the gold text"},
+        {"prompt": "Hi", "completion": "Hello", "label": 0},
+        {"question": "Hi", "answer": "2 + 3\n#### 5"},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+    ):
+        found = prompt(row)
+        gold = {"completion": "Hello"} if "conversations" in row else {}
+        assert (found.text, found.metadata) == ("Hi", gold | row | {"messages": [USER]})
     assert prompt({"text": "Once"}).content == "Once"
 
 

@@ -85,13 +85,122 @@ def test_saved_data_sets_are_known_by_their_content(tmp_path: Path) -> None:
     assert len(keys) == 4
 
 
+def test_a_split_of_a_saved_data_set_or_a_folder_is_chosen_behind_a_colon(tmp_path: Path) -> None:
+    parts = {"train_prefs": ROWS[:2], "test_prefs": ROWS[2:]}
+    saved, folder = tmp_path / "saved", tmp_path / "folder"
+    datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in parts.items()}).save_to_disk(saved)
+    folder.mkdir()
+    for name, rows in parts.items():
+        write(folder / f"{name}.jsonl", rows)
+    for place in (saved, folder):
+        source = read_source(f"{place}:train_prefs", "train")
+        assert ([row for _, row in source.rows()], source.name) == (ROWS[:2], f"{place}:train_prefs")
+        assert [row for _, row in read_source(f"{place}:test_prefs", "val").rows()] == ROWS[2:]
+        assert [row for _, row in read_source(f"{place}:test_prefs", "train").rows()] == ROWS[2:]
+    message = (
+        r"has the splits train_prefs, test_prefs, none of them for train\. Choose one with data\.train=.*:train_prefs"
+    )
+    with pytest.raises(UserError, match=message):
+        read_source(str(saved), "train")
+    with pytest.raises(UserError, match=r"none of them for train_pref\. Did you mean 'train_prefs'\?"):
+        read_source(f"{saved}:train_pref", "train")
+    with pytest.raises(UserError, match=r"data\.val: the folder .* contains no .* file for dev; it contains"):
+        read_source(f"{folder}:dev", "val")
+
+
+def test_configurations_and_splits_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    hub = {None: {"train": 0, "train_prefs": 1}, "main": {"train": 2, "test": 3}, "socratic": {"train": 4}}
+
+    def load_dataset(name: str, configuration: str | None = None, streaming: bool = False) -> Any:
+        assert (name, streaming) == ("org/name", False)
+        calls.append(configuration)
+        if configuration not in hub:
+            raise ValueError(f"BuilderConfig '{configuration}' not found")
+        rows = {split: datasets.Dataset.from_list([{"text": str(n)}]) for split, n in hub[configuration].items()}
+        return datasets.DatasetDict(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+    def text(name: str, split: str = "train") -> str:
+        ((where, row),) = read_source(name, split).rows()
+        assert where == "row 1"
+        return row["text"]
+
+    assert text("org/name") == "0"
+    assert text("org/name:train_prefs") == "1"
+    assert text("org/name:train_prefs", "val") == "1"
+    assert text("org/name:main") == "2"
+    assert text("org/name:main", "val") == "3"
+    assert text("org/name:main:test") == "3"
+    assert text("org/name:socratic:train", "val") == "4"
+    with pytest.raises(UserError, match=r"data\.val: org/name:socratic has the splits train, none of them for val"):
+        text("org/name:socratic:", "val")
+    with pytest.raises(
+        UserError, match=r"has the splits train, train_prefs, none of them for train_pref\. Did you mean"
+    ):
+        text("org/name:train_pref")
+    with pytest.raises(
+        UserError, match=r"org/name:mian:test .* could not be loaded from the hub: BuilderConfig 'mian'"
+    ):
+        text("org/name:mian:test")
+    with pytest.raises(UserError, match="a data set is name, name:split, or name:configuration:split"):
+        text("org/name:a:b:c")
+    hub.pop(None)  # only configurations
+    assert text("org/name:main") == "2"
+
+
+def test_patterns_take_what_matches_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (1, 0):
+        write(tmp_path / f"part-{number}.jsonl", ROWS[number : number + 1])
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "deep" / "part-2.jsonl", ROWS[2:])
+    (tmp_path / "part-notes.txt").write_text("no rows")
+    source = read_source(str(tmp_path / "part-*"), "val")
+    assert list(source.rows()) == [("part-0.jsonl, row 1", ROWS[0]), ("part-1.jsonl, row 1", ROWS[1])]
+    monkeypatch.chdir(tmp_path)
+    assert [row for _, row in read_source("**/part-?.jsonl", "train").rows()] == [ROWS[2], *ROWS[:2]]
+    with pytest.raises(UserError, match=r"data\.train=.*: nothing matches it"):
+        read_source("nothing-*.jsonl", "train")
+    with pytest.raises(UserError, match=r"none of 1 matches is a \.jsonl"):
+        read_source("part-n*", "train")
+    write(tmp_path / "odd[1].jsonl", ROWS)  # a file of that name comes before the pattern
+    assert len(list(read_source("odd[1].jsonl", "train").rows())) == 3
+
+
+def test_a_list_of_sources_is_one_after_the_other(tmp_path: Path) -> None:
+    files = [str(write(tmp_path / f"{name}.jsonl", ROWS[i : i + 1])) for i, name in enumerate("ab")]
+    source = read_source(files, "val")
+    assert list(source.rows()) == [(f"{file}, row 1", row) for file, row in zip(files, ROWS, strict=False)]
+    assert (source.name, source.count()) == ("data.val", 2)
+    assert source.key != read_source(files[::-1], "val").key
+    assert len(read_source([*files, "world"], "train", limit=1).parts) == 3
+    with pytest.raises(UserError, match=r"data\.ptx: there is no file .*c\.jsonl"):
+        read_source([*files, str(tmp_path / "c.jsonl")], "train", name="ptx")
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"data\.train: .*train\.jsonl is neither a file nor a folder"):
+        read_source(str(tmp_path / "train.jsonl"), "train")
+    with pytest.raises(UserError, match=r"contains no \.jsonl"):
+        read_source(str(tmp_path), "train")
+    write(tmp_path / "rows.jsonl", ROWS)
+    assert len(list(read_source(str(tmp_path), "train").rows())) == 3
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_list(ROWS).save_to_disk(saved)
+    (saved / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"data\.train: the data set .*saved cannot be read \("):
+        read_source(str(saved), "train")
+
+
 def test_mistakes_name_the_place(tmp_path: Path) -> None:
     write(tmp_path / "pairs.jsonl", ROWS)
     with pytest.raises(UserError, match=r"no file .*pares\.jsonl\. Did you mean 'pairs\.jsonl'"):
         read_source(str(tmp_path / "pares.jsonl"), "train")
     (tmp_path / "bad.jsonl").write_text('{"a": 1}\n{"a": \n')
     with pytest.raises(UserError, match=r"bad\.jsonl, row 2: not JSON"):
-        list(read_source(str(tmp_path / "bad.jsonl"), "train").rows())
+        tokenize(read_source(str(tmp_path / "bad.jsonl"), "train"), lambda row: Group([1], [[2]]), tmp_path, [])
     (tmp_path / "bad.json.gz").write_bytes(b"no gzip")
     with pytest.raises(UserError, match="cannot be read"):
         list(read_source(str(tmp_path / "bad.json.gz"), "train").rows())

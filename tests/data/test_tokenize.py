@@ -86,7 +86,7 @@ def test_a_second_start_reads_no_row_and_a_changed_file_is_noticed(
     assert start() == [3, 4]
     before = path.stat()
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "_read", lambda path: pytest.fail("the rows were read again"))
+        patch.setattr(sources, "read_file", lambda path: pytest.fail("the rows were read again"))
         assert start() == [3, 4]
     path.write_text('{"id": 3}\n{"id": 5}\n')
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # not even its time and size tell

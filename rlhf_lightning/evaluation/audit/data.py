@@ -55,15 +55,16 @@ class DataChecks:
 
     def conversations(self) -> Iterator[tuple[str, list[Message], list[str], dict[str, Any]]]:
         """Yield (where, prompt, responses, other columns) of the first rows that are conversations."""
+        columns = self.data.columns
         for where, row in islice(self.data.source("train").rows(), self.limit):
             try:
-                record = records.prompt(row)
+                record = records.prompt(row, columns)
                 prompt, responses = record.content, []
                 if self.data.kind == "preferences":
-                    pair = records.preference(row)
+                    pair = records.preference(row, columns)
                     prompt, responses = pair.prompt, pair.responses
                 elif self.data.kind == "demonstrations":
-                    content = records.demonstration(row).content
+                    content = records.demonstration(row, columns).content
                     prompt, responses = content[:-1], [content[-1]["content"] if isinstance(content, list) else ""]
             except records.RowError:  # left out by data.on_bad_row=skip
                 continue
