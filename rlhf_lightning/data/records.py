@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_lightning.errors import nearest
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Content = list[Message] | str
 ROLES = ("system", "user", "assistant")
 HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
@@ -25,6 +25,7 @@ class Demonstration:
     """A conversation that ends with an assistant turn, or a raw text to continue."""
 
     content: Content
+    tools: list[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Preference:
     margin: float = 0.0
     label: float = 1.0
     annotator: str | None = None
+    tools: list[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class PromptRecord:
     content: Content
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    tools: list[Any] | None = None
 
 
 def demonstration(row: dict[str, Any]) -> Demonstration:
