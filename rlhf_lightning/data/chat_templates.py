@@ -17,8 +17,8 @@ TEMPLATES = {
     # no space at the end of a prompt: tokenizers join it with the first word of the response
     "human_assistant": (
         "{% for m in messages %}{% if m['role'] == 'user' %}\n\nHuman: {{ m['content'] }}"
-        "{% elif m['role'] == 'assistant' %}\n\nAssistant: {{ m['content'] }}%END%{% else %}{{ m['content'] }}{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}\n\nAssistant:{% endif %}"
+        "{% elif m['role'] == 'assistant' %}\n\nAssistant: {{ m['content'] }}%END%"
+        "{% else %}{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}\n\nAssistant:{% endif %}"
     ),
     "plain": (
         "{% for m in messages %}{{ m['content'] }}"
@@ -28,7 +28,7 @@ TEMPLATES = {
 
 
 def own_template(name: str, tokenizer: Any) -> str:
-    """Return the source of a template of ours for `tokenizer`: a BOS where the tokenizer adds one, the token at the end.
+    """Return the source of a template of ours for `tokenizer`, with the BOS that the tokenizer adds and its EOS.
 
     A turn of chatml ends with `<|im_end|>` where the tokenizer has that token, and with EOS everywhere else.
 

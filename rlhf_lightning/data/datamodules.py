@@ -91,9 +91,9 @@ class PromptData(RowData):
 
     def to_group(self, row: dict[str, Any]) -> Group:
         record = records.prompt(row)
-        prompt = self.template.prompt(record.content, record.tools)
+        prompt, _, differs = self.template.completions(record.content, [], record.tools)
         records.check_length(len(prompt), self.max_length)
-        return Group(prompt, [])
+        return Group(prompt, [], differs=differs)
 
     def group(self, split: str, row: int) -> Group:
         """Return the prompt of a row as a group without responses, with what rewards read."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 from rlhf_lightning.data.records import RowError
@@ -18,8 +19,8 @@ def control_tokens(tokenizer: Any, source: str) -> dict[str, int]:
     """Return the tokens that only the chat template may write, with their ids: special ones and markers of turns.
 
     Added tokens that are not special are markers when the template contains them and they look like one
-    (`<｜User｜>`). White space (Gemma's newlines), words, and tags in pairs (`<think>`, `</tool_call>`) are text that an
-    assistant may write.
+    (`<｜User｜>`). White space (Gemma's newlines), words, and tags in pairs (`<think>`, `</tool_call>`) are text that
+    an assistant may write.
     """
     added = {str(token): (number, token.special) for number, token in tokenizer.added_tokens_decoder.items()}
 
@@ -62,6 +63,8 @@ class Encoder:
         # sentencepiece tokenizers put a space before the first word of every call; a newline in front absorbs it
         first = tokenizer.convert_ids_to_tokens(self.encode("a")[0])[0]
         self._anchor = self.encode("\n")[0] if first.startswith("▁") else []
+        self._head = lru_cache(maxsize=64)(self.ids)  # the generation prompt, the same for most rows
+        self._before = lru_cache(maxsize=2)(self.ids)  # the turns before it, the same for all responses to a prompt
 
     # ---- marks -----------------------------------------------------------------------------------------------------
 
@@ -104,7 +107,27 @@ class Encoder:
 
     def text(self, text: str, first: bool = True) -> list[int]:
         """Return the ids of text in which nothing is a control token; `first` when nothing stands before it."""
-        return self.rendered(self.tidy(self.mark(text)), first)[0]
+        return self.ids(self.tidy(self.mark(text)), first)
+
+    def ids(self, text: str, first: bool = True) -> list[int]:
+        """Return the ids of rendered text, see :meth:`rendered`."""
+        if first and text and START not in text and END not in text:
+            return self.backend.encode(text, add_special_tokens=False).ids  # offsets take as long again
+        return self.rendered(text, first)[0]
+
+    def response(self, prompt: str, text: str) -> tuple[list[int], list[int], bool]:
+        """Return the ids of a rendered prompt, of the text that follows it, and whether they are those of the whole.
+
+        They are not where the tokenizer joins the end of the one with the beginning of the other.
+        """
+        # tokenizers split at control tokens: what stands before the last one of the prompt is encoded once
+        written = self.written(prompt)
+        cut = written[-1].start() if written else 0
+        before, head = self._before(prompt[:cut]), self._head(prompt[cut:], cut == 0)
+        whole = self.ids(prompt[cut:] + text, cut == 0 or not self._anchor)
+        if whole[: len(head)] == head:
+            return before + head, whole[len(head) :], True
+        return before + head, self.ids(text, first=False), False
 
     def rendered(self, text: str, first: bool = True) -> Encoding:
         """Return the encoding of rendered text, in which control text with marks is plain text.
@@ -142,7 +165,7 @@ class Encoder:
             head, tail = encode(text[:1]), self._inner(text[1:])
             ids, offsets = head[0] + tail[0], head[1] + [(a + 1, b + 1) for a, b in tail[1]]
             if self.control_ids & {*ids} - {self.tokenizer.unk_token_id}:
-                raise RowError(f"the text {text!r} is a control token of this tokenizer, which knows no other id for it")
+                raise RowError(f"the text {text!r} is a control token, and the tokenizer has no other id for it")
         return ids, offsets
 
     def _inner(self, text: str) -> Encoding:
@@ -159,7 +182,8 @@ class Encoder:
         """Return the tokenizer's own encoding, without the tokens that it adds to every text."""
         if not text:
             return [], []
-        encoding = self.backend.encode(text, add_special_tokens=False)  # calling the tokenizer itself takes twice as long
+        # calling the tokenizer itself takes twice as long
+        encoding = self.backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: list[int]) -> str:

@@ -21,7 +21,8 @@ Tools = list[Any] | None
 JOINED = "the tokenizer joins the beginning of the response with the prompt"
 REWRITTEN = "the chat template writes another prompt once an answer follows"
 UNCLOSED = "the chat template drops the reasoning that its generation prompt opens; the learned response closes it"
-SPELLED = "the text spells a control token, which is learned as text"
+SPELLED = "the text spells a control token, which stays text"
+DIFFERS = (JOINED, REWRITTEN, UNCLOSED, SPELLED)
 """Why the tokens of a row are not those of `apply_chat_template`; the last is as it should be."""
 EARLIER = "the chat template writes earlier turns differently from the prompt; use data.turns=last"
 MARK = "\ufdd20\ufdd3"
@@ -83,15 +84,20 @@ class Template:
         self._end_tokens = len(self.encoder.written(self._tail))
         self.end = [self.tokenizer.eos_token_id]
         if self._end_tokens:
-            ids = self.encoder.rendered(self._tail, first=False)[0]
+            ids = self.encoder.ids(self._tail, first=False)
             self.end = ids[: next(i for i, token in enumerate(ids) if token in self.encoder.control_ids) + 1]
         self.eos_ids = {self.tokenizer.eos_token_id, self.end[-1], *self._end_of_call()}
         # what a turn has between the generation prompt and the message: nothing, a space, an empty reasoning block
         self._lead = before[len(prompt) :] if before.startswith(prompt) else ""
-        self._lead_ids = self.encoder.rendered(self._lead, first=False)[0] if self.encoder.written(self._lead) else []
+        self._lead_ids = self.encoder.ids(self._lead, first=False) if self.encoder.written(self._lead) else []
         self._lead_text = ""
         shown = self.decode(self.response("a"))[:-1]
         self._lead_text = shown if shown.isspace() else ""
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end a response; the first is that of a plain answer."""
+        return [self.end[-1], *sorted(self.eos_ids - {self.end[-1]})]
 
     def _end_of_call(self) -> list[int]:
         """Return the token that ends a turn with a tool call, which is another one in some templates."""
@@ -120,7 +126,7 @@ class Template:
             return [*self._start(), *self.encoder.text(content)]
         text = self._render(content, True, tools)
         self._need_all(content, text, tools)
-        return self.encoder.rendered(text)[0] or self._start()
+        return self.encoder.ids(text) or self._start()
 
     def response(self, answer: str | Message, prompt: Content | None = None, tools: Tools = None) -> list[int]:
         """Return the tokens of the assistant's turn after `prompt`, by default after a user's, and of its end."""
@@ -138,8 +144,9 @@ class Template:
         head = self._render(prompt, True, tools)
         turns = [answer if isinstance(answer, dict) else {"role": "assistant", "content": answer} for answer in answers]
         found = [self._final(head, [*prompt, turn], tools) for turn in turns]
-        reasons = [one.differs for one in found if one.differs]
-        return found[0].prompt, [one.response for one in found], min(reasons, key=(SPELLED,).count, default=None)
+        ids = found[0].prompt if found else self.prompt(prompt, tools)
+        reasons = {one.differs for one in found} | {SPELLED if START in head else None}
+        return ids, [one.response for one in found], next((reason for reason in DIFFERS if reason in reasons), None)
 
     def demonstration(
         self, content: Content, turns: str = "last", tools: Tools = None
@@ -170,14 +177,9 @@ class Template:
     def _final(self, head: str | None, content: list[Message], tools: Tools) -> Conversation:
         """Return the conversation that learns its last turn; `head` is the rendered prompt."""
         head, tail, differs = self._split(head, content, tools)
-        ids = self.encoder.rendered(head)[0]
-        whole = self.encoder.rendered(head + tail)[0]
-        if whole[: len(ids)] == ids:
-            response = whole[len(ids) :]
-        else:
-            response, differs = self.encoder.rendered(tail, first=False)[0], differs or JOINED
+        ids, response, as_whole = self.encoder.response(head, tail)
         response = [*response, *self._appended()]
-        differs = differs or (SPELLED if START in head + tail else None)
+        differs = differs or (None if as_whole else JOINED) or (SPELLED if START in head + tail else None)
         return Conversation(ids or self._start(), response, [True] * len(response), differs)
 
     def _all_turns(self, content: list[Message], tools: Tools) -> Conversation:
@@ -190,7 +192,7 @@ class Template:
         head, tail, differs = self._split(head, content, tools)
         spans = [self._span(head, content[:-1], i, tools) for i in learned[:-1]] + [(len(head), len(head + tail))]
         start = spans[0][0]
-        prompt = self.encoder.rendered(head[:start])[0]
+        prompt = self.encoder.ids(head[:start])
         ids, offsets = self.encoder.rendered(head + tail)
         if ids[: len(prompt)] == prompt:
             ids, offsets = ids[len(prompt) :], offsets[len(prompt) :]
@@ -261,7 +263,7 @@ class Template:
     def _edges(
         self, text: str, content: list[Message], place: int, other: Message, generation: bool, tools: Tools
     ) -> tuple[int | None, int | None]:
-        """Return where MARK, with which `other` is like the message at `place`, would begin and end in rendered `text`."""
+        """Return where MARK, with which `other` replaces the message at `place`, begins and ends in rendered `text`."""
         changed = list(content)
         changed[place] = other
         before, found, rest = self._render(changed, generation, tools).partition(MARK)

@@ -42,13 +42,14 @@ class FolderReward:
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
         groups: dict[tuple[int, ...], list[int]] = {}
-        for i, (text, extra) in enumerate(zip(prompts, metadata, strict=True)):
+        answers = []
+        for i, (text, response, extra) in enumerate(zip(prompts, responses, metadata, strict=True)):
             content = extra.get("messages") or [{"role": "user", "content": text}]
-            groups.setdefault(tuple(self.template.prompt(content)), []).append(i)
-        packed = []
-        for prompt, members in groups.items():
-            room = max(self.context - len(prompt), 1)
-            packed.append(Group(prompt, [self.template.response(responses[i])[:room] for i in members]))
+            tools = extra["tools"] if isinstance(extra.get("tools"), list) else None
+            prompt, (answer,), _ = self.template.completions(content, [response], tools)
+            answers.append(answer[: max(self.context - len(prompt), 1)])
+            groups.setdefault(tuple(prompt), []).append(i)
+        packed = [Group(prompt, [answers[i] for i in members]) for prompt, members in groups.items()]
         scores = torch.zeros(len(responses))
         members = list(groups.values())
         device = next(self.model.model.parameters()).device
