@@ -7,22 +7,24 @@ from typing import Any
 from rlhf_lightning.errors import UserError, nearest
 
 # Each writes exactly what is learned: nothing follows the end of the last turn, so a model folder that is exported with
-# the template gives a conversation the same tokens in every program. %END% is the token that ends a turn.
+# the template gives a conversation the same tokens in every program. %END% is what ends a turn.
+# Newlines stand in expressions: one behind a block is not written.
 TEMPLATES = {
     "chatml": (
-        "{% for m in messages %}{% if not loop.first %}\n{% endif %}"
-        "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}%END%{% endfor %}"
-        "{% if add_generation_prompt %}\n<|im_start|>assistant\n{% endif %}"
+        "{% for m in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
+        "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + %END% }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"
     ),
     # no space at the end of a prompt: tokenizers join it with the first word of the response
     "human_assistant": (
-        "{% for m in messages %}{% if m['role'] == 'user' %}\n\nHuman: {{ m['content'] }}"
-        "{% elif m['role'] == 'assistant' %}\n\nAssistant: {{ m['content'] }}%END%"
-        "{% else %}{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}\n\nAssistant:{% endif %}"
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '\\n\\nHuman: ' + m['content'] }}"
+        "{% elif m['role'] == 'assistant' %}{{ '\\n\\nAssistant: ' + m['content'] + %END% }}"
+        "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
     ),
     "plain": (
         "{% for m in messages %}{{ m['content'] }}"
-        "{% if loop.last and m['role'] == 'assistant' %}%END%{% endif %}{% endfor %}"
+        "{% if loop.last and m['role'] == 'assistant' %}{{ %END% }}{% endif %}{% endfor %}"
     ),
 }
 
@@ -40,7 +42,7 @@ def own_template(name: str, tokenizer: Any) -> str:
         raise UserError(f"data.template={name!r} is not one of {', '.join(options)}.{nearest(name, options)}")
     bos, ends = tokenizer.bos_token_id, name == "chatml" and "<|im_end|>" in tokenizer.get_added_vocab()
     starts = bos is not None and tokenizer("a").input_ids[:1] == [bos]
-    source = TEMPLATES[name].replace("%END%", "<|im_end|>" if ends else "{{ eos_token }}")
+    source = TEMPLATES[name].replace("%END%", "'<|im_end|>'" if ends else "eos_token")
     return ("{{ bos_token }}" if starts else "") + source
 
 

@@ -10,7 +10,6 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.tiny import build_tiny
