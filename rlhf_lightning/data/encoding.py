@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -51,15 +52,15 @@ class Encoder:
         self.control = control_tokens(tokenizer, source)
         self.control_ids = frozenset(self.control.values())
         control = "|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or r"(?!)"
+        heads = {text[: 1 + text[0].isalnum()] for text in self.control if len(text) > 1}
         # what the template's code may look for in a message stays whole: <think> also where it is no added token
         tags = {*re.findall(r"</?\w+>", source), *map(str, tokenizer.added_tokens_decoder.values())} - {*self.control}
-        kept = "|".join(map(re.escape, tags)) or r"(?!)"
-        heads = "|".join({re.escape(text[:2]) for text in self.control if len(text) > 2}) or r"(?!)"
-        last = "|".join({re.escape(text[:1]) for text in self.control if len(text) > 1}) or r"(?!)"
+        kept = "|".join(re.escape(tag) for tag in tags if tag.startswith(tuple(heads))) or r"(?!)"
+        head = "|".join(map(re.escape, sorted(heads, key=len, reverse=True))) or r"(?!)"
         self._control = re.compile(control)
         self._written = re.compile(f"(?<!{START})(?:{control})")
         self._marked = re.compile(f"{START}({control}){END}|[{START}{END}]")
-        self._to_mark = re.compile(f"({control})|(?!{kept})(?:{heads})|(?:{last})(?=\\s*\\Z)")
+        self._to_mark = re.compile(f"({control})|(?!{kept})(?:{head})")
         # sentencepiece tokenizers put a space before the first word of every call; a newline in front absorbs it
         first = tokenizer.convert_ids_to_tokens(self.encode("a")[0])[0]
         self._anchor = self.encode("\n")[0] if first.startswith("▁") else []
@@ -83,22 +84,6 @@ class Encoder:
         whole = match[1]
         return f"{START}{whole}{END}" if whole else f"{match[0][0]}{END}{match[0][1:]}"
 
-    def tidy(self, text: str) -> str:
-        """Return rendered text without the single marks that keep no control token apart."""
-        if START not in text and END not in text:
-            return text
-        parts: list[str] = []
-        place, before = 0, ""
-        for match in self._marked.finditer(text):
-            parts.append(text[place : match.start()])
-            before = parts[-1][-1:] or before
-            after = unmarked(text[match.end() : match.end() + 200])
-            if match[1] or self._control.match(before + after):
-                parts.append(match[0])
-                before = ""
-            place = match.end()
-        return "".join([*parts, text[place:]])
-
     def written(self, text: str) -> list[re.Match[str]]:
         """Return the control tokens in rendered text that the template wrote."""
         return list(self._written.finditer(text))
@@ -107,7 +92,7 @@ class Encoder:
 
     def text(self, text: str, first: bool = True) -> list[int]:
         """Return the ids of text in which nothing is a control token; `first` when nothing stands before it."""
-        return self.ids(self.tidy(self.mark(text)), first)
+        return self.ids(self.mark(text), first)
 
     def ids(self, text: str, first: bool = True) -> list[int]:
         """Return the ids of rendered text, see :meth:`rendered`."""
@@ -139,19 +124,29 @@ class Encoder:
             return self.encode(text) if first else self._inner(text)
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
-        place = 0
-        pieces: list[tuple[int, str, bool]] = []
-        for match in self._marked.finditer(text):
-            pieces.append((place, text[place : match.start()], False))
-            if match[1]:
-                pieces.append((match.start() + 1, match[1], True))
-            place = match.end()
-        for begin, piece, plain in [*pieces, (place, text[place:], False)]:
+        for places, piece, plain in self._pieces(text):
             inner = bool(ids) or not first
             more, spans = self._plain(piece, inner) if plain else self._inner(piece) if inner else self.encode(piece)
             ids += more
-            offsets += [(begin + a, begin + b) for a, b in spans]
+            offsets += [(places[a], places[max(b - 1, a)] + (b > a)) if a < len(places) else (a, a) for a, b in spans]
         return ids, offsets
+
+    def _pieces(self, text: str) -> Iterator[tuple[list[int], str, bool]]:
+        """Yield what is encoded apart: where its characters stand in `text`, the characters, whether it is plain text.
+
+        A single mark only separates where a control token would stand across it.
+        """
+        piece, places, begin = "", [], 0
+        for match in [*self._marked.finditer(text), None]:
+            end = match.start() if match else len(text)
+            piece, places = piece + text[begin:end], [*places, *range(begin, end)]
+            begin = match.end() if match else end
+            across = match and not match[1] and self._control.match(piece[-1:] + unmarked(text[begin : begin + 200]))
+            if match is None or match[1] or across:
+                yield places, piece, False
+                piece, places = "", []
+            if match and match[1]:
+                yield list(range(match.start(1), match.end(1))), match[1], True
 
     def _plain(self, text: str, inner: bool) -> Encoding:
         """Return the encoding of control text as plain text."""

@@ -307,7 +307,7 @@ class Template:
     def _render(self, content: Sequence[Message], generation: bool, tools: Tools) -> str:
         """Return the rendered conversation with marks around control text in messages."""
         marked = None if tools is None else self.encoder.mark(tools)
-        return self.encoder.tidy(self._raw(self._marked(content), generation, marked))
+        return self._raw(self._marked(content), generation, marked)
 
     def _marked(self, content: Sequence[Message]) -> list[Message]:
         return [{k: self.encoder.mark(v) for k, v in message.items() if k != "weight"} for message in content]
