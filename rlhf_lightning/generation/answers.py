@@ -53,7 +53,7 @@ def start(engine: Engine, lm: Any, template: Template) -> None:
 
 def prompt_text(group: Group, template: Template) -> str:
     """Return the prompt as rewards read it: the last user turn, or the decoded prompt of a group without text."""
-    return template.encoder.decode(list(group.prompt)) if group.text is None else group.text
+    return template.decode(group.prompt) if group.text is None else group.text
 
 
 def answer(

@@ -58,6 +58,7 @@ class DataChecks:
         """Yield (where, prompt, answers, tools, other columns) of the first rows that are conversations."""
         for where, row in islice(self.data.source("train").rows(), self.limit):
             try:
+                self.data.to_group(row)
                 record = records.prompt(row)
                 prompt, answers, tools = record.content, [], record.tools
                 if self.data.kind == "preferences":
