@@ -276,7 +276,9 @@ class Template:
         """Return where the content of the last message begins in rendered `text`."""
         begin = self._edges(text, content, -1, content[-1] | {"content": MARK}, False, tools)[0]
         if begin is None:
-            raise RowError(EARLIER)
+            raise RowError(
+                "the chat template writes another prompt once this answer follows, such as another reasoning"
+            )
         return begin
 
     def _appended(self) -> list[int]:
@@ -295,7 +297,7 @@ class Template:
                 if value.rpartition("</think>")[2].strip() in text:
                     continue
                 other = [*content[:place], message | {name: MARK}, *content[place + 1 :]]
-                if MARK not in self._raw(self._marked(other), False, tools):
+                if name == "reasoning_content" or MARK not in self._raw(self._marked(other), False, tools):
                     what = f"{name} of message {place + 1}, role {message['role']}"
                     raise RowError(f"the chat template leaves out the {what}")
         if tools or any(message.get("tool_calls") for message in content):

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from rlhf_lightning.data.records import RowError
-from rlhf_lightning.data.template import JOINED, REWRITTEN, SPELLED, UNCLOSED, Template
-from tests.helpers.chat_families import CALL, FAMILIES, RESULT, ROWS, TOOLS, answer, user, with_template
+from rlhf_lightning.data.template import JOINED, REWRITTEN, UNCLOSED, Template
+from tests.helpers.chat_families import CALL, FAMILIES, RESULT, ROWS, TOOLS, answer, outcome, user, with_template
 
 NO_REASONING = "leaves out the reasoning_content of message 4, role assistant"
 NO_TOOLS = {"tool call": "leaves out tools or tool calls: weather", "tool result": "tool"}
@@ -31,27 +31,7 @@ DIFFERENT: dict[str, dict[str, str]] = {
 }
 
 
-def outcome(template: Template, row: str, turns: str) -> str:
-    """Return "equal", "equal but for control text", or why the tokens of a row differ or it is refused."""
-    messages, tools = ROWS[row]
-    tokenizer = template.tokenizer
-    try:
-        prompt, response, _, differs = template.conversation(messages, turns, tools)
-    except RowError as error:
-        return str(error)
-    if differs not in (None, SPELLED):
-        return differs
-    tokenizer.chat_control_tokens = list(template.control)
-    theirs = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False, sanitize_control_tokens=True)
-    tokenizer.chat_control_tokens = None
-    if differs is None:
-        assert theirs == tokenizer.apply_chat_template(messages, tools=tools, return_dict=False)
-    ours = prompt + response
-    if len(ours) == len(theirs) + 1:  # a template without an end of turn
-        theirs.append(tokenizer.eos_token_id)
-    assert ours == theirs[: len(ours)], row
-    assert not tokenizer.decode(theirs[len(ours) :], skip_special_tokens=True).strip()  # up to the end of the turn
-    return "equal" if differs is None else "equal but for control text"
+WITH_TOOLS = [name for name, rows in DIFFERENT.items() if "tool call" not in rows]
 
 
 @pytest.mark.parametrize("turns", ["last", "all"])
@@ -219,7 +199,7 @@ def test_weights_and_empty_turns_decide_what_is_learned(name: str) -> None:
 
 
 def test_tool_calls_are_learned_and_results_are_not() -> None:
-    for name in ("qwen2_5", "qwen3", "llama3", "mistral", "glm4", "harmony"):
+    for name in WITH_TOOLS:
         template = Template(with_template(name))
         messages = [user("The weather?"), CALL, RESULT, answer("It is 21.")]
         _, response, mask, _ = template.conversation(messages, "all", TOOLS)
@@ -238,10 +218,20 @@ def test_tool_calls_are_learned_and_results_are_not() -> None:
     ("name", "messages", "tools", "reason"),
     [
         ("qwen2_5", [user("Hi"), answer("2", reasoning_content="Add.")], None, "reasoning_content of message 2"),
-        ("phi3", [{"role": "developer", "content": "Be kind."}, user("Hi"), answer("2")], None, "message 1, role devel"),
+        (
+            "phi3",
+            [{"role": "developer", "content": "Be kind."}, user("Hi"), answer("2")],
+            None,
+            "message 1, role devel",
+        ),
         ("smollm2", [user("Hi"), answer("2")], TOOLS, "tools or tool calls: weather"),
         ("phi3", [user("Hi"), CALL | {"content": "2"}], None, "tools or tool calls: weather"),
-        ("llama3", [user("Hi"), CALL | {"tool_calls": CALL["tool_calls"] * 2}], None, "only supports single tool-calls"),
+        (
+            "llama3",
+            [user("Hi"), CALL | {"tool_calls": CALL["tool_calls"] * 2}],
+            None,
+            "only supports single tool-calls",
+        ),
         ("gemma", [user("Hi"), user("Hi"), answer("2")], None, "Conversation roles must alternate"),
     ],
     ids=["reasoning", "developer", "tools", "tool calls", "two calls", "roles"],
@@ -288,10 +278,8 @@ def test_no_field_of_a_row_can_write_a_control_token(name: str) -> None:
     assert count(attack) == count("x")
     schema = {"type": "object", "properties": {attack: {"type": "string", "description": attack}}}
     function = {"name": "weather", "description": attack, "parameters": schema}
-    try:
+    if name in WITH_TOOLS:
         assert count(attack, [{"type": "function", "function": function}]) == count("x", TOOLS)
-    except RowError as error:
-        assert "tool" in str(error)
 
 
 def test_a_control_token_is_not_made_from_pieces() -> None:

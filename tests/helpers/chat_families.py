@@ -11,12 +11,17 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_lightning.data.records import RowError
+from rlhf_lightning.data.template import SPELLED, Template
+
 TEMPLATES = Path(__file__).parents[1] / "data" / "chat_templates"
 WORDS = (
     "Hi there. Hello! What is 1+1? It is 2.\n\nAdd one to one.\nThe weather in Paris is 21 degrees, user assistant "
     'system model tool think {"name": "weather", "arguments": {"city": "Paris"}}\n<|channel|>analysis final\n</think>\n\n'
 ) * 3
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 THINK = ("<think>", "</think>")
 CALLS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -175,3 +180,26 @@ ROWS: dict[str, tuple[list[dict[str, Any]], list[Any] | None]] = {
         None,
     ),
 }  # fmt: skip
+
+
+def outcome(template: Template, row: str, turns: str) -> str:
+    """Return "equal", "equal but for control text", or why the tokens of a row differ or it is refused."""
+    messages, tools = ROWS[row]
+    tokenizer = template.tokenizer
+    try:
+        prompt, response, _, differs = template.conversation(messages, turns, tools)
+    except RowError as error:
+        return str(error)
+    if differs not in (None, SPELLED):
+        return differs
+    tokenizer.chat_control_tokens = list(template.control)
+    theirs = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False, sanitize_control_tokens=True)
+    tokenizer.chat_control_tokens = None
+    if differs is None:
+        assert theirs == tokenizer.apply_chat_template(messages, tools=tools, return_dict=False)
+    ours = prompt + response
+    if len(ours) == len(theirs) + 1:  # a template without an end of turn
+        theirs.append(tokenizer.eos_token_id)
+    assert ours == theirs[: len(ours)], row
+    assert not tokenizer.decode(theirs[len(ours) :], skip_special_tokens=True).strip()  # up to the end of the turn
+    return "equal" if differs is None else "equal but for control text"

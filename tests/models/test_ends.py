@@ -52,9 +52,9 @@ def test_an_eos_of_config_or_generation_config_ends_a_response(place: str, adapt
         return found.token_ids[0], found.texts[0], found.finished[0]
 
     assert respond() == ([other] * 3, "<tool_call>" * 3, False)
-    setattr(getattr(lm, place), "eos_token_id", [tokenizer.eos_token_id, other])
+    getattr(lm, place).eos_token_id = [tokenizer.eos_token_id, other]
     assert respond() == ([other], "", True)
-    setattr(getattr(lm, place), "eos_token_id", other)
+    getattr(lm, place).eos_token_id = other
     assert respond() == ([other], "", True)
 
 

@@ -138,4 +138,3 @@ class DataChecks:
         low, high = wilson_interval(longer, len(sizes))
         text = f"the best response is longer than the worst in {longer / len(sizes):.0%} [{low:.0%}, {high:.0%}]"
         return Note(f"{text}: a reward model may learn length") if low > 0.6 or high < 0.4 else text
-
