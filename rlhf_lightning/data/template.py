@@ -24,7 +24,6 @@ UNCLOSED = "the chat template drops the reasoning that its generation prompt ope
 SPELLED = "the text spells a control token, which stays text"
 DIFFERS = (JOINED, REWRITTEN, UNCLOSED, SPELLED)
 """Why the tokens of a row are not those of `apply_chat_template`; the last is as it should be."""
-EARLIER = "the chat template writes earlier turns differently from the prompt; use data.turns=last"
 MARK = "\ufdd20\ufdd3"
 OPENED = re.compile(r"<(\w+)>\s*\Z")
 
@@ -246,7 +245,7 @@ class Template:
             begin = self._edges(text, content, place, message | {"content": MARK}, True, tools)[0]
         turn = self._render(content[: place + 1], False, tools)
         if text.startswith(turn):
-            ends = [end for end in self.encoder.written(turn) if end.start() >= begin]
+            ends = [end for end in self.encoder.written(turn) if end.start() >= (begin or 0)]
             end = ends[-self._end_tokens] if 0 < self._end_tokens <= len(ends) else None
             stop = len(turn.removesuffix(self._tail))
         else:
@@ -255,7 +254,7 @@ class Template:
             stop = self._edges(text, content, place, message | other, True, tools)[1]
             end = next((end for end in self.encoder.written(text) if end.start() >= (stop or 0)), None)
         if begin is None or stop is None:
-            raise RowError(EARLIER)
+            raise RowError("the chat template writes earlier turns differently from the prompt; use data.turns=last")
         if end is None:
             return begin, stop
         return begin, end.end() if self.control[end[0]] in self.eos_ids else end.start()

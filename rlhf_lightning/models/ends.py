@@ -8,11 +8,11 @@ from typing import Any
 
 def eos_ids(model: Any) -> set[int]:
     """Return the EOS tokens in the config and the generation config of a model; either may name several."""
-    found: set[int] = set()
+    found: list[int | None] = []
     for owner in _owners(model):
         given = getattr(owner, "eos_token_id", None)
-        found |= {*given} if isinstance(given, list | tuple) else {given}
-    return found - {None}
+        found += given if isinstance(given, list | tuple) else [given]
+    return {token for token in found if token is not None}
 
 
 def set_eos(model: Any, tokenizer: Any, learned: Sequence[int]) -> None:

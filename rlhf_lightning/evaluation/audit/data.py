@@ -60,7 +60,8 @@ class DataChecks:
             try:
                 self.data.to_group(row)
                 record = records.prompt(row)
-                prompt, answers, tools = record.content, [], record.tools
+                prompt, tools = record.content, record.tools
+                answers: list[Message] = []
                 if self.data.kind == "preferences":
                     pair = records.preference(row)
                     prompt, tools = pair.prompt, pair.tools
@@ -68,7 +69,8 @@ class DataChecks:
                 elif self.data.kind == "demonstrations":
                     demonstration = records.demonstration(row)
                     prompt, tools = demonstration.content[:-1], demonstration.tools
-                    answers = list(demonstration.content[-1:])
+                    if isinstance(demonstration.content, list):
+                        answers = demonstration.content[-1:]
             except records.RowError:  # left out by data.on_bad_row=skip
                 continue
             if isinstance(prompt, list):
