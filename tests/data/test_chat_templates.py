@@ -328,10 +328,10 @@ TALK = [user("Hi"), answer("Hello!"), user("1+1?"), answer("2")]
 WRITTEN = {
     ("chatml", "smollm2"): "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
     "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>",
-    ("chatml", "gemma"): "<|im_start|>user\nHi<eos>\n<|im_start|>assistant\nHello!<eos>\n"
+    ("chatml", "gemma"): "<bos><|im_start|>user\nHi<eos>\n<|im_start|>assistant\nHello!<eos>\n"
     "<|im_start|>user\n1+1?<eos>\n<|im_start|>assistant\n2<eos>",
-    ("human_assistant", "llama2"): "\n\nHuman: Hi\n\nAssistant: Hello!</s>\n\nHuman: 1+1?\n\nAssistant: 2</s>",
-    ("plain", "llama2"): "HiHello!1+1?2</s>",
+    ("human_assistant", "llama2"): "<s>\n\nHuman: Hi\n\nAssistant: Hello!</s>\n\nHuman: 1+1?\n\nAssistant: 2</s>",
+    ("plain", "llama2"): "<s>HiHello!1+1?2</s>",
 }
 
 

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_lightning.data.records import RowError
@@ -29,7 +29,7 @@ CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 @dataclass(frozen=True)
 class Family:
-    """A family: its special and other added tokens, BOS, EOS, and the kind of its tokenizer.
+    """A family: its special and other added tokens, BOS, EOS, the kind of its tokenizer, and whether it adds a BOS.
 
     `kind` is "bytes" (byte-level BPE), "spaces" (sentencepiece) or "prefix" (sentencepiece, a space before every text).
     """
@@ -39,6 +39,7 @@ class Family:
     bos: str | None = None
     eos: str = "<|endoftext|>"
     kind: str = "bytes"
+    adds_bos: bool = False
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -46,25 +47,25 @@ class Family:
 
 
 FAMILIES = {
-    "llama2": Family(("<s>", "</s>"), bos="<s>", eos="</s>", kind="prefix"),
+    "llama2": Family(("<s>", "</s>"), bos="<s>", adds_bos=True, eos="</s>", kind="prefix"),
     "llama3": Family(
         ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"),
-        bos="<|begin_of_text|>", eos="<|eot_id|>",
+        bos="<|begin_of_text|>", adds_bos=True, eos="<|eot_id|>",
     ),
     "qwen2_5": Family(CHATML, CALLS, eos="<|im_end|>"),
     "qwen3": Family(CHATML, THINK + CALLS, eos="<|im_end|>"),
     "qwen3_thinking": Family(CHATML, THINK + CALLS, eos="<|im_end|>"),
     "gemma": Family(
         ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), ("\n", "\n\n", "<table>", "</table>"),
-        bos="<bos>", eos="<eos>", kind="spaces",
+        bos="<bos>", adds_bos=True, eos="<eos>", kind="spaces",
     ),
     "gemma3": Family(
-        ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), ("\n", "\n\n"), bos="<bos>", eos="<eos>", kind="spaces"
+        ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), ("\n", "\n\n"), bos="<bos>", adds_bos=True, eos="<eos>", kind="spaces"
     ),
     "mistral": Family(
         ("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
          "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
-        bos="<s>", eos="</s>", kind="prefix",
+        bos="<s>", adds_bos=True, eos="</s>", kind="prefix",
     ),
     "phi3": Family(
         ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), bos=None, kind="prefix"
@@ -72,7 +73,7 @@ FAMILIES = {
     "smollm2": Family(CHATML, eos="<|im_end|>", bos="<|im_start|>"),
     "r1_distill": Family(
         ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"), ("<｜User｜>", "<｜Assistant｜>", *THINK),
-        bos="<｜begin▁of▁sentence｜>", eos="<｜end▁of▁sentence｜>",
+        bos="<｜begin▁of▁sentence｜>", adds_bos=True, eos="<｜end▁of▁sentence｜>",
     ),
     "glm4": Family(
         ("<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
@@ -116,6 +117,9 @@ def _tokenizer(family: Family) -> PreTrainedTokenizerFast:
     backend = Tokenizer.from_str(_backend(family.kind))
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in family.special])
     backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in family.added])
+    if family.adds_bos:
+        bos = (family.bos, backend.token_to_id(family.bos))
+        backend.post_processor = processors.TemplateProcessing(single=f"{family.bos} $A", special_tokens=[bos])  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=family.bos, eos_token=family.eos, clean_up_tokenization_spaces=False
     )
