@@ -229,7 +229,7 @@ class Template:
             if body.lstrip().startswith(f"<{tag}>"):
                 return body.lstrip()[len(tag) + 2 :], REWRITTEN
             message = self._marked(content[-1:])[0]
-            inside = message["content"].partition(f"</{tag}>")
+            inside = (message.get("content") or "").partition(f"</{tag}>")
             reasoning = message.get("reasoning_content") or (inside[0] if inside[1] else "")
             reasoning = reasoning.rpartition(f"<{tag}>")[2].strip()
             return "{}\n</{}>\n\n{}".format(reasoning, tag, body.lstrip("\n")), UNCLOSED
@@ -344,7 +344,9 @@ class Template:
 
 
 def _is_learned(message: Message) -> bool:
-    said = any(message.get(name) for name in ("reasoning_content", "tool_calls")) or message["content"].strip()
+    said = (
+        any(message.get(name) for name in ("reasoning_content", "tool_calls")) or (message.get("content") or "").strip()
+    )
     return message["role"] == "assistant" and message.get("weight", 1) != 0 and bool(said)
 
 
