@@ -122,6 +122,7 @@ def our_side(spec: dict[str, Any]) -> None:
         def on_train_start(self, trainer: Any, *_: Any) -> None:
             if spec["fixed"]:  # no token ends a response; not earlier, for the first look at the rows wants one
                 trainer.datamodule.template.eos_ids = set()
+                module.policy.lm.config.eos_token_id = module.policy.lm.generation_config.eos_token_id = None
             answer(ready=True)
 
         def on_train_batch_start(self, *_: Any) -> None:

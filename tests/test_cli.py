@@ -87,6 +87,33 @@ def test_exports_open_with_plain_transformers(pairs: Path, sft: str) -> None:
     assert AutoTokenizer.from_pretrained(sft).chat_template
 
 
+@pytest.mark.parametrize("template", ["chatml", "human_assistant"])
+def test_a_base_model_exports_the_template_it_learned(pairs: Path, sft: str, template: str) -> None:
+    """Its reward is that of `apply_chat_template`, and what ends a turn is EOS wherever programs look for it."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from rlhf_lightning.data.template import Template
+    from rlhf_lightning.rewards.folder import FolderReward
+
+    data = ["data.train=pairs.jsonl", f"data.template={template}", "max_steps=1", f"name={template}"]
+    rlhf(pairs, "stage=reward", f"init_from={sft}", *data)
+    folder = str(next((pairs / "outputs" / "reward" / template).iterdir()) / "model")
+    tokenizer, reward = AutoTokenizer.from_pretrained(folder), FolderReward(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    learned = Template(AutoTokenizer.from_pretrained(sft), template)
+    assert tokenizer.chat_template == learned.exported
+    assert [tokenizer.eos_token_id] == learned.ends == [model.config.eos_token_id]
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "two words"}]
+    for history in ([], talk):
+        turns = [*history, {"role": "user", "content": "say red"}]
+        ids = tokenizer.apply_chat_template(
+            [*turns, {"role": "assistant", "content": "a red"}], return_tensors="pt", return_dict=True
+        )
+        raw = model(**ids).logits.item()
+        found = reward(["say red"], ["a red"], [{"messages": turns}]).item()
+        assert found == pytest.approx((raw - model.config.reward_mean) / model.config.reward_std, abs=1e-5)
+
+
 def test_resume_auto_continues_and_recognizes_what_is_done(pairs: Path, sft: str) -> None:
     command = [
         "stage=dpo",

@@ -25,10 +25,10 @@ class DemonstrationData(RowData):
     def to_group(self, row: dict[str, Any]) -> Group:
         record = records.demonstration(row, self.columns)
         turns = records.learned_turns(record.content, self.turns)
-        prompt, response, loss_mask = self.template.demonstration(record.content, turns=turns)
+        prompt, response, loss_mask, differs = self.template.conversation(record.content, turns, record.tools)
         records.check_length(len(prompt), self.max_length)
         room = self.max_length - len(prompt)
-        return Group(prompt, [response[:room]], [loss_mask[:room]])
+        return Group(prompt, [response[:room]], [loss_mask[:room]], differs=differs)
 
 
 class PreferenceData(RowData):
@@ -42,13 +42,13 @@ class PreferenceData(RowData):
 
     def to_group(self, row: dict[str, Any]) -> Group:
         record = records.preference(row, self.columns)
-        prompt = self.template.prompt(record.prompt)
+        prompt, answers, differs = self.template.completions(record.prompt, record.responses, record.tools)
         records.check_length(len(prompt), self.max_length)
         room = self.max_length - len(prompt)
-        responses = [self.template.response(text)[:room] for text in record.responses]
+        responses = [answer[:room] for answer in answers]
         if len(set(map(tuple, responses))) == 1:
             raise records.RowError(f"the responses are identical within data.max_length={self.max_length}")
-        return Group(prompt, responses, ranks=record.ranks, margin=record.margin, label=record.label)
+        return Group(prompt, responses, ranks=record.ranks, margin=record.margin, label=record.label, differs=differs)
 
 
 class PromptData(RowData):
@@ -98,9 +98,9 @@ class PromptData(RowData):
 
     def to_group(self, row: dict[str, Any]) -> Group:
         record = records.prompt(row, self.columns)
-        prompt = self.template.prompt(record.content)
+        prompt, _, differs = self.template.completions(record.content, [], record.tools)
         records.check_length(len(prompt), self.max_length)
-        return Group(prompt, [])
+        return Group(prompt, [], differs=differs)
 
     def group(self, split: str, row: int) -> Group:
         """Return the prompt of a row as a group without responses, with what rewards read."""

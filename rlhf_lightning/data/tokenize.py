@@ -20,11 +20,12 @@ from rich.progress import Progress
 
 from rlhf_lightning.data.messages import LeftOut, RowError
 from rlhf_lightning.data.sources import Row, Source
+from rlhf_lightning.data.template import DIFFERS
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import build_once
 from rlhf_lightning.ops.groups import Group
 
-FORMAT = 4  # part of every cache key; raise it when the columns change
+FORMAT = 5  # part of every cache key; raise it when the columns change
 PARALLEL_ROWS = 5_000  # fewer rows are faster without worker processes
 CHUNK = 512
 # a row: where its tokens, responses and text begin in the other files, and their numbers
@@ -32,7 +33,7 @@ STARTS = ("ids", "responses", "text")
 ROW = np.dtype(
     [(name, np.int64) for name in STARTS]
     + [(name, np.int32) for name in ("tokens", "loss_tokens", "size", "where", "raw")]
-    + [("margin", np.float64), ("label", np.float64)]
+    + [("margin", np.float64), ("label", np.float64), ("differs", np.int8)]  # a place in DIFFERS, from 1
 )
 COLUMNS = {
     "rows": ROW,
@@ -49,7 +50,8 @@ Encoded = tuple[int, list[tuple[str, RowError]], dict[str, np.ndarray]]
 class TokenizedRows:
     """Groups of a data set, on disk or of one window; `tokens` and `loss_tokens` (rows,) are in memory for the planner.
 
-    `skipped` counts the rows left out, by reason; `key` names the content.
+    `skipped` counts the rows left out, by reason; `differs` has for each reason the rows with other tokens than those
+    of `apply_chat_template`; `key` names the content.
     """
 
     def __init__(self, columns: dict[str, np.ndarray], skipped: dict[str, int], key: str) -> None:
@@ -57,6 +59,8 @@ class TokenizedRows:
         self._rows, self._ids, self._flags, self._responses, self._text = (columns[name] for name in COLUMNS)
         self.tokens: np.ndarray = self._rows["tokens"].astype(np.int64)
         self.loss_tokens: np.ndarray = self._rows["loss_tokens"].astype(np.int64)
+        places = {reason: np.flatnonzero(self._rows["differs"] == i) for i, reason in enumerate(DIFFERS, 1)}
+        self.differs: dict[str, np.ndarray] = {reason: rows for reason, rows in places.items() if len(rows)}
 
     @classmethod
     def open(cls, path: Path) -> TokenizedRows:
@@ -84,6 +88,20 @@ class TokenizedRows:
             row,
         )
 
+    def first_beyond(self, vocabulary: int) -> tuple[int, int] | None:
+        """Return the first row with a token id of at least `vocabulary`, and that id; None when all are below."""
+        for begin in range(0, len(self._ids), 1 << 22):
+            beyond = np.flatnonzero(self._ids[begin : begin + (1 << 22)] >= vocabulary)
+            if len(beyond):
+                place = begin + int(beyond[0])
+                return int(np.searchsorted(self._rows["ids"], place, side="right")) - 1, int(self._ids[place])
+        return None
+
+    @property
+    def highest(self) -> int:
+        """The highest token id."""
+        return int(self._ids.max(initial=0))
+
     def where(self, row: int) -> str:
         """Return where a row stands in its source, as in "row 17": rows that were skipped count."""
         record = self._rows[row]
@@ -101,14 +119,18 @@ def _mapped(path: Path, kind: np.dtype) -> np.ndarray:
     return np.memmap(path, kind, "r").view(np.ndarray)
 
 
-def report_skipped(data: Any) -> None:
-    """Print how many rows were skipped, and why, and what else is to be known of the rows."""
+def report_rows(data: Any) -> None:
+    """Print how many rows were skipped or have other tokens than the chat template gives them, and other notes."""
     parts = {f"data.{split}": rows for split, rows in data.rows.items()}
     if getattr(data, "ptx", None) is not None:
         parts["data.ptx"] = data.ptx.rows["train"]
     for name, rows in parts.items():
         for reason, count in rows.skipped.items():
             Console().print(f"skipped {count} rows of {name}: {reason}", style="yellow", soft_wrap=True)
+        for reason, places in rows.differs.items():
+            text = f"{len(places)} of {len(rows)} rows of {name} do not have the tokens of apply_chat_template"
+            first = f"the first is {rows.where(int(places[0]))}"
+            Console().print(f"{text}: {reason} ({first})", style="yellow", markup=False, soft_wrap=True)
     for line in data.notes():
         Console().print(line, style="yellow", markup=False, soft_wrap=True)
 
@@ -220,7 +242,8 @@ def encode(to_group: ToGroup, keep_raw: bool, chunk: list[tuple[str, Row]]) -> E
             continue
         place, raw = where.encode(), json.dumps(row, default=str).encode() if keep_raw else b""
         sizes = (group.tokens, group.loss_tokens, len(group.responses), len(place), len(raw))
-        columns["rows"].append((*(len(columns[name]) for name in STARTS), *sizes, group.margin, group.label))
+        differs = DIFFERS.index(group.differs) + 1 if group.differs else 0
+        columns["rows"].append((*(len(columns[name]) for name in STARTS), *sizes, group.margin, group.label, differs))
         columns["ids"] += chain(group.prompt, *group.responses)
         flags = group.loss_mask if group.loss_mask is not None else [[True] * len(y) for y in group.responses]
         columns["loss_mask"] += chain([False] * len(group.prompt), *flags)

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rlhf_lightning.data.base import RowData
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.generation.answers import answer
+from rlhf_lightning.generation.answers import answer, start
 from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.models.completion import CompletionModel, choose_layout, response_logprobs
 from rlhf_lightning.ops.groups import Group
@@ -62,7 +62,7 @@ def evaluate_policy(
     split = "val" if "val" in data.rows else "train"
     prompts = [data.group(split, row) for row in range(min(rows, len(data.rows[split])))]
     lm.to(device)
-    engine.start(lm, data.template.eos_ids)
+    start(engine, lm, data.template)
     columns = (
         TextColumn("  {task.description}"),
         BarColumn(),

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.generation.engine import Engine
+from rlhf_lightning.models.completion import unwrap
+from rlhf_lightning.models.ends import eos_ids
 from rlhf_lightning.models.sharding import broadcast_tp
 from rlhf_lightning.ops.groups import Group
 
@@ -42,6 +44,11 @@ class Answers:
             Group(group.prompt, self.token_ids[self.of_prompt(place)], index=group.index)
             for place, group in enumerate(prompts)
         ]
+
+
+def start(engine: Engine, lm: Any, template: Template) -> None:
+    """Start `engine` with every token that ends a response: the template's, and the EOS of the model's configs."""
+    engine.start(lm, template.eos_ids | eos_ids(unwrap(lm)))
 
 
 def prompt_text(group: Group, template: Template) -> str:
@@ -83,7 +90,11 @@ def answer(
             progress=progress,
         ),
     )
-    texts = [template.decode(ids) for ids in generations.responses]
+    texts = [
+        # an EOS of the model that the template does not know is no text
+        template.decode(ids[:-1] if done and ids[-1] not in template.eos_ids else ids)
+        for ids, done in zip(generations.responses, generations.finished, strict=True)
+    ]
     prompt_texts = [prompt_text(group, template) for group in prompts for _ in range(num_generations)]
     columns = [dict(group.metadata) for group in prompts for _ in range(num_generations)]
     metadata = [row | {"finished": done} for row, done in zip(columns, generations.finished, strict=True)]

@@ -112,7 +112,7 @@ class StageModule(LightningModule):
 
         Raises:
             UserError: the loader yields something else, an empty list, groups with too few responses, or ids the model
-                has no embedding for; the rows of our data modules are checked at the start of the run.
+                has no embedding for; rows of our data modules are checked at the start of the run, later windows here.
         """
         ours = isinstance(batch, GroupList)
         groups = batch.groups if ours else batch
@@ -130,12 +130,16 @@ class StageModule(LightningModule):
                 f"{type(self).__name__} needs at least {self.min_responses} response(s) per prompt; the loader yields "
                 f"a group with {len(few.responses)}"
             )
-        if ours:
+        if ours and getattr(self.data, "windows", None) is None:
             return batch
-        worst = max(max(map(max, filter(None, [group.prompt, *group.responses]))) for group in groups)
+        worst, group = max(
+            ((max(map(max, filter(None, [group.prompt, *group.responses]))), group) for group in groups),
+            key=lambda pair: pair[0],
+        )
         if worst >= self.vocabulary:
-            raise UserError(f"the loader yields the token id {worst}, but the model has {self.vocabulary} ids")
-        return GroupList(groups)
+            place = f"{self.data.where('train', [group.index])} has" if ours else "the loader yields"
+            raise UserError(f"{place} the token id {worst}, but the model has {self.vocabulary} ids")
+        return batch if ours else GroupList(groups)
 
     def split(self, model: Any) -> Any:
         """Return `model`, a CompletionModel or ScalarModel, sharded across devices where the strategy asks for it."""

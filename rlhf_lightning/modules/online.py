@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.distributed import data_ranks
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.generation.answers import Answers, answer
+from rlhf_lightning.generation.answers import Answers, answer, start
 from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.models.adapters import adapter_off
@@ -95,7 +95,7 @@ class Generating(StageModule):
         """Return n responses of the policy to every prompt, with the scores of each reward that is given."""
         assert self.policy is not None
         if not self.started:
-            self.engine.start(self.policy.lm, self.template.eos_ids)
+            start(self.engine, self.policy.lm, self.template)
             self.started = True
         return answer(
             self.engine,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_lightning.generation.answers import answer
+from rlhf_lightning.generation.answers import answer, start
 from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.ops.groups import Group
 
@@ -23,7 +23,7 @@ def sampled_responses(
     """
     if not rows:
         return []
-    engine.start(lm, data.template.eos_ids)
+    start(engine, lm, data.template)
     try:
         with torch.random.fork_rng():
             answers = answer(engine, data.template, rows, max_new_tokens=max_new_tokens, seed_parts=("samples",))

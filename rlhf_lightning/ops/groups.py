@@ -39,6 +39,7 @@ class Group:
         index: row number in the data set.
         text: the prompt as a reward reads it, its last user turn; None is the decoded prompt.
         metadata: the other columns of the row, handed to rewards.
+        differs: why the tokens are not those of the chat template; None when they are.
     """
 
     prompt: Sequence[int]
@@ -50,6 +51,7 @@ class Group:
     index: int = -1
     text: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    differs: str | None = None
 
     @property
     def tokens(self) -> int:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.template import Template
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.completion import ScalarModel, choose_layout
 from rlhf_lightning.models.frozen import Frozen
 from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer, resolve_model
@@ -29,6 +31,7 @@ class FolderReward:
     def __init__(self, folder: str, dtype: str = "float32", batch_tokens: int = 16_384, device: str = "cpu") -> None:
         model = load_scalar_model(folder, dtype=dtype, trained=True)
         tokenizer = load_tokenizer(folder)
+        self.folder = folder
         self.template = Template(tokenizer, "auto" if tokenizer.chat_template else "plain")
         self.layout: Layout = choose_layout(model)[0]
         self.model = Frozen(ScalarModel(model)).to(device)
@@ -42,13 +45,17 @@ class FolderReward:
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
         groups: dict[tuple[int, ...], list[int]] = {}
-        for i, (text, extra) in enumerate(zip(prompts, metadata, strict=True)):
+        answers = []
+        for i, (text, response, extra) in enumerate(zip(prompts, responses, metadata, strict=True)):
             content = extra.get("messages") or [{"role": "user", "content": text}]
-            groups.setdefault(tuple(self.template.prompt(content)), []).append(i)
-        packed = []
-        for prompt, members in groups.items():
-            room = max(self.context - len(prompt), 1)
-            packed.append(Group(prompt, [self.template.response(responses[i])[:room] for i in members]))
+            tools = extra["tools"] if isinstance(extra.get("tools"), list) else None
+            try:
+                prompt, (answer,), _ = self.template.completions(content, [response], tools)
+            except RowError as error:
+                raise UserError(f"the reward model {self.folder} cannot read a response: {error}") from error
+            answers.append(answer[: max(self.context - len(prompt), 1)])
+            groups.setdefault(tuple(prompt), []).append(i)
+        packed = [Group(prompt, [answers[i] for i in members]) for prompt, members in groups.items()]
         scores = torch.zeros(len(responses))
         members = list(groups.values())
         device = next(self.model.model.parameters()).device

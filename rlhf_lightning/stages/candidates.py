@@ -13,7 +13,7 @@ from rich.table import Table
 
 from rlhf_lightning.callbacks.stop import Stop
 from rlhf_lightning.callbacks.throughput import peak_memory_gb
-from rlhf_lightning.data.tokenize import report_skipped
+from rlhf_lightning.data.tokenize import report_rows
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.feedback.shards import ShardWriter, merge, remove
 from rlhf_lightning.files import readable_os_errors, write_json
@@ -41,7 +41,7 @@ def run(run: Run) -> float | None:
     )
     trainer = build_trainer(run, [writer])
     if rank_zero_only.rank == 0:
-        report_skipped(data)
+        report_rows(data)
     began = time.perf_counter()
     stops = [callback for callback in trainer.callbacks if isinstance(callback, Stop)]  # type: ignore[attr-defined]
     try:

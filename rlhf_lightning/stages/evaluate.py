@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from rlhf_lightning.callbacks.samples import as_markdown
 from rlhf_lightning.callbacks.throughput import peak_memory_gb
 from rlhf_lightning.data.datamodules import PreferenceData
-from rlhf_lightning.data.tokenize import report_skipped
+from rlhf_lightning.data.tokenize import report_rows
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.policy import evaluate_policy
 from rlhf_lightning.evaluation.reward_model import evaluate_reward_model
@@ -104,7 +104,7 @@ def prompts(run: Run, folder: str) -> Any:
     """Return the prompts tokenized for a model: the held-out ones, or the training ones where there are no others."""
     data = run.data(folder, rows=True, **({"train": None} if run.settings["data"]["val"] is not None else {}))
     data.setup()
-    report_skipped(data)
+    report_rows(data)
     return data
 
 

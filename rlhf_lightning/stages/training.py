@@ -19,9 +19,11 @@ from rlhf_lightning.callbacks.stop import Stop
 from rlhf_lightning.callbacks.tensorboard import judged_by, write_hparams
 from rlhf_lightning.callbacks.throughput import Throughput
 from rlhf_lightning.data.base import RowData
-from rlhf_lightning.data.tokenize import report_skipped
+from rlhf_lightning.data.template import Template
+from rlhf_lightning.data.tokenize import report_rows
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.files import fingerprint, readable_os_errors, write_json
+from rlhf_lightning.models.ends import set_eos
 from rlhf_lightning.models.folder import parent_entry, write_model
 from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.runtime.launch import check_devices, environment
@@ -80,7 +82,7 @@ def announce(run: Run, folder: str, data: Any) -> None:
         return
     console.print(f"[bold]{run.stage.name}[/bold] from {folder}", soft_wrap=True)
     if isinstance(data, RowData):
-        report_skipped(data)
+        report_rows(data)
         sizes = ", ".join(f"{len(rows)} {split} rows" for split, rows in data.rows.items())
         pace = f"windows of {data.window} rows" if data.window else f"{data.steps_per_epoch} steps per epoch"
         console.print(f"  {sizes}, {pace}; writing {run.folder}", soft_wrap=True)
@@ -136,8 +138,10 @@ def finish(run: Run, folder: str, trainer: Trainer, module: Any, data: Any) -> f
         "metrics": metrics,
     }
     tokenizer = getattr(data, "tokenizer", None) or load_tokenizer(folder)
-    if isinstance(data, RowData):
-        tokenizer.chat_template = data.template.exported
+    template = getattr(data, "template", None)
+    if isinstance(template, Template):  # what was learned as the end of a turn stops a plain `generate`, too
+        tokenizer.chat_template = template.exported
+        set_eos(model, tokenizer, template.ends)
     write_json(run.folder / "metrics.json", {"monitor": monitor, **metrics})
     write_model(run.folder / "model", model, tokenizer, manifest)
     table = Table(title=f"{run.stage.name} done", show_header=False)

@@ -10,7 +10,6 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.tiny import build_tiny
@@ -51,8 +50,7 @@ def test_all_turns_learn_every_answer_and_its_end(tiny: Any, name: str) -> None:
     prompt, response, counted = template.demonstration(TALK, turns="all")
     assert prompt == template.prompt(TALK[:1])
     learned = [token for token, counts in zip(response, counted, strict=True) if counts]
-    ends = template.end if name == "auto" else []
-    assert learned == [*template.content("Hello"), *ends, *template.response("No, thanks.")]
+    assert learned == [*template.response("Hello"), *template.response("No, thanks.")]
 
 
 def test_auto_equals_the_rendered_template(tiny: Any) -> None:
@@ -155,8 +153,8 @@ def test_mistakes_are_told(tiny: Any, stories_model: Path) -> None:
         Template(tiny).demonstration(TALK, turns="some")
     tokenizer = AutoTokenizer.from_pretrained(stories_model)
     tokenizer.chat_template = "{{ raise_exception('only user turns') }}"
-    with pytest.raises(RowError, match="only user turns"):
-        Template(tokenizer).prompt(TALK[:1])
+    with pytest.raises(UserError, match="only user turns"):
+        Template(tokenizer)
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no EOS token"):
         Template(tokenizer, "plain")

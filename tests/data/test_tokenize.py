@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 
+from rlhf_lightning import DemonstrationData, PreferenceData, PromptData
 from rlhf_lightning.data import sources, tokenize
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.sources import Source, read_source
-from rlhf_lightning.data.tokenize import CHUNK
+from rlhf_lightning.data.template import JOINED, SPELLED
+from rlhf_lightning.data.tokenize import CHUNK, report_rows
 from rlhf_lightning.data.tokenize import tokenize as tokenized
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.ops.groups import Group
+from tests.helpers.chat_families import with_template
 
 GROUPS = [
     Group([1, 5], []),
@@ -132,3 +135,57 @@ def test_a_source_knows_about_how_many_rows_it_has(tmp_path: Path, name: str) ->
     broken = tmp_path / "broken.jsonl.gz"
     broken.write_bytes(b"no gzip")
     assert read_source(str(broken), "train").count() is None
+
+
+def test_rows_that_differ_from_the_chat_template_are_counted_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"prompt": "Hi", "response": "Hello"},
+        {"prompt": "Hi", "response": "\n\nHello"},
+        {"prompt": "Hi", "response": "a<|endoftext|>b"},
+        {"prompt": "Hi", "response": "\n\n<|pad|>"},
+    ]
+    for _ in range(2):  # the second time from the cache
+        data = DemonstrationData(with_template("olmo2"), rows, cache_dir=tmp_path, batch_size=1)
+        data.setup()
+        found = {reason: places.tolist() for reason, places in data.rows["train"].differs.items()}
+        assert found == {JOINED: [1, 3], SPELLED: [2]}
+        report_rows(data)
+        lines = capsys.readouterr().out.splitlines()
+        text = "of 4 rows of data.train do not have the tokens of apply_chat_template"
+        assert lines == [
+            f"2 {text}: {JOINED} (the first is row 2)",
+            f"1 {text}: {SPELLED} (the first is row 3)",
+        ]
+    data = DemonstrationData(with_template("qwen2_5"), rows[:2], cache_dir=tmp_path, batch_size=1)
+    data.setup()
+    report_rows(data)
+    assert (data.rows["train"].differs, capsys.readouterr().out) == ({}, "")
+
+
+def test_pairs_and_prompts_are_compared_too(tmp_path: Path) -> None:
+    answers = [("Hello", "\n\nBye"), ("a", "b")]
+    pairs = [{"prompt": "Hi", "chosen": chosen, "rejected": rejected} for chosen, rejected in answers]
+    data = PreferenceData(with_template("olmo2"), pairs, cache_dir=tmp_path, batch_size=1)
+    data.setup()
+    assert {reason: places.tolist() for reason, places in data.rows["train"].differs.items()} == {JOINED: [0]}
+    prompts = PromptData(with_template("olmo2"), [{"prompt": "Hi"}, {"prompt": "<|pad|>"}], cache_dir=tmp_path)
+    prompts.setup()
+    assert {reason: places.tolist() for reason, places in prompts.rows["train"].differs.items()} == {SPELLED: [1]}
+
+
+def test_the_first_id_beyond_a_vocabulary_is_found_in_any_row(tmp_path: Path) -> None:
+    rows = [{"prompt": "Hi", "response": "Hello"}] * 300 + [{"prompt": "Hi", "response": "<think>"}] * 2
+    data = DemonstrationData(with_template("qwen3"), rows, cache_dir=tmp_path, batch_size=1)
+    data.setup()
+    think = data.tokenizer.convert_tokens_to_ids("<think>")
+    found = data.rows["train"]
+    assert found.first_beyond(found.highest + 1) is None
+    assert found.highest == data.tokenizer.convert_tokens_to_ids("</think>")
+    plain = DemonstrationData(with_template("qwen2_5"), rows, cache_dir=tmp_path, batch_size=1)
+    plain.setup()
+    assert found.first_beyond(think) == (0, think)  # the empty block that the template writes
+    assert plain.rows["train"].first_beyond(plain.rows["train"].highest) == (
+        0, plain.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    )  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlhf_lightning import DPO, SFT, DemonstrationData, PreferenceData
-from rlhf_lightning.data.template import Template
+from rlhf_lightning.data.template import Conversation, Template
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
@@ -52,13 +52,14 @@ def test_rounding_is_told_from_a_difference() -> None:
 def test_a_row_without_a_counted_token_stops_the_run(
     tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = Template.demonstration
+    honest = Template.conversation
 
-    def masked(self: Template, content: Any, turns: str = "last") -> tuple[list[int], list[int], list[bool]]:
-        prompt, response, counted = honest(self, content, turns)
-        return prompt, response, [False] * len(counted) if "blue" in content[0]["content"] else counted
+    def masked(self: Template, content: Any, *more: Any) -> Conversation:
+        whole = honest(self, content, *more)
+        learned = "blue" not in content[0]["content"]
+        return whole._replace(loss_mask=[learned and counted for counted in whole.loss_mask])
 
-    monkeypatch.setattr(Template, "demonstration", masked)
+    monkeypatch.setattr(Template, "conversation", masked)
     data = DemonstrationData(load_tokenizer(folder), demonstrations(), batch_size=8, cache_dir=tmp_path)
     with pytest.raises(UserError, match=r"row 3: no token of the response is learned"):
         fit(SFT(partial(load_causal_lm, folder), sgd()), data, 1)

@@ -10,6 +10,7 @@ from typing import Any
 from rlhf_lightning.data import checks, records
 from rlhf_lightning.data.checks import Check, Note
 from rlhf_lightning.data.records import Message
+from rlhf_lightning.data.template import SPELLED, Tools
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.ops.statistics import wilson_interval
 
@@ -45,7 +46,7 @@ class DataChecks:
                     partial(checks.loss_mask_is_not_empty, data, split),
                 )
                 yield f"{split}: responses end with EOS", partial(checks.ends_are_learned, data, split, len(rows))
-            yield f"{split}: {IDS_FIT}", partial(checks.ids_fit, data, split, vocabulary, len(rows))
+            yield f"{split}: {IDS_FIT}", partial(checks.ids_fit, data, split, vocabulary)
         yield "tokens are those of the chat template", self.template
         if "val" in data.rows:
             yield "held-out rows are not training rows", self.leak
@@ -53,49 +54,57 @@ class DataChecks:
             yield "chosen and rejected share the prompt", self.shared_prompt
             yield "length does not tell which is chosen", self.length
 
-    def conversations(self) -> Iterator[tuple[str, list[Message], list[str], dict[str, Any]]]:
-        """Yield (where, prompt, responses, other columns) of the first rows that are conversations."""
+    def conversations(self) -> Iterator[tuple[str, list[Message], list[Message], Tools, dict[str, Any]]]:
+        """Yield (where, prompt, answers, tools, other columns) of the first rows that are conversations."""
         columns = self.data.columns
         for where, row in islice(self.data.source("train").rows(), self.limit):
             try:
+                self.data.to_group(row)
                 record = records.prompt(row, columns)
-                prompt, responses = record.content, []
+                prompt, tools = record.content, record.tools
+                answers: list[Message] = []
                 if self.data.kind == "preferences":
                     pair = records.preference(row, columns)
-                    prompt, responses = pair.prompt, pair.responses
+                    prompt, tools = pair.prompt, pair.tools
+                    answers = [{"role": "assistant", "content": text} for text in pair.responses]
                 elif self.data.kind == "demonstrations":
-                    content = records.demonstration(row, columns).content
-                    prompt, responses = content[:-1], [content[-1]["content"] if isinstance(content, list) else ""]
+                    demonstration = records.demonstration(row, columns)
+                    prompt, tools = demonstration.content[:-1], demonstration.tools
+                    if isinstance(demonstration.content, list):
+                        answers = demonstration.content[-1:]
             except records.RowError:  # left out by data.on_bad_row=skip
                 continue
             if isinstance(prompt, list):
-                yield where, prompt, responses, record.metadata
+                yield where, prompt, answers, tools, record.metadata
 
-    def render(self, messages: list[Message], **options: Any) -> Any:
-        """Return what the tokenizer's own chat template makes of `messages`."""
-        return self.data.tokenizer.apply_chat_template(messages, return_dict=False, **options)
+    def render(self, messages: list[Message], tools: Tools, **options: Any) -> Any:
+        """Return what the chat template makes of `messages` in other programs."""
+        source = {} if self.data.template.name == "auto" else {"chat_template": self.data.template.exported}
+        return self.data.tokenizer.apply_chat_template(messages, tools=tools, return_dict=False, **source, **options)
 
     def template(self) -> str:
-        """Our tokens are those of the whole conversation in the tokenizer's own template."""
-        template = self.data.template
-        if template.name != "auto":
-            return Note(f"not compared: data.template={template.name} is not the tokenizer's own")
-        count, differing = 0, []
-        for where, prompt, responses, _ in self.conversations():
-            ours = [template.prompt(prompt), *(template.prompt(prompt) + template.response(y) for y in responses)]
-            theirs = [
-                self.render(prompt, add_generation_prompt=True),
-                *(self.render(answered(prompt, y)) for y in responses),
-            ]
+        """The tokens are those of `apply_chat_template`: as counted in all rows, and computed again for the first."""
+        notes = []
+        for split, rows in self.data.rows.items():
+            for reason, places in rows.differs.items():
+                first = self.data.where(split, [int(places[0])])
+                text = f"{len(places)} of {len(rows)} rows of data.{split}: {reason}; the first is {first}"
+                if reason != SPELLED:
+                    raise UserError(text)
+                notes.append(text)
+        count, template = 0, self.data.template
+        for where, prompt, answers, tools, _ in self.conversations():
             count += 1
-            if any(list(b[: len(a)]) != a for a, b in zip(ours, theirs, strict=True)):
-                differing.append(where)
-        if differing:
-            return Note(
-                f"{len(differing)} of {count} rows differ, the first is {differing[0]}: text that spells a control "
-                "token, or that the tokenizer joins with the template's; training and sampling both use our tokens"
-            )
-        return f"{count} conversations"
+            ids, responses, differs = template.completions(prompt, answers, tools)
+            if differs is not None:
+                continue
+            ours = [ids, *(ids + response for response in responses)]
+            theirs = [self.render(prompt, tools, add_generation_prompt=True)]
+            theirs += [self.render([*prompt, answer], tools) for answer in answers]
+            # behind a turn some templates write a newline, and to others that write no end EOS is added
+            if any(a[: len(b)] != b[: len(a)] or len(a) > len(b) + 1 for a, b in zip(ours, theirs, strict=True)):
+                raise UserError(f"{where}: the tokens are not those of apply_chat_template")
+        return Note("; ".join(notes)) if notes else f"{count} conversations"
 
     def leak(self) -> str:
         """No held-out row is a training row."""
@@ -114,9 +123,10 @@ class DataChecks:
 
     def shared_prompt(self) -> str:
         """The template writes the same prompt before either response."""
-        for where, prompt, responses, _ in self.conversations() if self.data.template.name == "auto" else ():
-            head = self.render(prompt, tokenize=False, add_generation_prompt=True)
-            if not all(self.render(answered(prompt, y), tokenize=False).startswith(head) for y in responses):
+        for where, prompt, answers, tools, _ in self.conversations():
+            head = self.render(prompt, tools, tokenize=False, add_generation_prompt=True)
+            whole = [self.render([*prompt, answer], tools, tokenize=False) for answer in answers]
+            if not all(text.startswith(head) for text in whole):
                 return Note(
                     f"{where}: the chat template writes another prompt once an answer follows; this system trains on "
                     "the prompt it samples from, other programs may not"
@@ -131,8 +141,3 @@ class DataChecks:
         low, high = wilson_interval(longer, len(sizes))
         text = f"the best response is longer than the worst in {longer / len(sizes):.0%} [{low:.0%}, {high:.0%}]"
         return Note(f"{text}: a reward model may learn length") if low > 0.6 or high < 0.4 else text
-
-
-def answered(prompt: list[Message], response: str) -> list[Message]:
-    """Return the conversation with the response as its last turn."""
-    return [*prompt, {"role": "assistant", "content": response}]

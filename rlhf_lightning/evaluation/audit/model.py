@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf_lightning.data.base import RowData
 from rlhf_lightning.data.checks import Check, Note
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.generation.answers import Answers, answer
+from rlhf_lightning.generation.answers import Answers, answer, start
 from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.models.adapters import adapter_off, add_lora
 from rlhf_lightning.models.completion import CompletionModel, choose_layout, response_logprobs
@@ -103,7 +103,7 @@ class ModelChecks:
         """Answers of the model end with EOS, and where the data ends the model could end."""
         template, longest = self.data.template, self.max_new_tokens
         prompts = self.groups[:16]
-        self.engine.start(self.lm, template.eos_ids)
+        start(self.engine, self.lm, template)
         with Progress(*Progress.get_default_columns(), **BAR) as bar:
             task = bar.add_task("  generating", total=len(prompts))
             self.answers = answers = answer(

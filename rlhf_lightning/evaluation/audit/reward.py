@@ -32,9 +32,9 @@ class RewardChecks:
         if data.kind == "prompts" and answers is not None:
             return list(zip(answers.prompts, answers.texts, answers.metadata, strict=True))
         texts = []
-        for _, prompt, responses, columns in self.rows.conversations():
+        for _, prompt, answers, _, columns in self.rows.conversations():
             text = next(m["content"] for m in reversed(prompt) if m["role"] == "user")
-            texts += [(text, response, columns | {"finished": True}) for response in responses]
+            texts += [(text, answer["content"], columns | {"finished": True}) for answer in answers]
         return texts
 
     def scores(self, texts: list[tuple[str, str, dict[str, Any]]]) -> Tensor:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rlhf_lightning import DemonstrationData, PreferenceData, PromptData
+from rlhf_lightning.data.template import JOINED, SPELLED, Template
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.audit import report
 from rlhf_lightning.evaluation.audit.model import ModelChecks
@@ -244,3 +245,38 @@ def test_what_is_said_of_length_is_so(tmp_path: Path, folder: str, sign: int) ->
         "the best response is longer than the worst in 75% [51%, 90%]",
     )
     assert found["rewards are numbers that differ"][1].endswith(f"correlation with length {sign}.00")
+
+
+def test_rows_that_differ_from_the_chat_template_fail(tmp_path: Path, folder: str) -> None:
+    """With this template "say" in front of the answer is joined with the prompt's last word where a space follows."""
+    check = "tokens are those of the chat template"
+
+    def written(end: str, rows: list[dict[str, str]]) -> tuple[str, str]:
+        def make(tokenizer: Any) -> Any:
+            tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}" + end
+            return PreferenceData(tokenizer, rows, max_length=64, cache_dir=tmp_path / "cache")
+
+        return audit(tmp_path, folder, make)[check]
+
+    assert written("", preferences(3)) == (
+        "FAIL",
+        f"3 of 3 rows of data.train: {JOINED}; the first is data.train, row 1",
+    )
+    spelled = [{"prompt": "name ruby", "chosen": "a<|eos|>", "rejected": "b"}, *preferences(2)]
+    found = audit(tmp_path, folder, pairs(tmp_path, spelled))[check]
+    assert found == ("note", f"1 of 3 rows of data.train: {SPELLED}; the first is data.train, row 1")
+
+
+def test_the_audit_computes_the_tokens_itself(tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Template.completions
+
+    def other(self: Template, *arguments: Any) -> Any:
+        prompt, answers, differs = honest(self, *arguments)
+        return prompt, [[5, *answer[1:]] for answer in answers], differs
+
+    monkeypatch.setattr(Template, "completions", other)
+    found = audit(tmp_path, folder, pairs(tmp_path))
+    assert found["tokens are those of the chat template"] == (
+        "FAIL",
+        "row 1: the tokens are not those of apply_chat_template",
+    )
