@@ -55,21 +55,18 @@ def ends_are_learned(data: Any, split: str, rows: int = LOOKED_AT) -> str:
     return Note(text) if cut > ended else text
 
 
-def ids_fit(data: Any, split: str, vocabulary: int, rows: int = LOOKED_AT) -> str:
-    """Every token id is a row of the model's embedding."""
-    highest = max(data.template.eos_ids)
-    for row in range(min(rows, len(data.rows[split]))):
-        group = data.rows[split][row]
-        worst = max(map(max, filter(None, [group.prompt, *group.responses])))
-        if worst >= vocabulary:
-            raise UserError(
-                f"{data.where(split, [row])} contains the token id {worst}, but the model's vocabulary has "
-                f"{vocabulary} ids; the tokenizer is not this model's"
-            )
-        highest = max(highest, worst)
+def ids_fit(data: Any, split: str, vocabulary: int) -> str:
+    """Every token id of every row is a row of the model's embedding."""
+    highest, row = data.rows[split].highest_id()
     if highest >= vocabulary:
-        raise UserError(f"the EOS id {highest} is not among the {vocabulary} ids of the model's vocabulary")
-    return f"ids up to {highest} of {vocabulary}"
+        raise UserError(
+            f"{data.where(split, [row])} contains the token id {highest}, but the model's vocabulary has "
+            f"{vocabulary} ids; the tokenizer is not this model's, or has tokens that the model was not resized for"
+        )
+    end = max(data.template.eos_ids)
+    if end >= vocabulary:
+        raise UserError(f"the EOS id {end} is not among the {vocabulary} ids of the model's vocabulary")
+    return f"ids up to {max(highest, end)} of {vocabulary}"
 
 
 def check_rows(data: Any, vocabulary: int) -> None:

@@ -89,6 +89,15 @@ class TokenizedRows:
         record = self._rows[row]
         return self._text[record["text"] :][: record["where"]].tobytes().decode()
 
+    def highest_id(self) -> tuple[int, int]:
+        """Return the highest token id of all rows and the row that has it first; (-1, 0) without tokens."""
+        highest, place = -1, 0
+        for start in range(0, len(self._ids), 1 << 22):
+            block = self._ids[start : start + (1 << 22)]
+            if block.max() > highest:
+                highest, place = int(block.max()), start + int(block.argmax())
+        return highest, max(int(np.searchsorted(self._rows["ids"], place, side="right")) - 1, 0)
+
     def raw(self, row: int) -> Row:
         """Return the untokenized row; only prompts keep it."""
         record = self._rows[row]

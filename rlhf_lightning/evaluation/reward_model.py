@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from rlhf_lightning.data.checks import ids_fit
 from rlhf_lightning.data.datamodules import PreferenceData
-from rlhf_lightning.models.completion import ScalarModel, choose_layout
+from rlhf_lightning.models.completion import ScalarModel, choose_layout, vocabulary_size
 from rlhf_lightning.ops.ranking import pairwise_ranking
 from rlhf_lightning.ops.statistics import Interval, wilson_interval
 
@@ -15,6 +16,7 @@ from rlhf_lightning.ops.statistics import Interval, wilson_interval
 @torch.no_grad()
 def evaluate_reward_model(model: Any, data: PreferenceData, device: str = "cpu") -> tuple[dict[str, Interval], int]:
     """Return the accuracy on the held-out pairs of `data` with its Wilson interval, and the number of pairs."""
+    ids_fit(data, "val", vocabulary_size(model))
     model.to(device).eval()
     layout, _ = choose_layout(model)
     scorer, correct, pairs = ScalarModel(model), 0.0, 0

@@ -29,6 +29,10 @@ from rlhf_lightning.ops.seeding import generator
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
+class ShapeError(UserError):
+    """Weights of other shapes than the config says."""
+
+
 def resolve_model(name: str, cache: str | Path) -> str:
     """Return a folder or hub name that `from_pretrained` takes.
 
@@ -123,19 +127,26 @@ def load_scalar_model(
     A new head is Linear(d, 1) with weights from N(0, 1 / (d + 1)) (Huang et al. 2023); a trained one is kept.
 
     Raises:
-        UserError: `trained` is asked for and the folder holds no reward model.
+        UserError: `trained` is asked for and the folder holds no reward model, or one of several labels.
     """
     config = load_config(name, dropout)
     is_reward = any("SequenceClassification" in a for a in config.architectures or [])
     if trained and not is_reward:
         raise UserError(f"{name} is not a reward model folder (its architecture is {config.architectures})")
-    config.num_labels = 1
+    labels, config.num_labels = config.num_labels, 1
     text = config.get_text_config()
     ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
     if text.pad_token_id in (None, *ends):
         text.pad_token_id = load_tokenizer(name).pad_token_id
     new = set() if is_reward else {"score.weight", "score.bias"}
-    model = _load_weights(AutoModelForSequenceClassification, name, new, config, dtype, attn_implementation)
+    try:
+        model = _load_weights(AutoModelForSequenceClassification, name, new, config, dtype, attn_implementation)
+    except ShapeError as error:
+        if not is_reward or labels == 1:
+            raise
+        raise UserError(
+            f"{name} is a classifier with {labels} labels; a reward model has one, the score (num_labels=1)"
+        ) from error
     head = getattr(model, "score", None)
     if not isinstance(head, torch.nn.Linear):
         raise UserError(f"{name}: the architecture {type(model).__name__} has no linear score head")
@@ -204,7 +215,7 @@ def _load(loader: Any, name: str, **kwargs: Any) -> Any:
         return loader(name, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error) as error:
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
-            raise UserError(f"{name}: the shapes of the weights are not those of its config.json") from error
+            raise ShapeError(f"{name}: the shapes of the weights are not those of its config.json") from error
         if isinstance(error, RuntimeError):
             raise
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

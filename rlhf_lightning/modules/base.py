@@ -20,7 +20,7 @@ from rlhf_lightning.distributed import data_ranks
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.models.adapters import add_lora, merge_lora
-from rlhf_lightning.models.completion import choose_layout, unwrap
+from rlhf_lightning.models.completion import choose_layout, vocabulary_size
 from rlhf_lightning.models.sharding import by_mesh, shard, total_norm, whole_state
 from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList, Layout
 from rlhf_lightning.ops.statistics import wilson_interval
@@ -89,8 +89,7 @@ class StageModule(LightningModule):
     @property
     def vocabulary(self) -> int:
         """Number of token ids the model has an embedding for."""
-        embedding: Any = unwrap(self.trained_model()).get_input_embeddings()
-        return embedding.num_embeddings
+        return vocabulary_size(self.trained_model())
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return self.pack(batch)
@@ -108,7 +107,8 @@ class StageModule(LightningModule):
 
         Raises:
             UserError: the loader yields something else, an empty list, groups with too few responses, or ids the model
-                has no embedding for; the rows of our data modules are checked at the start of the run.
+                has no embedding for; the rows of our data modules are checked at the start of the run, those of later
+                windows here.
         """
         ours = isinstance(batch, GroupList)
         groups = batch.groups if ours else batch
@@ -126,12 +126,14 @@ class StageModule(LightningModule):
                 f"{type(self).__name__} needs at least {self.min_responses} response(s) per prompt; the loader yields "
                 f"a group with {len(few.responses)}"
             )
-        if ours:
+        if ours and getattr(self.data, "windows", None) is None:
             return batch
-        worst = max(max(map(max, filter(None, [group.prompt, *group.responses]))) for group in groups)
-        if worst >= self.vocabulary:
-            raise UserError(f"the loader yields the token id {worst}, but the model has {self.vocabulary} ids")
-        return GroupList(groups)
+        for group in groups:
+            worst = max(map(max, filter(None, [group.prompt, *group.responses])))
+            if worst >= self.vocabulary:
+                place = f"{self.data.where('train', [group.index])} contains" if ours else "the loader yields"
+                raise UserError(f"{place} the token id {worst}, but the model has {self.vocabulary} ids")
+        return batch if ours else GroupList(groups)
 
     def split(self, model: Any) -> Any:
         """Return `model`, a CompletionModel or ScalarModel, sharded across devices where the strategy asks for it."""

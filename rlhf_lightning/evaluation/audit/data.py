@@ -45,7 +45,7 @@ class DataChecks:
                     partial(checks.loss_mask_is_not_empty, data, split),
                 )
                 yield f"{split}: responses end with EOS", partial(checks.ends_are_learned, data, split, len(rows))
-            yield f"{split}: {IDS_FIT}", partial(checks.ids_fit, data, split, vocabulary, len(rows))
+            yield f"{split}: {IDS_FIT}", partial(checks.ids_fit, data, split, vocabulary)
         yield "tokens are those of the chat template", self.template
         if "val" in data.rows:
             yield "held-out rows are not training rows", self.leak
