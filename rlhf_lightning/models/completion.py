@@ -35,7 +35,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 def vocabulary_size(model: nn.Module) -> int:
     """Return the number of token ids that a model has an embedding for."""
-    return cast(nn.Embedding, unwrap(model).get_input_embeddings()).num_embeddings
+    return cast(nn.Embedding, unwrap(model).get_input_embeddings()).weight.shape[0]
 
 
 def hidden_states(model: nn.Module, batch: GroupBatch, shortest: int = SHORTEST) -> Tensor:

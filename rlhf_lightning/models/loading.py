@@ -23,7 +23,9 @@ from transformers import (
 
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.files import build_once
+from rlhf_lightning.models.adapter_folder import is_classifier_adapter, merge_adapter, saved_modules
 from rlhf_lightning.models.attention import GROUP_SDPA, group_sdpa
+from rlhf_lightning.models.folder import ADAPTER_CONFIG, adapter_chain, holder
 from rlhf_lightning.ops.seeding import generator
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -55,10 +57,11 @@ def resolve_model(name: str, cache: str | Path) -> str:
             raise UserError(f"there is no GGUF file {name}")
         return str(_convert_gguf(path, Path(cache)))
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
             inner = path / "model"
             hint = f" Did you mean {inner}?" if (inner / "config.json").is_file() else ""
             raise UserError(f"{name} is not a model folder: it has no config.json.{hint}")
+        adapter_chain(path)
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"there is no model folder {name}.{_near(path)}")
@@ -82,7 +85,7 @@ def load_tokenizer(name: str) -> Any:
     A padding token that is missing or equal to EOS becomes UNK or BOS where those exist: Hugging Face's
     classifiers read the last token that is not padding, so EOS must not be padding. No id is added.
     """
-    tokenizer = _load(AutoTokenizer.from_pretrained, name)
+    tokenizer = _load(AutoTokenizer.from_pretrained, holder(name, "tokenizer_config.json", "tokenizer.json"))
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         others = (t for t in (tokenizer.unk_token, tokenizer.bos_token) if t != tokenizer.eos_token and t)
         tokenizer.pad_token = next(others, tokenizer.eos_token)
@@ -106,7 +109,7 @@ def load_causal_lm(
         compile: compile every decoder layer at its first use; needs a C++ compiler on a CPU.
     """
     config = load_config(name, dropout)
-    if any("SequenceClassification" in a for a in config.architectures or []):
+    if is_classifier(name, config):
         raise UserError(f"{name} is a reward model; this stage starts from a language model")
     model = _load_weights(AutoModelForCausalLM, name, set(), config, dtype, attn_implementation)
     return _prepare(model, gradient_checkpointing, compile)
@@ -130,7 +133,7 @@ def load_scalar_model(
         UserError: `trained` is asked for and the folder holds no reward model, or one of several labels.
     """
     config = load_config(name, dropout)
-    is_reward = any("SequenceClassification" in a for a in config.architectures or [])
+    is_reward = is_classifier(name, config)
     if trained and not is_reward:
         raise UserError(f"{name} is not a reward model folder (its architecture is {config.architectures})")
     labels, config.num_labels = config.num_labels, 1
@@ -157,6 +160,12 @@ def load_scalar_model(
     return _prepare(model, gradient_checkpointing, compile)
 
 
+def is_classifier(name: str, config: Any = None) -> bool:
+    """Return whether a folder or hub model, or the adapter on it, is a sequence classifier."""
+    architectures = (config or load_config(name)).architectures or []
+    return any("SequenceClassification" in a for a in architectures) or is_classifier_adapter(name)
+
+
 def _prepare(model: Any, gradient_checkpointing: bool, compile: bool) -> PreTrainedModel:
     if gradient_checkpointing:
         new = "activation_checkpointing_enable"  # the name since transformers 5.24
@@ -177,7 +186,7 @@ def decoder_layers(model: Any) -> list[torch.nn.Module]:
 
 def load_config(name: str, dropout: float = 0.0) -> Any:
     """Return the config of a folder or hub model, with every dropout set to `dropout`."""
-    config = _load(AutoConfig.from_pretrained, name)
+    config = _load(AutoConfig.from_pretrained, holder(name, "config.json"))
     for key, value in vars(config).items():
         if ("dropout" in key or key.endswith("pdrop")) and type(value) in (int, float):
             setattr(config, key, dropout)
@@ -192,21 +201,30 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _load_weights(kind: Any, name: str, new: set[str], config: Any, dtype: str, attention: str) -> Any:
-    """Load a model whose every weight but those named in `new` must be in the file, not initialized at random."""
+    """Load a model whose every weight but those named in `new` must be in a file, not initialized at random.
+
+    Adapters are merged into the model they stand on.
+    """
+    *adapters, base = adapter_chain(name)
+    replaced = {weight for adapter in adapters for weight in saved_modules(adapter)}
     model, info = _load(
         kind.from_pretrained,
-        name,
+        base,
         config=config,
         dtype=_dtype(dtype),
         attn_implementation=attention,
         use_safetensors=True,
         output_loading_info=True,
     )
+    if missing := sorted(set(info["missing_keys"]) - new - replaced):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"{base} is incomplete: its weights lack {', '.join(missing[:3])}{more}")
+    for adapter in reversed(adapters):
+        model = merge_adapter(model, adapter)
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(GROUP_SDPA)
-    if missing := sorted(set(info["missing_keys"]) - new):
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"{name} is incomplete: its weights lack {', '.join(missing[:3])}{more}")
+    # the base of an adapter that this run exports
+    model.name_or_path = model.config._name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
     return model
 
 

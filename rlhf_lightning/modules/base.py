@@ -19,7 +19,7 @@ from rlhf_lightning.data.checks import check_rows
 from rlhf_lightning.distributed import data_ranks
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Engine
-from rlhf_lightning.models.adapters import add_lora, merge_lora
+from rlhf_lightning.models.adapters import add_lora, export_lora
 from rlhf_lightning.models.completion import choose_layout, vocabulary_size
 from rlhf_lightning.models.sharding import by_mesh, shard, total_norm, whole_state
 from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList, Layout
@@ -142,16 +142,19 @@ class StageModule(LightningModule):
         return model
 
     def export_model(self) -> Any:
-        """Return the plain Hugging Face model to save; of a sharded model only on the first rank, else None."""
+        """Return the plain Hugging Face model to save, or its adapter, see :func:`export_lora`.
+
+        Of a sharded model only the first rank has it, others get None.
+        """
         model = self.trained_model()
         if self.device_mesh is None:
-            return merge_lora(model)
+            return export_lora(model)
         weights = whole_state(model)
         if not self.trainer.is_global_zero:
             return None
         whole: Any = self.load() if self.lora is None else add_lora(self.load(), **self.lora)  # type: ignore[arg-type]
         whole.load_state_dict(weights)
-        return merge_lora(whole)
+        return export_lora(whole)
 
     def trained_model(self) -> Any:
         """Return the Hugging Face model this stage trains."""

@@ -62,8 +62,8 @@ class FolderReward:
             worst = max(map(max, [group.prompt, *group.responses]))
             if worst >= self.vocabulary:
                 raise UserError(
-                    f"the reward model {self.name} has {self.vocabulary} ids, and its tokenizer gives the id {worst} in a "
-                    f"response to {prompts[members[0]][:80]!r}; the model was not resized for its tokenizer"
+                    f"the reward model {self.name} has {self.vocabulary} ids, and its tokenizer gives the id {worst} "
+                    f"in a response to {prompts[members[0]][:80]!r}; the model was not resized for its tokenizer"
                 )
             packed.append(group)
         scores = torch.zeros(len(responses))
