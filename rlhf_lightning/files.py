@@ -117,11 +117,11 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_temporaries(folder: Path, pattern: str = ".*") -> None:
+def remove_temporaries(folder: Path, pattern: str = ".*.*") -> None:
     """Remove what killed processes left in `folder`: the temporary files and folders of this module.
 
     Args:
-        pattern: of the names that the temporaries stand for, with a dot in front.
+        pattern: of their names, without the ending.
     """
     for ending in (".tmp", ".tmp.old"):
         for path in folder.glob(pattern + ending):
@@ -131,7 +131,7 @@ def remove_temporaries(folder: Path, pattern: str = ".*") -> None:
                 path.unlink(missing_ok=True)
 
 
-_LOCKS: dict[Path, int] = {}  # what this process has locked, until it ends: closing a file would end its lock
+_LOCKS: dict[tuple[int, Path], int] = {}  # by process: a fork has none; closing a file would end its lock
 
 
 def lock(path: Path, wait: bool = False) -> str | None:
@@ -141,7 +141,7 @@ def lock(path: Path, wait: bool = False) -> str | None:
     nothing is locked.
     """
     path = path.resolve()
-    if path in _LOCKS:
+    if (os.getpid(), path) in _LOCKS:
         return None
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -155,7 +155,7 @@ def lock(path: Path, wait: bool = False) -> str | None:
         return lock(path, wait)
     os.truncate(handle, 0)
     os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    _LOCKS[path] = handle
+    _LOCKS[os.getpid(), path] = handle
     return None
 
 
@@ -167,7 +167,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
-        if (handle := _LOCKS.pop(path.resolve(), None)) is not None:
+        if (handle := _LOCKS.pop((os.getpid(), path.resolve()), None)) is not None:
             os.close(handle)
 
 

@@ -82,7 +82,7 @@ def interruptible(trainer: Trainer) -> Iterator[None]:
         if received is None and isinstance(error, SIGTERMException):
             received = signal.SIGTERM
         if received is None and isinstance(error.__context__, KeyboardInterrupt):
-            received = signal.SIGINT
+            received = (error.__context__.args or [128 + signal.SIGINT])[0] - 128
         if received is None:
             raise
     received = received or next((stop.received for stop in stops if stop.received), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,12 @@ def train(run: Run, folder: str, load: Callable[[], Any], **options: Any) -> flo
         load: returns the model to train.
         options: arguments of the module.
     """
+    # on the first rank; another one may wait for its peers, where no handler would run
+    with interrupted_at_once() if rank_zero_only.rank == 0 else nullcontext():
+        return _train(run, folder, load, **options)
+
+
+def _train(run: Run, folder: str, load: Callable[[], Any], **options: Any) -> float | None:
     data = run.data(folder)
     ours = isinstance(data, RowData)
     if ours:
@@ -46,8 +53,8 @@ def train(run: Run, folder: str, load: Callable[[], Any], **options: Any) -> flo
     # ours plan whole steps over all ranks; of another's loader Lightning gives every rank its part
     trainer = build_trainer(run) if ours else build_trainer(run, use_distributed_sampler=True)
     announce(run, folder, data)
-    fit(trainer, module, data, run.checkpoint)
-    with interrupted_at_once():
+    fit(trainer, module, data, run.checkpoint, run.folder)
+    with readable_os_errors(run.folder):
         return finish(run, folder, trainer, module, data)
 
 
@@ -90,13 +97,13 @@ def announce(run: Run, folder: str, data: Any) -> None:
         console.print(f"  resuming at step {step}")
 
 
-def fit(trainer: Trainer, module: LightningModule, data: Any, checkpoint: Path | None) -> None:
-    """Train, then validate unless the last step was validated."""
-    with interruptible(trainer), readable_os_errors(trainer.default_root_dir):
+def fit(trainer: Trainer, module: LightningModule, data: Any, checkpoint: Path | None, folder: Path) -> None:
+    """Train, then validate unless the last step was validated; `folder` is what the Trainer writes into."""
+    with interruptible(trainer), readable_os_errors(folder):
         trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None)
     if "val" in getattr(data, "rows", {}) and module.validated_at != trainer.global_step:  # type: ignore[attr-defined]
         metrics = dict(trainer.callback_metrics)
-        with interruptible(trainer), readable_os_errors(trainer.default_root_dir):
+        with interruptible(trainer), readable_os_errors(folder):
             trainer.validate(module, data, verbose=False)
         trainer.callback_metrics.update({k: v for k, v in metrics.items() if k not in trainer.callback_metrics})
 
