@@ -6,7 +6,7 @@ Appending a token to keys and values writes in place, where Hugging Face copies 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ def select_rows(cache: DynamicCache | Reread, rows: Tensor) -> None:
         cache.select(rows)
         return
     for layer in cache.layers:
-        layer.reorder_cache(rows)
+        layer.reorder_cache(cast(torch.LongTensor, rows))
 
 
 class Reread:

@@ -142,7 +142,7 @@ class Adapter:
 
         A `score` head is trained itself, not in a copy as peft would, and is written as one of `modules_to_save`.
         """
-        folder, name = Path(folder), self.model.active_adapter
+        folder, name = Path(folder), str(self.model.active_adapter)
         state = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         settings: dict[str, Any] = self.model.peft_config[name].to_dict() | {"inference_mode": True}
         head = getattr(self.inner, "score", None)

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
 )
 
@@ -229,6 +230,9 @@ def _load_weights(kind: Any, name: str, new: set[str], config: Any, dtype: str, 
         model = merge_adapter(model, adapter)
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(GROUP_SDPA)
+    place = Path(holder(name, "generation_config.json"))
+    if adapters and model.can_generate() and (place / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(place)
     # the base of an adapter that this run exports
     model.name_or_path = model.config._name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
     return model

@@ -171,6 +171,19 @@ def test_training_goes_on_from_an_adapter_and_exports_one_that_stands_on_it(tmp_
     assert hash_weights(tmp_path / "two") != before  # another base is another model
 
 
+@pytest.mark.parametrize("export", ["merged", "adapter"])
+def test_the_ends_that_a_run_learned_come_with_its_folder(export: str, tmp_path: Path) -> None:
+    folder = base(tmp_path)
+    model = add_lora(load_causal_lm(folder), export=export)
+    exported = export_lora(model)
+    exported.generation_config.eos_token_id = [2, 7]
+    exported.config.eos_token_id = 7
+    write_model(tmp_path / "model", exported, load_tokenizer(folder), {})
+    opened = load_causal_lm(str(tmp_path / "model"))
+    assert opened.generation_config.eos_token_id == [2, 7]  # type: ignore[union-attr]
+    assert opened.config.eos_token_id == 7
+
+
 # ---- adapters from elsewhere ---------------------------------------------------------------------------------------
 
 
