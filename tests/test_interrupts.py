@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import build_once, lock
 from rlhf_lightning.runtime.run_folder import find_run, occupy
+from rlhf_lightning.runtime.sweeps import SweepSummary
 from tests.helpers.cli import SMALL, environment, rlhf
 
 ENDS = """
@@ -133,6 +135,20 @@ def test_a_finished_run_is_told_about_while_another_process_looks_at_it(tmp_path
     (tmp_path / "run" / "metrics.json").write_text("{}")
     found = in_another_process(find_run, tmp_path / "run", "sft", "done", "here", "a")
     assert found == (tmp_path / "run", None, {})
+
+
+def test_the_second_process_in_a_sweep_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "sweep")}}})
+    SweepSummary().on_multirun_start(config)
+
+    def second() -> None:
+        SweepSummary().on_multirun_start(config)
+
+    child = multiprocessing.get_context("fork").Process(target=second)
+    child.start()
+    child.join()
+    assert child.exitcode == 2
+    assert f"rlhf: {tmp_path / 'sweep'} is in use by process {os.getpid()}" in capfd.readouterr().err
 
 
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,25 @@ def saved_modules(folder: str | Path) -> set[str]:
     return {name for name in names if ".lora_" not in name}
 
 
+def check_ranks(folder: str | Path, settings: dict[str, Any], weights: dict[str, Any]) -> None:
+    """Raise a UserError when ranks are larger than those of the weights, or names are patterns that take long.
+
+    Layers of the ranks that the settings say are made before weights are put into them.
+    """
+    patterns = {key: settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+    for key, pattern in patterns.items():
+        if not isinstance(pattern, dict) or not all(re.fullmatch(r"[\w.$^*\\-]{1,200}", name) for name in pattern):
+            raise UserError(f"{folder}/{ADAPTER_CONFIG}: {key} must map names of layers to numbers")
+    largest = max(
+        (min(tensor.shape) for name, tensor in weights.items() if ".lora_" in name and tensor.ndim), default=0
+    )
+    for rank in (settings.get("r", 8), *patterns["rank_pattern"].values()):
+        if largest and (not isinstance(rank, int) or rank > largest):
+            raise UserError(
+                f"{folder}/{ADAPTER_CONFIG}: the rank {str(rank)[:20]} is not that of its weights ({largest})"
+            )
+
+
 def merge_adapter(model: Any, folder: str | Path) -> Any:
     """Return `model`, which is used up, with the adapter of `folder` merged into its weights.
 
@@ -67,6 +87,7 @@ def merge_adapter(model: Any, folder: str | Path) -> Any:
     for key, value in settings.items():
         if key not in (*HONOURED, *WITHOUT_EFFECT) and value and value != defaults.get(key):
             raise UserError(f"{folder}/{ADAPTER_CONFIG}: {key}={str(value)[:80]} is not supported")
+    check_ranks(folder, settings, weights)
     targets = sorted({name.removeprefix(PREFIX).partition(".lora_")[0] for name in weights if ".lora_" in name})
     misfit = f"the adapter {folder} does not fit the model {model.name_or_path}"
     try:

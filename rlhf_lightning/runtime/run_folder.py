@@ -73,6 +73,7 @@ def _find_run(
 def occupy(folder: Path) -> None:
     """Have a run folder for this process, or raise a UserError when another has it; remove what a killed one left."""
     with readable_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         if holder := lock(folder / LOCK):
             raise UserError(
                 f"{folder} is in use by {holder}; wait until it ends, or start another run with name=<another name>"
