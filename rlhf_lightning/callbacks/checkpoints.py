@@ -101,9 +101,11 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 class StepCheckpoint(Callback):
-    """Saves `last.ckpt` every `every_n_steps` optimizer updates, between two batches, and when training is stopped.
+    """Saves `last.ckpt` every `every_n_steps` optimizer updates, between two batches, and when training ends.
 
-    Lightning's ModelCheckpoint tests `global_step % n` once per batch, which PPO's several updates per batch can miss.
+    So a run that is killed while it validates for the last time or writes its model need not train again, and has its
+    metrics. Lightning's ModelCheckpoint tests `global_step % n` once per batch, which PPO's several updates per batch
+    can miss.
 
     Args:
         folder: where `last.ckpt` goes.
@@ -113,6 +115,13 @@ class StepCheckpoint(Callback):
     def __init__(self, folder: str | Path, every_n_steps: int = 50) -> None:
         self.path = Path(folder) / "last.ckpt"
         self.every_n_steps, self.saved_at, self.step_before = every_n_steps, 0, 0
+        self.metrics: dict[str, float] = {}  # what had been logged when the checkpoint was saved
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"metrics": self.metrics}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.metrics = state_dict["metrics"]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.step_before = trainer.global_step
@@ -129,7 +138,13 @@ class StepCheckpoint(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.saved_at = trainer.global_step
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # not one that was stopped before max_steps, which would train on when it is resumed
+        if self.every_n_steps and not trainer.should_stop and trainer.global_step != self.saved_at:
+            self.save(trainer)
+
     def save(self, trainer: Trainer) -> None:
         """Write the checkpoint now."""
+        self.metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
         trainer.save_checkpoint(self.path)
         self.saved_at = trainer.global_step

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stop(Callback):
@@ -24,10 +29,11 @@ class Stop(Callback):
                 raise KeyboardInterrupt  # second signal
             self.received = number
 
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, note)
 
-    on_predict_start = on_train_start
+    # each of these is the first hook of a loop after Lightning has put handlers of its own in place
+    on_sanity_check_start = on_validation_start = on_predict_start = on_train_start
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -59,3 +65,41 @@ class Stop(Callback):
         if asked and self.received is None:
             self.received = signal.SIGTERM
         return asked
+
+
+@contextmanager
+def interruptible(trainer: Trainer) -> Iterator[None]:
+    """Raise what Lightning makes of SIGTERM and Ctrl-C as KeyboardInterrupt(128 + signal); it ends with 0 or 1.
+
+    For one of the Trainer's loops, which may be ended before :class:`Stop` listens.
+    """
+    stops = [callback for callback in trainer.callbacks if isinstance(callback, Stop)]  # type: ignore[attr-defined]
+    received: int | None = None
+    try:
+        yield
+    except SystemExit as error:
+        received = next((stop.received for stop in stops if stop.received), None)
+        if received is None and isinstance(error, SIGTERMException):
+            received = signal.SIGTERM
+        if received is None and isinstance(error.__context__, KeyboardInterrupt):
+            received = (error.__context__.args or [128 + signal.SIGINT])[0] - 128
+        if received is None:
+            raise
+    received = received or next((stop.received for stop in stops if stop.received), None)
+    if received is not None:
+        raise KeyboardInterrupt(128 + received)
+
+
+@contextmanager
+def interrupted_at_once() -> Iterator[None]:
+    """Raise KeyboardInterrupt(128 + signal) where SIGTERM or Ctrl-C arrives, as while a model folder is written."""
+
+    def end(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(128 + number)
+
+    previous = {number: signal.signal(number, end) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams as summaries
+
+log = logging.getLogger(__name__)
+
+
+def quiet_writer_threads() -> None:
+    """Do not print what ends TensorBoard's writer thread: the next call of the writer raises it, as one line."""
+    previous = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if type(arguments.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
+            previous(arguments)
+            return
+        log.info("TensorBoard's writer ended: %s", arguments.exc_value)
+
+    threading.excepthook = hook
 
 
 def summary_writer(trainer: Trainer) -> Any:

@@ -36,6 +36,12 @@ class Throughput(Callback):
         self.first_step = 0
         self.summary: dict[str, float] = {"perf/rows_per_s": 0.0, "perf/peak_memory_gb": 0.0}
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"summary": self.summary}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.summary = state_dict["summary"]
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.started = time.perf_counter()
         if not self.batches:

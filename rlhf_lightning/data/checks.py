@@ -57,17 +57,16 @@ def ends_are_learned(data: Any, split: str, rows: int = LOOKED_AT) -> str:
 
 def ids_fit(data: Any, split: str, vocabulary: int) -> str:
     """Every token id of every row is a row of the model's embedding."""
-    rows = data.rows[split]
-    if (beyond := rows.first_beyond(vocabulary)) is not None:
-        row, token = beyond
-        raise UserError(
-            f"{data.where(split, [row])} contains the token id {token}, but the model's vocabulary has {vocabulary} "
-            "ids; the tokenizer is not this model's"
-        )
-    highest = max(rows.highest, *data.template.eos_ids)
+    highest, row = data.rows[split].highest_id()
     if highest >= vocabulary:
-        raise UserError(f"the EOS id {highest} is not among the {vocabulary} ids of the model's vocabulary")
-    return f"ids up to {highest} of {vocabulary}"
+        raise UserError(
+            f"{data.where(split, [row])} contains the token id {highest}, but the model's vocabulary has "
+            f"{vocabulary} ids; the tokenizer is not this model's, or has tokens that the model was not resized for"
+        )
+    end = max(data.template.eos_ids)
+    if end >= vocabulary:
+        raise UserError(f"the EOS id {end} is not among the {vocabulary} ids of the model's vocabulary")
+    return f"ids up to {max(highest, end)} of {vocabulary}"
 
 
 def check_rows(data: Any, vocabulary: int) -> None:

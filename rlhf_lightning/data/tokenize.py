@@ -88,24 +88,19 @@ class TokenizedRows:
             row,
         )
 
-    def first_beyond(self, vocabulary: int) -> tuple[int, int] | None:
-        """Return the first row with a token id of at least `vocabulary`, and that id; None when all are below."""
-        for begin in range(0, len(self._ids), 1 << 22):
-            beyond = np.flatnonzero(self._ids[begin : begin + (1 << 22)] >= vocabulary)
-            if len(beyond):
-                place = begin + int(beyond[0])
-                return int(np.searchsorted(self._rows["ids"], place, side="right")) - 1, int(self._ids[place])
-        return None
-
-    @property
-    def highest(self) -> int:
-        """The highest token id."""
-        return int(self._ids.max(initial=0))
-
     def where(self, row: int) -> str:
         """Return where a row stands in its source, as in "row 17": rows that were skipped count."""
         record = self._rows[row]
         return self._text[record["text"] :][: record["where"]].tobytes().decode()
+
+    def highest_id(self) -> tuple[int, int]:
+        """Return the highest token id of all rows and the row that has it first; (-1, 0) without tokens."""
+        highest, place = -1, 0
+        for start in range(0, len(self._ids), 1 << 22):
+            block = self._ids[start : start + (1 << 22)]
+            if block.max() > highest:
+                highest, place = int(block.max()), start + int(block.argmax())
+        return highest, max(int(np.searchsorted(self._rows["ids"], place, side="right")) - 1, 0)
 
     def raw(self, row: int) -> Row:
         """Return the untokenized row; only prompts keep it."""

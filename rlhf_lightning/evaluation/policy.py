@@ -10,10 +10,11 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rlhf_lightning.data.base import RowData
+from rlhf_lightning.data.checks import ids_fit
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.answers import answer, start
 from rlhf_lightning.generation.engine import Engine
-from rlhf_lightning.models.completion import CompletionModel, choose_layout, response_logprobs
+from rlhf_lightning.models.completion import CompletionModel, choose_layout, response_logprobs, vocabulary_size
 from rlhf_lightning.ops.groups import Group
 from rlhf_lightning.ops.kl import kl_estimate
 from rlhf_lightning.ops.statistics import Interval, mean_interval, share_interval
@@ -60,6 +61,7 @@ def evaluate_policy(
         seed: the same for all models that are compared; the same random numbers make differences clearer.
     """
     split = "val" if "val" in data.rows else "train"
+    ids_fit(data, split, vocabulary_size(lm))
     prompts = [data.group(split, row) for row in range(min(rows, len(data.rows[split])))]
     lm.to(device)
     start(engine, lm, data.template)

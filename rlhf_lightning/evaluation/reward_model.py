@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from rlhf_lightning.data.checks import ids_fit
 from rlhf_lightning.data.datamodules import PreferenceData
-from rlhf_lightning.models.completion import ScalarModel, choose_layout
+from rlhf_lightning.models.completion import ScalarModel, choose_layout, vocabulary_size
 from rlhf_lightning.ops.ranking import pairs_in_order, ranked_pairs
 from rlhf_lightning.ops.statistics import Interval, share_interval
 
@@ -18,6 +19,7 @@ def evaluate_reward_model(model: Any, data: PreferenceData, device: str = "cpu")
 
     The pairs of one prompt, whether of one ranking or of several rows, are not independent.
     """
+    ids_fit(data, "val", vocabulary_size(model))
     model.to(device).eval()
     layout, _ = choose_layout(model)
     scorer, correct, prompts = ScalarModel(model), [], []

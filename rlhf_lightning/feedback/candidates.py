@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhf_lightning.data.checks import ids_fit
 from rlhf_lightning.data.records import RowError, preference
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.errors import UserError
@@ -74,6 +75,8 @@ class Candidates(Generating):
 
     def on_predict_start(self) -> None:
         to_device(self.reward, self.device)
+        if self.policy is not None:
+            ids_fit(self.data, "train", self.vocabulary)
 
     @torch.no_grad()
     def predict_step(self, batch: GroupList, batch_idx: int) -> list[dict[str, Any]]:

@@ -1,12 +1,19 @@
-"""The key and value cache of sampling: appending a token writes in place, where Hugging Face copies the whole cache."""
+"""What sampling keeps of the tokens it has read: keys and values, states of hybrid layers, or the tokens themselves.
+
+Appending a token to keys and values writes in place, where Hugging Face copies the whole cache.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+from rlhf_lightning.models.sharding import call
 
 ROOM = 64  # spare tokens in a newly allocated buffer
 
@@ -58,3 +65,47 @@ def growing_cache(config: Any) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def select_rows(cache: DynamicCache | Reread, rows: Tensor) -> None:
+    """Keep the sequences `rows` (B,) of a cache, in that order; one may be taken several times.
+
+    By `reorder_cache`, which every layer has: `batch_select_indices` is missing in layers of states, and layers of
+    states and attention inherit one that leaves the states as they are.
+    """
+    if isinstance(cache, Reread):
+        cache.select(rows)
+        return
+    for layer in cache.layers:
+        layer.reorder_cache(cast(torch.LongTensor, rows))
+
+
+class Reread:
+    """In place of a cache, for models whose cache does not work: every step reads all tokens of a sequence again.
+
+    Rows are padded on the right, which no causal model reads.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]], device: torch.device) -> None:
+        self.lengths = torch.tensor([len(p) for p in prompts], device=device)
+        width = max(len(p) for p in prompts)
+        self.ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in prompts], device=device)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the sequences `rows` (B,), in that order."""
+        self.ids, self.lengths = self.ids[rows], self.lengths[rows]
+        self.ids = self.ids[:, : int(self.lengths.max())]
+
+    def append(self, tokens: Tensor) -> None:
+        """Add one token (B,) to every sequence."""
+        self.ids = torch.cat([self.ids, torch.zeros_like(tokens)[:, None]], 1)
+        self.ids[torch.arange(len(tokens), device=tokens.device), self.lengths] = tokens
+        self.lengths = self.lengths + 1
+        self.ids = self.ids[:, : int(self.lengths.max())]
+
+    def logits(self, lm: nn.Module) -> Tensor:
+        """Return the logits (B, V) after the last token of every sequence."""
+        places = torch.arange(self.ids.shape[1], device=self.ids.device)
+        mask = (places[None, :] < self.lengths[:, None]).long()
+        output = call(lm, input_ids=self.ids, attention_mask=mask, use_cache=False)
+        return output.logits[torch.arange(len(self.ids), device=self.ids.device), self.lengths - 1]

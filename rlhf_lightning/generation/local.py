@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
+from rlhf_lightning.distributed import is_lost_peer
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.generation.cache import growing_cache
+from rlhf_lightning.generation.cache import Reread, growing_cache, select_rows
 from rlhf_lightning.generation.engine import Generations
 from rlhf_lightning.models.completion import unwrap
 from rlhf_lightning.models.sharding import call, max_over_ranks
 from rlhf_lightning.ops.seeding import generator
 
-_CHECKED: WeakSet[nn.Module] = WeakSet()  # models whose decoding has been compared with a full forward pass
+log = logging.getLogger(__name__)
+
+_CACHED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether decoding equals a full forward pass
 
 
 @dataclass
@@ -80,7 +84,7 @@ class LocalEngine:
         training = self.lm.training
         self.lm.eval()
         try:
-            self._check_cache()
+            self._choose_cache()
             batches = self._batches(prompts, n, max_new_tokens)
             for number in range(max_over_ranks(self.lm, len(batches))):
                 if number >= len(batches):  # other ranks have one more batch, and forward passes are collective
@@ -101,29 +105,53 @@ class LocalEngine:
             self.lm.train(training)
         return Generations(responses, finished)
 
-    def _check_cache(self) -> None:
-        """Raise a UserError when decoding with a cache differs from a full forward pass, as for state spaces."""
-        if self.lm in _CHECKED:
+    def _choose_cache(self) -> None:
+        """Compare decoding with a full forward pass; a model whose cache differs reads all tokens at every step.
+
+        Raises:
+            UserError: the model differs even then.
+        """
+        if self.lm in _CACHED:
             return
+        reason = ""
+        for cached in (True, False):
+            _CACHED[self.lm] = cached
+            try:
+                gap = self._decoding_gap()
+                problem = f"log-probabilities are off by {gap:.2g}"
+            except (IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+                if isinstance(error, torch.OutOfMemoryError) or is_lost_peer(error):
+                    raise
+                gap, problem = math.inf, f"{type(error).__name__}: {str(error)[:120]}"
+            inner = unwrap(self.lm)
+            if gap <= (1e-2 if inner.dtype in (torch.float32, torch.float64) else 0.5):
+                if not cached:
+                    log.warning("%s is sampled without a cache, which is slow: %s", type(inner).__name__, reason)
+                return
+            reason = reason or problem
+        del _CACHED[self.lm]
+        raise UserError(f"{type(inner).__name__} cannot be sampled from ({reason})")
+
+    def _decoding_gap(self) -> float:
+        """Return the largest difference of log-probabilities after prefill, repeating, selecting and two steps."""
         inner = unwrap(self.lm)
         vocab = inner.config.get_text_config().vocab_size
         prompts = [[(5 * i + 3) % vocab for i in range(4)], [(3 * i + 1) % vocab for i in range(2)]]
-        following = [7 % vocab, 11 % vocab]
-        try:
-            _, cache, live = self._prefill(prompts, 1, torch.arange(2), inner.device)
+        _, cache, live = self._prefill(prompts, 2, torch.arange(4), inner.device)
+        texts = [list(prompt) for prompt in prompts for _ in range(2)]
+        gap = 0.0
+        for step, rows in enumerate(([0, 1, 2, 3], [3, 0])):
+            live = self._select(cache, live, torch.tensor(rows, device=inner.device))
+            texts = [texts[row] for row in rows]
+            following = [(7 + 4 * step + 3 * row) % vocab for row in range(len(rows))]
             live.token = torch.tensor(following, device=inner.device)
             logprobs = self._step(cache, live).float().log_softmax(-1)
-            gap = 0.0
-            for row, (prompt, token) in enumerate(zip(prompts, following, strict=True)):
-                ids = torch.tensor([[*prompt, token]], device=inner.device)
+            for row, token in enumerate(following):
+                texts[row] = [*texts[row], token]
+                ids = torch.tensor([texts[row]], device=inner.device)
                 expected = call(self.lm, input_ids=ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
                 gap = max(gap, (logprobs[row] - expected).abs().max().item())
-            reason = f"log-probabilities are off by {gap:.2g}"
-        except (IndexError, AttributeError, TypeError, ValueError, NotImplementedError) as error:
-            gap, reason = math.inf, f"{type(error).__name__}: {str(error)[:120]}"
-        if gap > (1e-2 if inner.dtype in (torch.float32, torch.float64) else 0.5):
-            raise UserError(f"{type(inner).__name__} cannot be sampled from with a cache ({reason})")
-        _CHECKED.add(self.lm)
+        return gap
 
     def _batches(self, prompts: Sequence[Sequence[int]], n: int, max_new_tokens: int) -> list[list[int]]:
         """Group prompts of similar length so that a decoding batch stays within its token budget."""
@@ -173,9 +201,8 @@ class LocalEngine:
             max_over_ranks(self.lm, 1)
             if not keep.all():
                 live_rows = keep.nonzero().squeeze(1)
-                cache.batch_select_indices(live_rows)
                 rows = rows[live_rows]
-                live = _Live(live.slot, live.token[live_rows], live.length[live_rows], live.mask[live_rows])
+                live = self._select(cache, live, live_rows)
             logits = self._step(cache, live)
         while max_over_ranks(self.lm, 0):
             self._dummy_forward()
@@ -195,12 +222,19 @@ class LocalEngine:
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], n: int, slots: Tensor, device: torch.device
-    ) -> tuple[Tensor, DynamicCache, _Live]:
+    ) -> tuple[Tensor, DynamicCache | Reread, _Live]:
         """Read every prompt once, left-padded, and repeat its cache for the n samples."""
         width = max(len(p) for p in prompts)
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.arange(width, device=device)[None, :] >= (width - lengths)[:, None]
+        repeat = torch.arange(len(prompts), device=device).repeat_interleave(n)
+        live = _Live(slots, ids[repeat, -1], (lengths - 1)[repeat], mask[repeat])
+        if not _CACHED[self.lm]:
+            reread = Reread(prompts, device)
+            logits = reread.logits(self.lm)[repeat]
+            select_rows(reread, repeat)
+            return logits, reread, live
         cache = growing_cache(unwrap(self.lm).config.get_text_config())
         output = call(
             self.lm,
@@ -212,13 +246,19 @@ class LocalEngine:
             logits_to_keep=1,
         )
         if n > 1:
-            cache.batch_repeat_interleave(n)
-        repeat = torch.arange(len(prompts), device=device).repeat_interleave(n)
-        live = _Live(slots, ids[repeat, -1], (lengths - 1)[repeat], mask[repeat])
+            select_rows(cache, repeat)
         return output.logits[:, -1][repeat], cache, live
 
-    def _step(self, cache: DynamicCache, live: _Live) -> Tensor:
+    def _select(self, cache: DynamicCache | Reread, live: _Live, rows: Tensor) -> _Live:
+        """Return the live sequences `rows`, in that order, and keep only theirs in the cache."""
+        select_rows(cache, rows)
+        return _Live(live.slot, live.token[rows], live.length[rows], live.mask[rows])
+
+    def _step(self, cache: DynamicCache | Reread, live: _Live) -> Tensor:
         """Return the logits (B, V) after the last sampled token of every live row."""
+        if isinstance(cache, Reread):
+            cache.append(live.token)
+            return cache.logits(self.lm)
         live.mask = torch.cat([live.mask, live.mask.new_ones(len(live.mask), 1)], dim=1)
         live.length = live.length + 1
         output = call(

@@ -33,6 +33,11 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model() if hasattr(model, "get_base_model") else model)  # type: ignore[operator]
 
 
+def vocabulary_size(model: nn.Module) -> int:
+    """Return the number of token ids that a model has an embedding for."""
+    return cast(nn.Embedding, unwrap(model).get_input_embeddings()).weight.shape[0]
+
+
 def hidden_states(model: nn.Module, batch: GroupBatch, shortest: int = SHORTEST) -> Tensor:
     """Return the last hidden states (R * L, D) of the decoder below the head of `model`.
 

@@ -10,18 +10,56 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import atomic_folder, read_json
 
 MANIFEST = "manifest.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def adapter_chain(name: str | Path) -> list[str]:
+    """Return a model folder or hub name after the folders of the adapters on it, the outermost first.
+
+    Raises:
+        UserError: an adapter without a base, or whose base is not there.
+    """
+    chain = [str(name)]
+    while (file := Path(chain[-1]) / ADAPTER_CONFIG).is_file():
+        settings = read_json(file)
+        base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+        if not isinstance(base, str) or not base:
+            raise UserError(f"{file}: base_model_name_or_path must name the model that the adapter was trained on")
+        beside = Path(chain[-1], base)
+        base = str(beside) if beside.is_dir() and not Path(base).is_dir() else base
+        if base in chain or len(chain) > 16:
+            raise UserError(f"{file}: the adapter stands on itself (base_model_name_or_path={base})")
+        if not Path(base).is_dir() and (base.startswith((".", "/", "~")) or base.count("/") > 1):
+            raise UserError(
+                f"the adapter {chain[-1]} was trained on {base}, which is not there; set base_model_name_or_path in "
+                f"its {ADAPTER_CONFIG}"
+            )
+        chain.append(base)
+    return chain
+
+
+def holder(name: str | Path, *files: str) -> str:
+    """Return the first of a model's :func:`adapter_chain` that has one of `files`, else the model at its end."""
+    chain = adapter_chain(name)
+    return next((place for place in chain if any(Path(place, file).is_file() for file in files)), chain[-1])
 
 
 def hash_weights(folder: str | Path) -> str | None:
-    """Return the SHA-256 over the safetensors and config files of a model folder; None for a hub name."""
+    """Return the SHA-256 over the safetensors and config files of a model folder; None for a hub name.
+
+    That of an adapter covers the model it was trained on.
+    """
     path = Path(folder)
     if not path.is_dir():
         return None
     digest = hashlib.sha256()
-    for file in sorted([*path.glob("*.safetensors"), *path.glob("config.json")]):
+    for base in adapter_chain(path)[1:2]:
+        digest.update((weights_key(base) or base).encode())
+    for file in sorted([*path.glob("*.safetensors"), *path.glob("config.json"), *path.glob(ADAPTER_CONFIG)]):
         digest.update(file.name.encode())
         with file.open("rb") as opened:
             while block := opened.read(1 << 20):

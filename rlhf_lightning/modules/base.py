@@ -20,8 +20,8 @@ from rlhf_lightning.data.checks import check_rows
 from rlhf_lightning.distributed import data_ranks
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Engine
-from rlhf_lightning.models.adapters import add_lora, merge_lora
-from rlhf_lightning.models.completion import choose_layout, unwrap
+from rlhf_lightning.models.adapters import add_lora, export_lora
+from rlhf_lightning.models.completion import choose_layout, vocabulary_size
 from rlhf_lightning.models.sharding import by_mesh, shard, total_norm, whole_state
 from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList, Layout
 from rlhf_lightning.ops.ranking import pairs_in_order
@@ -93,8 +93,7 @@ class StageModule(LightningModule):
     @property
     def vocabulary(self) -> int:
         """Number of token ids the model has an embedding for."""
-        embedding: Any = unwrap(self.trained_model()).get_input_embeddings()
-        return embedding.num_embeddings
+        return vocabulary_size(self.trained_model())
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return self.pack(batch)
@@ -112,7 +111,8 @@ class StageModule(LightningModule):
 
         Raises:
             UserError: the loader yields something else, an empty list, groups with too few responses, or ids the model
-                has no embedding for; rows of our data modules are checked at the start of the run, later windows here.
+                has no embedding for; the rows of our data modules are checked at the start of the run, those of later
+                windows here.
         """
         ours = isinstance(batch, GroupList)
         groups = batch.groups if ours else batch
@@ -132,13 +132,11 @@ class StageModule(LightningModule):
             )
         if ours and getattr(self.data, "windows", None) is None:
             return batch
-        worst, group = max(
-            ((max(map(max, filter(None, [group.prompt, *group.responses]))), group) for group in groups),
-            key=lambda pair: pair[0],
-        )
-        if worst >= self.vocabulary:
-            place = f"{self.data.where('train', [group.index])} has" if ours else "the loader yields"
-            raise UserError(f"{place} the token id {worst}, but the model has {self.vocabulary} ids")
+        for group in groups:
+            worst = max(map(max, filter(None, [group.prompt, *group.responses])))
+            if worst >= self.vocabulary:
+                place = f"{self.data.where('train', [group.index])} contains" if ours else "the loader yields"
+                raise UserError(f"{place} the token id {worst}, but the model has {self.vocabulary} ids")
         return batch if ours else GroupList(groups)
 
     def split(self, model: Any) -> Any:
@@ -148,16 +146,19 @@ class StageModule(LightningModule):
         return model
 
     def export_model(self) -> Any:
-        """Return the plain Hugging Face model to save; of a sharded model only on the first rank, else None."""
+        """Return the plain Hugging Face model to save, or its adapter, see :func:`export_lora`.
+
+        Of a sharded model only the first rank has it, others get None.
+        """
         model = self.trained_model()
         if self.device_mesh is None:
-            return merge_lora(model)
+            return export_lora(model)
         weights = whole_state(model)
         if not self.trainer.is_global_zero:
             return None
         whole: Any = self.load() if self.lora is None else add_lora(self.load(), **self.lora)  # type: ignore[arg-type]
         whole.load_state_dict(weights)
-        return merge_lora(whole)
+        return export_lora(whole)
 
     def trained_model(self) -> Any:
         """Return the Hugging Face model this stage trains."""

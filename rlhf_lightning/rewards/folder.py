@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.completion import ScalarModel, choose_layout
+from rlhf_lightning.models.completion import ScalarModel, choose_layout, vocabulary_size
 from rlhf_lightning.models.frozen import Frozen
 from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer, resolve_model
 from rlhf_lightning.ops.groups import Group, Layout, microbatches
@@ -26,14 +26,22 @@ class FolderReward:
     """Scores text with a trained reward model, through its own tokenizer and template.
 
     Responses to the same conversation are scored as one completion group, so its prompt is computed once.
+
+    Raises:
+        UserError: the folder holds no reward model, or says nowhere how it writes a conversation.
     """
 
     def __init__(self, folder: str, dtype: str = "float32", batch_tokens: int = 16_384, device: str = "cpu") -> None:
         model = load_scalar_model(folder, dtype=dtype, trained=True)
         tokenizer = load_tokenizer(folder)
-        self.folder = folder
-        self.template = Template(tokenizer, "auto" if tokenizer.chat_template else "plain")
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"the reward model {folder} has no chat template, so nothing says how it reads a conversation; put the "
+                "template that it was trained with into the folder, as chat_template.jinja"
+            )
+        self.folder, self.template = folder, Template(tokenizer, "auto")
         self.layout: Layout = choose_layout(model)[0]
+        self.vocabulary = vocabulary_size(model)
         self.model = Frozen(ScalarModel(model)).to(device)
         self.batch_tokens = batch_tokens
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
@@ -53,6 +61,12 @@ class FolderReward:
                 prompt, (answer,), _ = self.template.completions(content, [response], tools)
             except RowError as error:
                 raise UserError(f"the reward model {self.folder} cannot read a response: {error}") from error
+            worst = max(max(prompt), max(answer))
+            if worst >= self.vocabulary:
+                raise UserError(
+                    f"the reward model {self.folder} has {self.vocabulary} ids, and its tokenizer gives the id {worst} "
+                    f"in a response to {text[:80]!r}; the model was not resized for its tokenizer"
+                )
             answers.append(answer[: max(self.context - len(prompt), 1)])
             groups.setdefault(tuple(prompt), []).append(i)
         packed = [Group(prompt, [answers[i] for i in members]) for prompt, members in groups.items()]

@@ -21,6 +21,7 @@ class Shape:
     layers: int
     key_values: int  # width of the keys of a token, all heads together
     vocabulary: int
+    whole: int = 0  # parameters of layers trained whole beside LoRA
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,14 @@ def estimate(shape: Shape, job: Job) -> dict[str, float]:
     An activation is what eager PyTorch saves of a Llama layer for the backward pass: about 13 D + 4 F values per token
     (norms, queries, keys, values and their output, gate, up, and their product), one D with recomputation.
     """
-    trained = shape.lora * job.lora if job.lora else shape.parameters
+    trained = shape.lora * job.lora + shape.whole if job.lora else shape.parameters
+    copies = shape.whole if job.lora else 0
     models = 2 if job.critic else 1
     layer = 13 * shape.hidden + 4 * shape.intermediate
     saved = (shape.hidden * shape.layers + layer) if job.checkpointing else layer * shape.layers
     chunk = min(job.loss_tokens, max(MAX_LOGITS // shape.vocabulary, 1)) if job.loss_tokens else 0
     return {
-        "weights": models * shape.parameters * job.weight_bytes / job.shards,
+        "weights": models * (shape.parameters + copies) * job.weight_bytes / job.shards,
         "gradients": models * trained * job.weight_bytes / job.shards,
         "optimizer": models * trained * job.weight_bytes * job.moments / job.shards,
         "frozen models": (job.references / job.shards + job.rewards) * shape.parameters * job.weight_bytes,

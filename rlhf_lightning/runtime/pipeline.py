@@ -21,6 +21,7 @@ from rlhf_lightning.files import fingerprint, read_json, write_json
 from rlhf_lightning.models.folder import parent_entry
 from rlhf_lightning.rewards.spec import digests
 from rlhf_lightning.runtime.processes import quoted, run_child
+from rlhf_lightning.runtime.run_folder import claim, occupy, remove_start
 from rlhf_lightning.runtime.settings import DATA_SPLITS, flat, groups, to_container
 
 console = Console()
@@ -61,8 +62,7 @@ def run_pipeline(cfg: DictConfig, maps: Collection[str] = ()) -> None:
             console.print(f"[dim]stage {number + 1} of {len(stages)}: {name} is done[/dim]")
         else:
             console.rule(f"stage {number + 1} of {len(stages)}: {name}")
-            run_part(name, folder, overrides)
-            write_json(folder / "pipeline.json", {"fingerprint": digest})
+            run_part(name, folder, overrides, digest)
         folders[name] = str(folder / "model")
     minutes, seconds = divmod(int(time.monotonic() - began), 60)
     console.print(f"\npipeline {settings['name']} done in {minutes}:{seconds:02d}")
@@ -150,15 +150,19 @@ def find_pipeline(run: Path, digest: str, resume: str | None) -> Path:
     if resume == "auto":
         for folder in sorted((p for p in run.parent.iterdir() if p.is_dir()), reverse=True):
             record = read_json(folder / "run.json")
-            if record and record["fingerprint"] == digest:
+            if isinstance(record, dict) and record.get("fingerprint") == digest:
+                if folder != run:
+                    remove_start(run)
+                occupy(folder)
                 console.print(f"continuing {folder}", soft_wrap=True)
                 return folder
     elif (run / "run.json").is_file() and resume == "here":
         if read_json(run / "run.json")["fingerprint"] != digest:
             raise UserError(f"{run} was started with other settings; choose another folder for a new run")
-    elif (run / "run.json").is_file():
-        raise UserError(f"{run} already contains a pipeline; add resume=auto to continue it")
-    write_json(run / "run.json", {"fingerprint": digest})
+        occupy(run)
+        return run
+    claim(run, {"fingerprint": digest})
+    occupy(run)
     return run
 
 
@@ -168,10 +172,12 @@ def is_done(folder: Path, digest: str) -> bool:
     return bool(record) and record["fingerprint"] == digest and (folder / "metrics.json").is_file()
 
 
-def run_part(name: str, folder: Path, overrides: list[str]) -> None:
-    """Run one stage and stop the pipeline when it fails."""
-    if (folder / "metrics.json").is_file():  # made by other settings or other parents
+def run_part(name: str, folder: Path, overrides: list[str], digest: str) -> None:
+    """Run one stage, from where it was stopped, and stop the pipeline when it fails."""
+    record = read_json(folder / "pipeline.json")
+    if folder.is_dir() and (not record or record["fingerprint"] != digest):  # made by other settings or other parents
         folder.rename(folder.with_name(f"{folder.name}.old-{int(time.time())}"))
+    write_json(folder / "pipeline.json", {"fingerprint": digest})  # first, for a stage that is killed
     code = run_child(folder, overrides, {"RLHF_PIPELINE_STAGE": name}, fork=True)
     if code:
         raise UserError(

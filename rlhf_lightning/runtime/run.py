@@ -29,15 +29,16 @@ from rlhf_lightning.runtime.stage import Stage
 ROWS_READ_FOR_TOKENIZER = 20_000
 
 
-def starting_point(settings: dict[str, Any]) -> str | None:
+def starting_point(settings: dict[str, Any], convert: bool = True) -> str | None:
     """Return the model folder or hub name a stage starts from, None where a tiny model is to be built.
 
-    `init_from` comes before `model`; both take a folder, a GGUF file, a hub name or a name of ours.
+    `init_from` comes before `model`; both take a folder, a GGUF file, a hub name or a name of ours. Without `convert` a
+    GGUF file is returned as it is.
     """
     name = settings["init_from"] or settings["model"]["name"]
     if name == "tiny":
         return None
-    return resolve_model(str(name), settings["paths"]["cache"])
+    return resolve_model(str(name), settings["paths"]["cache"], convert)
 
 
 class Run:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.files import read_json, readable_os_errors
+from rlhf_lightning.files import lock, read_json, readable_os_errors, remove_temporaries
+
+LOCK = ".lock"
 
 
 def find_run(
@@ -19,8 +21,21 @@ def find_run(
     """Return the run folder, the checkpoint to resume from, and the metrics when the run is already finished.
 
     With resume=here it is this folder, with resume=auto this one or the newest sibling of the same configuration. A run
-    is finished when `output` is in its folder; one whose stage has none never is.
+    is finished when `output` is in its folder; one whose stage has none never is. This process has the folder of an
+    unfinished run for itself, and what a killed one left half written there is removed.
+
+    Raises:
+        UserError: another process is in the folder, it holds another run, or there is nothing to resume from.
     """
+    folder, checkpoint, finished = _find_run(run, stage, output, resume, digest)
+    if finished is None:
+        occupy(folder)
+    return folder, checkpoint, finished
+
+
+def _find_run(
+    run: Path, stage: str, output: str | None, resume: str | None, digest: str
+) -> tuple[Path, Path | None, dict[str, Any] | None]:
     mine = {"fingerprint": digest, "stage": stage}
     started = read_json(run / "run.json")
     if resume is None:
@@ -55,11 +70,23 @@ def find_run(
     return run, None, None
 
 
+def occupy(folder: Path) -> None:
+    """Have a run folder for this process, or raise a UserError when another has it; remove what a killed one left."""
+    with readable_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if holder := lock(folder / LOCK):
+            raise UserError(
+                f"{folder} is in use by {holder}; wait until it ends, or start another run with name=<another name>"
+            )
+        for place in (folder, folder / "checkpoints", folder / "samples", folder / "shards"):
+            remove_temporaries(place)
+
+
 def claim(run: Path, value: dict[str, Any]) -> None:
     """Write `run.json`, or raise a UserError when another run has claimed the folder."""
     with readable_os_errors(run):
         run.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=run, suffix=".tmp")
+        handle, name = tempfile.mkstemp(dir=run, prefix=".run.json.", suffix=".tmp")
         with os.fdopen(handle, "w", encoding="utf-8") as opened:
             json.dump(value, opened)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from rlhf_lightning.distributed import ranks
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.files import atomic_path, read_json, write_json
 from rlhf_lightning.runtime.processes import run_child
+from rlhf_lightning.runtime.run_folder import occupy
 
 RECORD = "trial.json"
 REWARDS = ("val/gold", "val/reward", "reward/gold", "reward/proxy", "gold")
@@ -114,7 +116,14 @@ def shared_machine(cfg: DictConfig, hydra: Any, given: Mapping[str, str] = os.en
 
 
 class SweepSummary(Callback):
-    """Hydra calls it after the last trial of a sweep."""
+    """Hydra calls it before the first trial of a sweep and after the last one."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            occupy(Path(config.hydra.sweep.dir))
+        except UserError as error:  # of which Hydra would make a warning
+            print(f"rlhf: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)

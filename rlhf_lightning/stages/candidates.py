@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_lightning.callbacks.stop import Stop
+from rlhf_lightning.callbacks.stop import interruptible
 from rlhf_lightning.callbacks.throughput import peak_memory_gb
 from rlhf_lightning.data.tokenize import report_rows
 from rlhf_lightning.errors import UserError
@@ -43,14 +43,8 @@ def run(run: Run) -> float | None:
     if rank_zero_only.rank == 0:
         report_rows(data)
     began = time.perf_counter()
-    stops = [callback for callback in trainer.callbacks if isinstance(callback, Stop)]  # type: ignore[attr-defined]
-    try:
-        with readable_os_errors(run.folder):
-            trainer.predict(module, data, return_predictions=False)
-    except SystemExit:  # what Lightning makes of an interrupt
-        if not any(stop.received for stop in stops):
-            raise
-        raise KeyboardInterrupt(128 + next(stop.received for stop in stops if stop.received)) from None
+    with interruptible(trainer), readable_os_errors(run.folder):
+        trainer.predict(module, data, return_predictions=False)
     trainer.strategy.barrier()
     if not trainer.is_global_zero:
         return None

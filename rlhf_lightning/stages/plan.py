@@ -14,6 +14,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.adapters import add_lora
 from rlhf_lightning.models.loading import load_config
 from rlhf_lightning.models.tiny import tiny_config
 from rlhf_lightning.rewards.spec import parse
@@ -25,22 +26,26 @@ from rlhf_lightning.stages import STAGES
 
 
 def read_shape(settings: dict[str, Any]) -> Shape:
-    """Return the sizes of the model of a configuration from its config file; no weights are read."""
-    name = starting_point(settings)
+    """Return the sizes of the model of a configuration from its config file or GGUF header; no weights are read."""
+    name = starting_point(settings, convert=False)
     config: Any = load_config(name).get_text_config() if name else tiny_config(**settings["model"]["build"])
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
-    linear = [m for n, m in lm.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+        parameters = sum(p.numel() for p in lm.parameters())
+        adapter = settings["adapter"] or {}
+        given = {key: adapter[key] for key in ("target_modules", "modules_to_save") if key in adapter}
+        adapted = list(add_lora(lm, r=1, **given).named_parameters())
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Shape(
-        parameters=sum(p.numel() for p in lm.parameters()),
-        lora=sum(m.in_features + m.out_features for m in linear),
+        parameters=parameters,
+        lora=sum(p.numel() for name, p in adapted if ".lora_" in name),
         hidden=config.hidden_size,
         intermediate=getattr(config, "intermediate_size", 4 * config.hidden_size),
         layers=config.num_hidden_layers,
         key_values=(getattr(config, "num_key_value_heads", None) or heads) * size,
         vocabulary=config.vocab_size,
+        whole=sum(p.numel() for name, p in adapted if ".modules_to_save." in name),
     )
 
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from transformers.utils import logging as hf_logging
 
+from rlhf_lightning.callbacks.tensorboard import quiet_writer_threads
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.stages import STAGES
@@ -41,6 +42,7 @@ def run_stage(cfg: DictConfig) -> float | None:
 def quiet() -> None:
     """Silence warnings that a user cannot act on."""
     disable_possible_user_warnings()
+    quiet_writer_threads()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     for name in (

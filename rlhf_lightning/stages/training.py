@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_lightning.callbacks.checkpoints import AtomicCheckpointIO
+from rlhf_lightning.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoint
 from rlhf_lightning.callbacks.notices import Notices
 from rlhf_lightning.callbacks.progress import LineProgress, progress_bar
-from rlhf_lightning.callbacks.stop import Stop
+from rlhf_lightning.callbacks.stop import Stop, interrupted_at_once, interruptible
 from rlhf_lightning.callbacks.tensorboard import judged_by, write_hparams
 from rlhf_lightning.callbacks.throughput import Throughput
 from rlhf_lightning.data.base import RowData
@@ -40,6 +41,12 @@ def train(run: Run, folder: str, load: Callable[[], Any], **options: Any) -> flo
         load: returns the model to train.
         options: arguments of the module.
     """
+    # on the first rank; another one may wait for its peers, where no handler would run
+    with interrupted_at_once() if rank_zero_only.rank == 0 else nullcontext():
+        return _train(run, folder, load, **options)
+
+
+def _train(run: Run, folder: str, load: Callable[[], Any], **options: Any) -> float | None:
     data = run.data(folder)
     ours = isinstance(data, RowData)
     if ours:
@@ -48,8 +55,9 @@ def train(run: Run, folder: str, load: Callable[[], Any], **options: Any) -> flo
     # ours plan whole steps over all ranks; of another's loader Lightning gives every rank its part
     trainer = build_trainer(run) if ours else build_trainer(run, use_distributed_sampler=True)
     announce(run, folder, data)
-    fit(trainer, module, data, run.checkpoint)
-    return finish(run, folder, trainer, module, data)
+    fit(trainer, module, data, run.checkpoint, run.folder)
+    with readable_os_errors(run.folder):
+        return finish(run, folder, trainer, module, data)
 
 
 def build_trainer(run: Run, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
@@ -91,27 +99,23 @@ def announce(run: Run, folder: str, data: Any) -> None:
         console.print(f"  resuming at step {step}")
 
 
-def fit(trainer: Trainer, module: LightningModule, data: Any, checkpoint: Path | None) -> None:
-    """Train, then validate unless the last step was validated."""
-    stops = [callback for callback in trainer.callbacks if isinstance(callback, Stop)]  # type: ignore[attr-defined]
-    try:
-        with readable_os_errors(trainer.default_root_dir):
-            trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None)
-    except SystemExit:  # what Lightning makes of an interrupt
-        if not any(stop.received for stop in stops):
-            raise
-    for stop in stops:
-        if stop.received is not None:
-            raise KeyboardInterrupt(128 + stop.received)
+def fit(trainer: Trainer, module: LightningModule, data: Any, checkpoint: Path | None, folder: Path) -> None:
+    """Train, then validate unless the last step was validated; `folder` is what the Trainer writes into."""
+    with interruptible(trainer), readable_os_errors(folder):
+        trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None)
     if "val" in getattr(data, "rows", {}) and module.validated_at != trainer.global_step:  # type: ignore[attr-defined]
         metrics = dict(trainer.callback_metrics)
-        trainer.validate(module, data, verbose=False)
+        with interruptible(trainer), readable_os_errors(folder):
+            trainer.validate(module, data, verbose=False)
         trainer.callback_metrics.update({k: v for k, v in metrics.items() if k not in trainer.callback_metrics})
 
 
 def finish(run: Run, folder: str, trainer: Trainer, module: Any, data: Any) -> float | None:
     """Write the model folder and metrics.json, and print where they are."""
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics: dict[str, float] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        metrics |= callback.metrics if isinstance(callback, StepCheckpoint) else {}  # of a run that was resumed
+    metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         metrics |= callback.summary if isinstance(callback, Throughput) else {}
     metrics |= {"global_step": trainer.global_step}
@@ -142,8 +146,8 @@ def finish(run: Run, folder: str, trainer: Trainer, module: Any, data: Any) -> f
     if isinstance(template, Template):  # what was learned as the end of a turn stops a plain `generate`, too
         tokenizer.chat_template = template.exported
         set_eos(model, tokenizer, template.ends)
-    write_json(run.folder / "metrics.json", {"monitor": monitor, **metrics})
     write_model(run.folder / "model", model, tokenizer, manifest)
+    write_json(run.folder / "metrics.json", {"monitor": monitor, **metrics})  # last: its stage is done
     table = Table(title=f"{run.stage.name} done", show_header=False)
     for name, value in sorted(metrics.items()):
         table.add_row(name, f"{value:.4g}")

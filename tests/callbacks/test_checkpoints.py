@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from rlhf_lightning.callbacks.checkpoints import AtomicCheckpointIO, RandomState, StepCheckpoint
-from rlhf_lightning.callbacks.stop import Stop
+from rlhf_lightning.callbacks.stop import Stop, interrupted_at_once, interruptible
+from rlhf_lightning.callbacks.throughput import Throughput
 from rlhf_lightning.errors import UserError
 from tests.helpers.lightning import quiet_lightning
 
@@ -211,13 +212,63 @@ def test_another_callbacks_stop_inside_a_window_is_not_saved(tmp_path: Path) -> 
 
 
 @quiet_lightning
-@pytest.mark.parametrize(("every", "expected"), [(1, 10), (4, 8), (50, None), (0, None)])
-def test_checkpoint_period(every: int, expected: int | None, tmp_path: Path) -> None:
-    train(tmp_path, every=every)
-    last = tmp_path / "last.ckpt"
-    assert last.exists() == (expected is not None)
-    if expected:
-        assert torch.load(last, weights_only=True)["global_step"] == expected
+@pytest.mark.parametrize(("every", "during", "end"), [(1, 9, 10), (4, 8, 10), (50, None, 10), (0, None, None)])
+def test_checkpoint_period(every: int, during: int | None, end: int | None, tmp_path: Path) -> None:
+    """One every n updates, and one at the end, with which a run that is killed in its export need not train again."""
+
+    def saved() -> int | None:
+        last = tmp_path / "last.ckpt"
+        return torch.load(last, weights_only=True)["global_step"] if last.exists() else None
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *rest: Any) -> None:
+            self.found = saved()
+
+    look = Look()
+    train(tmp_path, look, every=every)
+    assert (look.found, saved()) == (during, end)
+
+
+@quiet_lightning
+def test_no_checkpoint_at_the_end_of_a_run_that_ended_before_its_last_step(tmp_path: Path) -> None:
+    """Resumed it would train on, where the run that was not killed has ended."""
+
+    class Early(Callback):  # after the checkpoint callback, as EarlyStopping
+        def on_train_batch_end(self, trainer: Trainer, *rest: Any) -> None:
+            trainer.should_stop = trainer.global_step == 6
+
+    trainer = Trainer(
+        max_steps=10, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, plugins=[AtomicCheckpointIO()], callbacks=[StepCheckpoint(tmp_path, 4), Early()],
+    )  # fmt: skip
+    trainer.fit(Dropped(), Resumable())
+    assert trainer.global_step == 6
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+@quiet_lightning
+def test_metrics_and_rates_come_back_with_a_checkpoint(tmp_path: Path) -> None:
+    class Logged(Dropped):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            self.log("train/step", float(self.global_step))
+            return super().training_step(batch, batch_idx)
+
+    def trained() -> tuple[StepCheckpoint, Throughput]:
+        callbacks = StepCheckpoint(tmp_path, 4), Throughput()
+        last = tmp_path / "last.ckpt"
+        trainer = Trainer(
+            max_steps=10, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, plugins=[AtomicCheckpointIO()], callbacks=list(callbacks),
+        )  # fmt: skip
+        trainer.fit(Logged(), Resumable(), ckpt_path=str(last) if last.exists() else None)
+        return callbacks
+
+    checkpoint, rates = trained()
+    again, rates_again = trained()  # makes no step
+    assert checkpoint.metrics["train/step"] == 9.0
+    assert again.metrics == checkpoint.metrics
+    assert rates_again.summary == rates.summary
+    assert rates.summary["perf/step_s"] > 0
 
 
 class TwoUpdates(Dropped):
@@ -242,7 +293,7 @@ def test_several_updates_a_batch_do_not_miss_the_period(tmp_path: Path) -> None:
         enable_model_summary=False, plugins=[AtomicCheckpointIO()], callbacks=[StepCheckpoint(tmp_path, 3)],
     )  # fmt: skip
     trainer.fit(TwoUpdates(), Resumable())
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 8
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 10
 
 
 def test_round_trip_leaves_only_the_checkpoint(tmp_path: Path) -> None:
@@ -304,3 +355,84 @@ def test_damaged_or_missing_checkpoints_are_named(tmp_path: Path) -> None:
             AtomicCheckpointIO().load_checkpoint(tmp_path / f"{name}.ckpt")
     with pytest.raises(UserError, match=r"none.ckpt cannot be read: .*No such file"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "none.ckpt")
+
+
+# ---- signals -------------------------------------------------------------------------------------------------------
+
+
+class Sends(Callback):
+    """Sends this process a signal in one hook."""
+
+    def __init__(self, hook: str, number: int) -> None:
+        setattr(self, hook, lambda *args, **kwargs: os.kill(os.getpid(), number))
+
+
+class Validated(Dropped):
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        pass
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("loop", "hook"),
+    [
+        ("fit", "on_sanity_check_start"),
+        ("fit", "on_train_start"),
+        ("fit", "on_train_batch_start"),
+        ("fit", "on_validation_batch_start"),
+        ("validate", "on_validation_start"),
+        ("validate", "on_validation_batch_start"),
+        ("predict", "on_predict_start"),
+        ("predict", "on_predict_batch_end"),
+    ],
+)
+@quiet_lightning
+def test_a_signal_in_any_loop_ends_with_its_number(loop: str, hook: str, number: int) -> None:
+    """Lightning alone ends with 0 on SIGTERM, as if the run were done, and with 1 on Ctrl-C."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    rows = DataLoader(TensorDataset(torch.zeros(6, 4)), batch_size=1)
+    trainer = Trainer(
+        max_steps=4, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=2, val_check_interval=2,
+        callbacks=[Stop(), Sends(hook, number)],
+    )  # fmt: skip
+    loops: dict[str, Any] = {
+        "fit": lambda: trainer.fit(Validated(), Resumable(), rows),
+        "validate": lambda: trainer.validate(Validated(), rows, verbose=False),
+        "predict": lambda: trainer.predict(Validated(), rows),
+    }
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught, interruptible(trainer):
+            loops[loop]()
+    finally:
+        for n, handler in handlers.items():
+            signal.signal(n, handler)
+    assert caught.value.args == (128 + number,)
+
+
+@quiet_lightning
+def test_another_exit_is_not_taken_for_a_signal() -> None:
+    class Leave(Callback):
+        def on_train_batch_start(self, *rest: Any) -> None:
+            raise SystemExit(3)
+
+    trainer = Trainer(
+        max_steps=4, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[Stop(), Leave()],
+    )  # fmt: skip
+    with pytest.raises(SystemExit) as caught, interruptible(trainer):
+        trainer.fit(Dropped(), Resumable())
+    assert caught.value.code == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_export_ends_it_where_it_is(number: int) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt) as caught, interrupted_at_once():
+        os.kill(os.getpid(), number)
+        pytest.fail("the signal did nothing")
+    assert caught.value.args == (128 + number,)
+    assert signal.getsignal(number) is before

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
-from rlhf_lightning.callbacks.tensorboard import judged_by, write_hparams
+from rlhf_lightning.callbacks.tensorboard import judged_by, quiet_writer_threads, write_hparams
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.files import readable_os_errors
 from tests.helpers.lightning import quiet_lightning
 
 
@@ -81,3 +88,34 @@ def test_a_run_without_held_out_rows_is_judged_by_its_training() -> None:
     assert judged_by("val/reward", {"reward/proxy": 2}) == "reward/proxy"
     assert judged_by("val/accuracy", {"train/accuracy": 2}) == "train/accuracy"
     assert judged_by("kl", {"train/loss": 2}) is None
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ENOSPC])
+def test_a_disk_that_refuses_ends_the_writer_without_a_traceback(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """TensorBoard writes in a thread of its own, which would print; its error is raised where the run goes on."""
+
+    def refuse(self: RecordWriter, data: bytes) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    quiet_writer_threads()
+    monkeypatch.setattr(RecordWriter, "write", refuse)
+    told = pytest.raises(UserError, match=f"cannot write .*run: {os.strerror(number)}")
+    with told, readable_os_errors(tmp_path / "run"):
+        writer = SummaryWriter(str(tmp_path / "run"))
+        for step in range(10_000):
+            writer.add_scalar("train/loss", 1.0, step)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_ends_another_thread_is_still_printed(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    quiet_writer_threads()
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    assert "ZeroDivisionError" in capfd.readouterr().err

@@ -173,19 +173,3 @@ def test_pairs_and_prompts_are_compared_too(tmp_path: Path) -> None:
     prompts = PromptData(with_template("olmo2"), [{"prompt": "Hi"}, {"prompt": "<|pad|>"}], cache_dir=tmp_path)
     prompts.setup()
     assert {reason: places.tolist() for reason, places in prompts.rows["train"].differs.items()} == {SPELLED: [1]}
-
-
-def test_the_first_id_beyond_a_vocabulary_is_found_in_any_row(tmp_path: Path) -> None:
-    rows = [{"prompt": "Hi", "response": "Hello"}] * 300 + [{"prompt": "Hi", "response": "<think>"}] * 2
-    data = DemonstrationData(with_template("qwen3"), rows, cache_dir=tmp_path, batch_size=1)
-    data.setup()
-    think = data.tokenizer.convert_tokens_to_ids("<think>")
-    found = data.rows["train"]
-    assert found.first_beyond(found.highest + 1) is None
-    assert found.highest == data.tokenizer.convert_tokens_to_ids("</think>")
-    plain = DemonstrationData(with_template("qwen2_5"), rows, cache_dir=tmp_path, batch_size=1)
-    plain.setup()
-    assert found.first_beyond(think) == (0, think)  # the empty block that the template writes
-    assert plain.rows["train"].first_beyond(plain.rows["train"].highest) == (
-        0, plain.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    )  # fmt: skip

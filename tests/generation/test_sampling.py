@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconH1Config,
+    Lfm2Config,
+    LlamaForCausalLM,
+    MambaConfig,
+    MiniMaxConfig,
+    Qwen3_5TextConfig,
+)
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Generations
@@ -71,21 +79,65 @@ def test_greedy_equals_generate_on_a_real_model(stories_model: Path) -> None:
     assert found.responses == [reference_greedy(model.eval(), p, eos, 40) for p in prompts]  # type: ignore[arg-type]
 
 
-def test_a_hybrid_model_is_sampled_and_a_state_space_model_is_refused() -> None:
-    """Their caches hold more than keys and values; what a cache gets wrong would otherwise be sampled silently."""
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+GATED = {
+    "head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
+HYBRIDS = {
+    "convolution": (Lfm2Config, {"layer_types": ["conv", "full_attention"]}, True),
+    "gated delta rule": (Qwen3_5TextConfig, GATED, True),
+    # one layer has states and attention: it inherits a batch_select_indices that leaves the states as they are
+    "both in a layer": (
+        FalconH1Config,
+        {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
+        True,
+    ),
+    "state space": (MambaConfig, {"state_size": 8}, False),
+    "a cache of its own": (
+        MiniMaxConfig,
+        {"head_dim": 8, "num_local_experts": 2, "layer_types": ["linear_attention", "full_attention"]},
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_models_whose_caches_hold_states_are_sampled_right(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Every token is the one a forward pass over the whole text gives, whatever ends before it in the batch.
+
+    Where the cache cannot be used, every step reads the whole text, and one line says so.
+    """
+    config, more, cached = HYBRIDS[kind]
     torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
-    hybrid = Lfm2ForCausalLM(
-        Lfm2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
-                   layer_types=["conv", "full_attention"])
-    )  # fmt: skip
-    (response,) = sampler(hybrid, {2}, 5, temperature=0)([[1, 5, 6]]).responses
-    ids = [1, 5, 6]
-    for token in response:
-        assert token == hybrid.eval()(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item()
-        ids.append(token)
-    with pytest.raises(UserError, match="MambaForCausalLM cannot be sampled from with a cache"):
-        sampler(MambaForCausalLM(MambaConfig(**sizes, state_size=8)), {2}, 5)([[1, 5, 6]])
+    model = AutoModelForCausalLM.from_config(config(**(SIZES | more))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(3)  # far from uniform: a wrong state shows
+    eos = set(range(2, 64, 4))
+    found = sampler(model, eos, 8, top_k=1)(PROMPTS, num_generations=2)
+    assert len({len(response) for response in found.responses}) > 1  # some left the batch before others
+    for i, response in enumerate(found.responses):
+        ids = list(PROMPTS[i // 2])
+        for token in response:
+            with torch.no_grad():
+                assert token == model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item()
+            ids.append(token)
+    assert ("is sampled without a cache, which is slow" in caplog.text) is not cached
+    assert sampler(model, eos, 8)(PROMPTS, 3) == sampler(model, eos, 8, batch_tokens=1)(PROMPTS, 3)
+
+
+def test_a_model_that_reads_padding_is_refused() -> None:
+    """Its responses would vary with what else is in the batch."""
+    model = loud()
+    forward = model.forward
+    model.forward = lambda input_ids, **kwargs: forward(input_ids.flip(0), **kwargs)  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="LlamaForCausalLM cannot be sampled from"):
+        sampler(model, EOS, 4)(PROMPTS)
 
 
 def test_samples_do_not_depend_on_batching() -> None:

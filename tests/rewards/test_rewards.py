@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AddedToken, AutoModelForSequenceClassification
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer
@@ -194,6 +195,31 @@ def test_folder_reads_the_whole_conversation(reward_folder: str) -> None:
 
 def test_folder_cuts_a_response_at_the_context(reward_folder: str) -> None:
     assert torch.isfinite(FolderReward(reward_folder)(["hello"], ["x y z " * 600], [{}])).all()
+
+
+def test_a_folder_without_a_chat_template_is_refused(reward_folder: str, tmp_path: Path) -> None:
+    """Prompt and response one after the other would be scores of a text that no reward model has learned."""
+    folder = shutil.copytree(reward_folder, tmp_path / "rm")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"the reward model .*rm has no chat template.* chat_template.jinja"):
+        FolderReward(str(folder))
+    (folder / "chat_template.jinja").write_text(template)
+    asked = (["hello"], ["there"], [{}])
+    assert FolderReward(str(folder))(*asked).tolist() == FolderReward(reward_folder)(*asked).tolist()
+
+
+def test_a_token_that_the_reward_model_was_not_resized_for_is_told(reward_folder: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(reward_folder, tmp_path / "rm")
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_tokens([AddedToken("[EMAIL]", special=False)])
+    tokenizer.save_pretrained(folder)
+    reward = FolderReward(str(folder))
+    assert (
+        reward(["hello"], ["there"], [{}]).tolist() == FolderReward(reward_folder)(["hello"], ["there"], [{}]).tolist()
+    )
+    with pytest.raises(UserError, match=r"has (\d+) ids, and its tokenizer gives the id \1 in a response to 'hello'"):
+        score(reward, ["hello"], ["[EMAIL] there"], [{}])
 
 
 def test_folder_without_a_reward_model(tmp_path: Path) -> None:
