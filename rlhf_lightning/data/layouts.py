@@ -45,8 +45,10 @@ class Columns:
     """
 
     def __init__(self, mapping: Mapping[str, Any] | None = None) -> None:
-        given = dict(mapping or {})
-        self.roles = {str(name): str(role) for name, role in (given.pop("role", None) or {}).items()}
+        given = dict(_mapping(mapping, "data.columns"))
+        self.roles = {
+            str(name): str(role) for name, role in _mapping(given.pop("role", None), "data.columns.role").items()
+        }
         self.names = {str(name): None if column is None else str(column) for name, column in given.items()}
         self.mapped = frozenset(name for name, column in self.names.items() if column is not None)
         for name in self.names:
@@ -81,6 +83,12 @@ class Columns:
         taken = {*self.names, *self.names.values()}
         rest = {name: value for name, value in row.items() if name not in taken}
         return rest | {name: row[column] for name, column in self.names.items() if column is not None}
+
+
+def _mapping(value: Any, key: str) -> Mapping[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise UserError(f"{key}={value!r} is no mapping; one name is mapped with {key}.<name>=<name>")
+    return value or {}
 
 
 class Canonical(dict[str, Any]):
