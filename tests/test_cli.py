@@ -198,7 +198,7 @@ MISTAKES = {
     "nan": (["stage=sft", "data.train=pairs.jsonl", "optimizer.lr=1e30", "max_steps=9", "max_epochs=9"], "optimizer.lr"),
     "surrogate": (["stage=sft", "data.train=odd.jsonl"], "odd.jsonl, row 1: response contains a lone surrogate"),
     "parquet": (["stage=sft", "data.train=broken.parquet"], "broken.parquet: cannot be read"),
-    "json": (["stage=sft", "data.train=five.json"], "five.json holds int, not a list of rows"),
+    "json": (["stage=sft", "data.train=five.json"], "five.json, row 1: the file holds int, not a list of rows"),
     "longer than the model reads": (["stage=sft", "data.train=long.jsonl", "init_from={sft}"], "long.jsonl, row 1: the prompt leaves no room within data.max_length=512"),
     "no steps": (["stage=sft", "data.train=pairs.jsonl", "max_steps=0"], "max_steps=0 must not be 0"),
     "rate": (["stage=sft", "data.train=pairs.jsonl", "optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),

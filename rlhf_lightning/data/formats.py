@@ -40,7 +40,8 @@ def read_file(path: Path) -> Iterator[Row | RowError]:
             row: Any = next(rows, end)
         except UNREADABLE as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"{path}, row {number + 1}: the file cannot be read ({reason})") from error
+            place = f"{path}, row {number + 1}" if number else path
+            raise UserError(f"{place}: cannot be read ({reason})") from error
         except csv.Error as error:
             raise UserError(f"{path}, row {number + 1}: not CSV ({error})") from error
         except RowError as error:

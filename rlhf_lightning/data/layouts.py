@@ -5,8 +5,9 @@ A row is read by the first layout of its kind whose columns it has. What no layo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from rlhf_lightning.data.messages import ROLES, RowError, need_list, need_string, need_text, unread_fields
@@ -33,6 +34,8 @@ BESIDE = {
 class Columns:
     """Which column of the data is which of ours, and which of its roles; `data.columns` of the configuration.
 
+    `mapped` has our columns that are read from one that the user names.
+
     Args:
         mapping: one of `READ` -> the data's column, None for a column that is not to be read; `role` -> a mapping of
             the data's roles to ours.
@@ -42,9 +45,12 @@ class Columns:
     """
 
     def __init__(self, mapping: Mapping[str, Any] | None = None) -> None:
-        given = dict(mapping or {})
-        self.roles = {str(name): str(role) for name, role in (given.pop("role", None) or {}).items()}
+        given = dict(_mapping(mapping, "data.columns"))
+        self.roles = {
+            str(name): str(role) for name, role in _mapping(given.pop("role", None), "data.columns.role").items()
+        }
         self.names = {str(name): None if column is None else str(column) for name, column in given.items()}
+        self.mapped = frozenset(name for name, column in self.names.items() if column is not None)
         for name in self.names:
             if name not in READ:
                 raise UserError(f"data.columns.{name} is not one of {', '.join(READ)}, role.{nearest(name, READ)}")
@@ -58,11 +64,6 @@ class Columns:
     def key(self) -> list[Any]:
         """What decides how a row is read."""
         return [VERSION, sorted(self.names.items(), key=str), sorted(self.roles.items())]
-
-    @property
-    def mapped(self) -> set[str]:
-        """Our columns that are read from a column that the user names."""
-        return {name for name, column in self.names.items() if column is not None}
 
     def view(self, row: Row) -> Row:
         """Return the row with our names of its columns.
@@ -82,6 +83,12 @@ class Columns:
         taken = {*self.names, *self.names.values()}
         rest = {name: value for name, value in row.items() if name not in taken}
         return rest | {name: row[column] for name, column in self.names.items() if column is not None}
+
+
+def _mapping(value: Any, key: str) -> Mapping[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise UserError(f"{key}={value!r} is no mapping; one name is mapped with {key}.<name>=<name>")
+    return value or {}
 
 
 class Canonical(dict[str, Any]):
@@ -108,35 +115,33 @@ class Layout:
     also: tuple[str, ...] = ()
 
 
-def read_row(row: Row, columns: Columns, kinds: Sequence[str]) -> tuple[Layout | None, Row]:
+def read_row(row: Row, columns: Columns, kinds: tuple[str, ...]) -> tuple[Layout | None, Row]:
     """Return the layout of a row among `kinds`, the best first, and the row in our columns; None where none fits.
 
     Columns that the user maps come before others, our own names before those of a data set, which are tried in the
     order of the table.
     """
     view = columns.view(row)
-    present = {name for name, value in view.items() if has_value(value)}
-    fitting = [
-        layout
-        for layout in LAYOUTS
-        if layout.kind in kinds and present.issuperset(layout.needs) and (layout.when is None or layout.when(view))
-    ]
-    if not fitting:
-        return None, view
-
-    def order(layout: Layout) -> tuple[Any, ...]:
-        mapped = len(columns.mapped.intersection(layout.needs))
-        ours = layout.read is None
-        return (-mapped, layout.kind == "text", not ours, kinds.index(layout.kind) if ours else 0)
-
-    layout = min(fitting, key=order)
-    if layout.read is None:
+    present = frozenset(name for name, value in view.items() if has_value(value))
+    fitting = (layout for layout in _fitting(present, columns.mapped, kinds) if not layout.when or layout.when(view))
+    layout = next(fitting, None)
+    if layout is None or layout.read is None:
         return layout, view
     beside = {name: value for name, value in view.items() if name in BESIDE[layout.kind]}
     return layout, beside | layout.read(view)
 
 
-def unread_columns(row: Row, columns: Columns, kinds: Sequence[str]) -> set[str]:
+@lru_cache(maxsize=4096)  # most rows of a data set have the same columns
+def _fitting(present: frozenset[str], mapped: frozenset[str], kinds: tuple[str, ...]) -> tuple[Layout, ...]:
+    def order(layout: Layout) -> tuple[Any, ...]:
+        ours = layout.read is None
+        named = len(mapped.intersection(layout.needs))
+        return (-named, layout.kind == "text", not ours, kinds.index(layout.kind) if ours else 0)
+
+    return tuple(sorted((x for x in LAYOUTS if x.kind in kinds and present.issuperset(x.needs)), key=order))
+
+
+def unread_columns(row: Row, columns: Columns, kinds: tuple[str, ...]) -> set[str]:
     """Return the columns of a row that nothing but a reward reads."""
     try:
         view, (layout, _) = columns.view(row), read_row(row, columns, kinds)

@@ -136,6 +136,8 @@ def _text(value: Any, key: str) -> str:
 def _tool_calls(fields: Mapping[str, Any], given: str, key: str) -> list[dict[str, Any]]:
     """Return the tool calls of a message in Hugging Face's format, with arguments as an object."""
     value = fields.get("tool_calls")
+    if not value and given != "function_call" and "function_call" not in fields:
+        return []
     if given == "function_call":  # ShareGPT: the content is the call, or several
         value = need_json(fields.get("content"), f"{key}.value")
         value = value if isinstance(value, list) else [value]
@@ -187,7 +189,7 @@ def is_hh_prompt(text: str) -> bool:
     """Return whether a prompt is in the markers of HH: it begins with one, or invites the assistant at its end."""
     if text.startswith("\n\nHuman:"):
         return True
-    return is_hh(text) and (text.startswith("Human:") or text.rstrip().endswith("\n\nAssistant:"))
+    return (text.startswith("Human:") or text.rstrip().endswith("\n\nAssistant:")) and is_hh(text)
 
 
 def hh_messages(text: str) -> list[Message]:

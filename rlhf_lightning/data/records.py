@@ -222,7 +222,7 @@ def _turns(value: Any, key: str, columns: Columns) -> list[Message]:
     value = parsed(value, key)
     if isinstance(value, list | tuple | dict):
         return read_messages(value, key, columns.roles)
-    if is_hh(need_string(value, key)) and value.startswith(("\n\nHuman:", "Human:")):
+    if need_string(value, key).startswith(("\n\nHuman:", "Human:")) and is_hh(value):
         return hh_messages(value)
     return [turn("assistant", need_text(value, key))]
 

@@ -91,3 +91,43 @@ def test_a_ranking_keeps_its_ties(tokenizer: Any, tmp_path: Path) -> None:
     assert batch.ranks.tolist() == [0, 1, 1]
     first = batch.targets[batch.sequence_ids == 0].tolist()
     assert first == Template(tokenizer).response("green")
+
+
+@pytest.mark.parametrize("turns", ["last", "all"])
+@pytest.mark.parametrize(("weights", "learned"), [((0, 1), (1,)), ((1, 1), (0, 1)), ((None, 1), (0, 1))])
+def test_messages_of_weight_0_are_not_learned_and_others_are(
+    tokenizer: Any, tmp_path: Path, turns: str, weights: tuple[Any, ...], learned: tuple[int, ...]
+) -> None:
+    answers = [{"role": "assistant", "content": text} for text in ("red", "green blue")]
+    flagged = [answer | {"weight": weight} for answer, weight in zip(answers, weights, strict=True)]
+    ask, more = {"role": "user", "content": "say red"}, {"role": "user", "content": "say blue"}
+    rows = [{"messages": [ask, flagged[0], more, flagged[1]]}]
+    batch = collated(DemonstrationData(tokenizer, rows, turns=turns, cache_dir=tmp_path))
+    template = Template(tokenizer)
+    assert batch.targets.tolist() == [t for i in learned for t in template.response(answers[i]["content"])]
+
+
+def test_rewards_get_what_the_row_has(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "say red"}, {"role": "assistant", "content": "red"}], "source": "x"},
+        {"prompt": "say red", "text": "the gold text", "chosen": "red", "rejected": "blue", "answer": 5},
+        {"ask": "say red", "solution": "red"},
+    ]
+    data = PromptData(tokenizer, rows[:2], cache_dir=tmp_path)
+    data.setup()
+    turns = [{"role": "user", "content": "say red"}]
+    assert data.group("train", 0).metadata == {"messages": turns, "completion": "red", "source": "x"}
+    assert data.group("train", 1).metadata == rows[1] | {"messages": turns}
+    data = PromptData(tokenizer, rows[2:], columns={"prompt": "ask", "answer": "solution"}, cache_dir=tmp_path)
+    data.setup()
+    assert data.group("train", 0).metadata == rows[2] | {"messages": turns, "answer": "red"}
+
+
+def test_a_row_that_is_too_long_says_what_can_be_done(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "say red " * 9, "response": "red"}, {"prompt": "say red", "response": "red"}]
+    message = r"row 1: the prompt leaves no room within data\.max_length=9; .*data\.max_length.*data\.on_bad_row=skip"
+    with pytest.raises(UserError, match=message):
+        DemonstrationData(tokenizer, rows, max_length=9, cache_dir=tmp_path).setup()
+    data = DemonstrationData(tokenizer, rows, max_length=9, cache_dir=tmp_path, on_bad_row="skip")
+    data.setup()
+    assert data.rows["train"].skipped == {"the prompt leaves no room within data.max_length=9": 1}

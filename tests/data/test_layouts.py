@@ -152,6 +152,9 @@ def test_columns_are_mapped_before_a_layout_is_looked_for() -> None:
         demonstration({"ask": "Hi"}, Columns({"prompt": "asc"}))
     with pytest.raises(UserError, match=r"data\.columns\.promt is not one of .* Did you mean 'prompt'"):
         Columns({"promt": "ask"})
+    for mapping, key in (("ask", "columns"), ({"role": "bot"}, r"columns\.role")):
+        with pytest.raises(UserError, match=rf"data\.{key}='...' is no mapping"):
+            Columns(mapping)  # type: ignore[arg-type]
 
 
 def test_roles_are_mapped() -> None:
