@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from rlhf_lightning.data.chat_templates import own_template, tokenizer_template
@@ -190,17 +191,20 @@ class Template:
         head = self._render(content[:-1], True, tools) if len(content) > 1 else None
         head, tail, differs = self._split(head, content, tools)
         spans = [self._span(head, content[:-1], i, tools) for i in learned[:-1]] + [(len(head), len(head + tail))]
-        start = spans[0][0]
-        prompt = self.encoder.ids(head[:start])
-        ids, offsets = self.encoder.rendered(head + tail)
-        if ids[: len(prompt)] == prompt:
-            ids, offsets = ids[len(prompt) :], offsets[len(prompt) :]
-        else:
-            ids, offsets = self.encoder.rendered((head + tail)[start:], first=False)
-            offsets, differs = [(a + start, b + start) for a, b in offsets], differs or JOINED
+        start, text = spans[0][0], head + tail
+        prompt = self.encoder.ids(text[:start])
+        ids, offsets = self.encoder.rendered(text)
+        cuts = {begin for begin, _ in spans if any(a < begin < b for a, b in offsets)}
+        if cuts or ids[: len(prompt)] != prompt:  # sampling begins between two tokens, so training does too
+            places = sorted({0, start, *cuts, len(text)})
+            parts = [(a, *self.encoder.rendered(text[a:b], first=not a)) for a, b in pairwise(places)]
+            ids = [token for _, more, _ in parts for token in more]
+            offsets = [(begin + a, begin + b) for begin, _, more in parts for a, b in more]
+            differs = differs or JOINED
+        ids, offsets = ids[len(prompt) :], offsets[len(prompt) :]
         flags = [any(begin <= a and b <= end for begin, end in spans) for a, b in offsets]
         ids, flags = [*ids, *self._appended()], [*flags, *[True] * len(self._appended())]
-        differs = differs or (SPELLED if START in head + tail else None)
+        differs = differs or (SPELLED if START in text else None)
         return Conversation(prompt or self._start(), ids, flags, differs)
 
     def _split(self, head: str | None, content: list[Message], tools: Tools) -> tuple[str, str, str | None]:

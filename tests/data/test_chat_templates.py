@@ -16,14 +16,15 @@ NO_TOOLS = {"tool call": "leaves out tools or tool calls: weather", "tool result
 DIFFERENT: dict[str, dict[str, str]] = {
     "llama2": {"reasoning": NO_REASONING, **NO_TOOLS},
     "llama3": {"reasoning": NO_REASONING},
-    "qwen2_5": {"reasoning": NO_REASONING},
+    "qwen2_5": {"reasoning": NO_REASONING, "white space": JOINED},
     "qwen3": {},
-    "qwen3_thinking": {},
+    # <think> and a newline end the prompt; without reasoning the template writes two newlines, which are one token
+    "qwen3_thinking": dict.fromkeys(ROWS, JOINED) | {"inline reasoning": "equal", "reasoning": "equal"},
     "gemma": {"reasoning": NO_REASONING, "system": "System role not supported", **NO_TOOLS},
     "gemma3": {"reasoning": NO_REASONING, **NO_TOOLS},
     "mistral": {"reasoning": NO_REASONING},
     "phi3": {"reasoning": NO_REASONING, **NO_TOOLS},
-    "smollm2": {"reasoning": NO_REASONING, **NO_TOOLS},
+    "smollm2": {"reasoning": NO_REASONING, "white space": JOINED, **NO_TOOLS},
     "r1_distill": dict.fromkeys(ROWS, UNCLOSED) | NO_TOOLS,
     "glm4": {},
     "harmony": {},

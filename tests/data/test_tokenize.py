@@ -158,7 +158,7 @@ def test_rows_that_differ_from_the_chat_template_are_counted_and_named(
             f"2 {text}: {JOINED} (the first is row 2)",
             f"1 {text}: {SPELLED} (the first is row 3)",
         ]
-    data = DemonstrationData(with_template("qwen2_5"), rows[:2], cache_dir=tmp_path, batch_size=1)
+    data = DemonstrationData(with_template("llama3"), rows[:2], cache_dir=tmp_path, batch_size=1)
     data.setup()
     report_rows(data)
     assert (data.rows["train"].differs, capsys.readouterr().out) == ({}, "")

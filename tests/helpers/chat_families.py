@@ -16,6 +16,7 @@ from rlhf_lightning.data.template import SPELLED, Template
 
 TEMPLATES = Path(__file__).parents[1] / "data" / "chat_templates"
 WORDS = (
+    "user\n\nassistant\n\nsystem\n\n"  # two newlines are a token, as in most vocabularies
     "Hi there. Hello! What is 1+1? It is 2.\n\nAdd one to one.\nThe weather in Paris is 21 degrees, user assistant "
     'system model tool think {"name": "weather", "arguments": {"city": "Paris"}}\n<|channel|>analysis final\n</think>\n\n'
 ) * 3

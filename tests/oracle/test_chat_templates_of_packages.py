@@ -65,7 +65,9 @@ def test_rows_have_the_tokens_of_a_template_of_trl(name: str) -> None:
             found = outcome(template, row, turns)
             equal += found.startswith("equal")
             assert found.startswith("equal") or found in (opened, JOINED) or re.search(REFUSED, found), (row, found)
-    assert equal >= (12 if opened is None else 0)
+    # a prompt that ends with <think> and a newline is joined with the newline that an answer without reasoning begins with
+    opens = template.tokenizer.decode(template.prompt([user("Hi")])).rstrip().endswith("<think>")
+    assert equal >= (0 if opened else 2 if opens else 12)
 
 
 @pytest.mark.parametrize(
