@@ -22,7 +22,7 @@ from transformers import (
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Generations
-from rlhf_lightning.generation.local import LocalEngine, invert
+from rlhf_lightning.generation.local import _CACHED, LocalEngine, invert
 from rlhf_lightning.models.adapters import add_lora, merge_lora
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
 from tests.helpers.models import tiny_config
@@ -129,6 +129,15 @@ def test_models_whose_caches_hold_states_are_sampled_right(kind: str, caplog: py
             ids.append(token)
     assert ("is sampled without a cache, which is slow" in caplog.text) is not cached
     assert sampler(model, eos, 8)(PROMPTS, 3) == sampler(model, eos, 8, batch_tokens=1)(PROMPTS, 3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4}])
+def test_a_plain_decoder_is_sampled_with_its_cache(changes: dict[str, int], caplog: pytest.LogCaptureFixture) -> None:
+    """A mistake in prefill or step would else be hidden by passes over the whole text."""
+    model = loud(**changes)
+    sampler(model, EOS, 4)(PROMPTS)
+    assert _CACHED[model]
+    assert "without a cache" not in caplog.text
 
 
 def test_a_model_that_reads_padding_is_refused() -> None:
