@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf_lightning.distributed import is_lost_peer
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import write_failure
+from rlhf_lightning.runtime.composition import guard
 from rlhf_lightning.runtime.explain import explain
 from rlhf_lightning.runtime.launch import arguments_of_rank
 from rlhf_lightning.runtime.run_folder import remove_start
@@ -28,6 +29,7 @@ from rlhf_lightning.stages import STAGES
 
 SELECTORS = ("stage", "pipeline", "experiment", "sweep")
 QUESTIONS = {"--hydra-help", "--info", "-i"}
+RERUN = "--experimental-rerun"
 
 
 @hydra.main(version_base="1.3", config_path="pkg://rlhf_lightning.conf", config_name="rlhf")
@@ -136,6 +138,8 @@ def main() -> None:
         print(help_text())
         return
     keys = {argument.partition("=")[0] for argument in arguments}
+    if any(len(key) > 2 and RERUN.startswith(key) and key.startswith("--e") for key in keys):
+        fail(f"{RERUN} unpickles a file, which can run code; give the settings or --config-dir instead", 2)
     if not keys & {*SELECTORS, *QUESTIONS, "--cfg", "-c"}:
         print(usage(), file=sys.stderr)
         sys.exit(2)
@@ -145,10 +149,14 @@ def main() -> None:
         fail(str(error), 2)
     os.environ.setdefault("RLHF_SWEEP_ID", sweep_id(arguments))
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach us instead of being printed by Hydra
+    guard()
     try:
-        app()
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(explain(error, arguments), 2)
+        try:
+            app()
+        except (HydraException, OmegaConfBaseException) as error:
+            fail(explain(error, arguments), 2)
+    except UserError as error:
+        fail(str(error), 2)
     except KeyboardInterrupt as stop:
         code = stop.args[0] if stop.args else 130
         fail("interrupted; add resume=auto to the same command to continue", code)
