@@ -24,7 +24,8 @@ from rlhf_lightning.runtime.composition import guard
 from rlhf_lightning.runtime.explain import explain
 from rlhf_lightning.runtime.launch import arguments_of_rank
 from rlhf_lightning.runtime.run_folder import remove_start
-from rlhf_lightning.runtime.settings import check_types, groups, require
+from rlhf_lightning.runtime.secrets import redact
+from rlhf_lightning.runtime.settings import check_types, groups, require, task_overrides
 from rlhf_lightning.stages import STAGES
 
 SELECTORS = ("stage", "pipeline", "experiment", "sweep")
@@ -36,7 +37,7 @@ RERUN = "--experimental-rerun"
 def app(cfg: DictConfig) -> float | list[float] | None:
     """Run the stage or the pipeline that was composed."""
     try:
-        check_types(cfg, list(HydraConfig.get().overrides.task))
+        check_types(cfg, task_overrides())
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             from rlhf_lightning.runtime.sweeps import run_trial
 
@@ -58,7 +59,7 @@ def app(cfg: DictConfig) -> float | list[float] | None:
         require(cfg)
         return run_stage(cfg)
     except UserError as error:  # here, because Hydra would print a line of its own first
-        logging.getLogger("rlhf_lightning").info("%s", error)
+        logging.getLogger("rlhf_lightning").info("%s", redact(str(error)))
         fail(str(error), 2)
     except OmegaConfBaseException as error:
         fail(explain(error, sys.argv[1:]), 2)
@@ -174,7 +175,7 @@ def main() -> None:
 
 def fail(message: str, code: int) -> NoReturn:
     """Print one line on standard error and leave; Hydra's own line of overrides is not needed."""
-    print(f"rlhf: {message}", file=sys.stderr, flush=True)
+    print(f"rlhf: {redact(message)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -1,13 +1,14 @@
 """Checks of what Hydra composes, before Hydra itself builds anything from it.
 
 Hydra instantiates `hydra.callbacks`, `hydra.launcher` and `hydra.sweeper`, and opens the files of its logging, before
-the program gets the configuration. Files (`--config-dir`, pipelines, experiments) may come from others; the command line
-is the user's own.
+the program gets the configuration. Files (`--config-dir`, pipelines, experiments) may come from others; the command
+line is the user's own.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -18,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.runtime.instantiate import check_escaped, check_targets, targets, texts
+from rlhf_lightning.runtime.secrets import notice_variables
 from rlhf_lightning.runtime.settings import flat
 
 BUILT = ("callbacks", "launcher", "sweeper")
@@ -79,6 +81,7 @@ def guard() -> None:
         except Exception as error:  # YAML that is none, and what Hydra and OmegaConf do not foresee
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"the configuration cannot be composed: {reason}") from error
+        notice_variables(cfg)
         check_composed(cfg, overrides)
         return cfg
 
@@ -116,10 +119,7 @@ def check_composed(cfg: DictConfig, overrides: list[str]) -> None:
         if list(targets(settings, key)) != list(targets(written, key)):
             raise UserError(f"{key}: a _target_ is written out, not interpolated")
         check_escaped(settings, key)
-    for name in (hydra.sweeper or {}).get("params") or {}:
-        root = str(name).lstrip("+~").partition(".")[0].partition("@")[0].partition("/")[0]
-        if root in ("hydra", "allow_targets"):
-            raise UserError(f"hydra.sweeper.params: {name} cannot be swept; give it on the command line")
+    check_swept(OmegaConf.to_container(hydra, resolve=False))
     folder = hydra.output_subdir
     if folder is not None and (folder != os.path.basename(folder) or folder in ("", ".", "..")):
         raise UserError(f"hydra.output_subdir={folder!r} is not the name of a folder in the run folder, such as .hydra")
@@ -128,6 +128,15 @@ def check_composed(cfg: DictConfig, overrides: list[str]) -> None:
     with read_write(hydra), open_dict(hydra):
         for name in hydra.job.env_copy:  # Hydra writes env_set to .hydra/hydra.yaml
             hydra.job.env_set[name] = f"${{oc.env:{name}}}"
+
+
+def check_swept(hydra: Any) -> None:
+    """Raise a UserError for swept keys, which become the command line of trials, that no file may give."""
+    for name, value in ((hydra["sweeper"] or {}).get("params") or {}).items():
+        if re.split(r"[.@/]", str(name).lstrip("+~"))[0] in ("hydra", "allow_targets"):
+            raise UserError(f"hydra.sweeper.params: {name} cannot be swept; give it on the command line")
+        if "oc.env" in str(value):
+            raise UserError(f"hydra.sweeper.params.{name} would write a variable's value to the files of the trials")
 
 
 def check_command_line_only(cfg: DictConfig, given: dict[str, Any]) -> None:

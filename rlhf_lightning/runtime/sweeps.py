@@ -21,6 +21,7 @@ from rlhf_lightning.distributed import ranks
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.files import atomic_path, read_json, write_json
 from rlhf_lightning.runtime.processes import run_child
+from rlhf_lightning.runtime.settings import task_overrides
 
 RECORD = "trial.json"
 REWARDS = ("val/gold", "val/reward", "reward/gold", "reward/proxy", "gold")
@@ -54,7 +55,7 @@ def run_trial(cfg: DictConfig) -> float | list[float] | None:
             "Optuna's grid sampler tries values in an order that no seed fixes, so a second start could not skip what "
             "is done; leave hydra/sweeper=optuna out, and `-m key=a,b` tries every value"
         )
-    folder, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
+    folder, overrides = Path(hydra.runtime.output_dir), task_overrides()
     record: dict[str, Any] = {"number": hydra.job.num, "overrides": overrides, "status": "running", "seconds": 0.0}
     before = read_json(folder / RECORD) or {}
     spent, began = before.get("seconds", 0.0) if before.get("status") == "done" else 0.0, time.monotonic()

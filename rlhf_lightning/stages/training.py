@@ -26,7 +26,8 @@ from rlhf_lightning.models.folder import parent_entry, write_model
 from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.runtime.launch import check_devices, environment
 from rlhf_lightning.runtime.run import Run
-from rlhf_lightning.runtime.settings import flat
+from rlhf_lightning.runtime.secrets import redacted
+from rlhf_lightning.runtime.settings import flat, identity
 
 console = Console()
 
@@ -122,15 +123,15 @@ def finish(run: Run, folder: str, trainer: Trainer, module: Any, data: Any) -> f
     if monitor is None:
         hint = nearest(requested, metrics)
         console.print(f"monitor={requested} was not logged.{hint}", style="yellow", soft_wrap=True)
-    config = run.identity["config"]
-    hparams = {key: value for key, value in flat(config).items() if not key.endswith("_")}
+    shown = identity(redacted(run.cfg))
+    hparams = {key: value for key, value in flat(shown).items() if not key.endswith("_")}
     write_hparams(trainer, hparams, monitor, objective or 0.0)
     parents = [("init", folder), *(parent for parent in run.parents if parent[0] != "init")]
     manifest = {
         "stage": run.stage.name,
         "parents": [parent_entry(*parent) for parent in parents],
         "fingerprint": fingerprint(run.identity),
-        "config": fingerprint(config),
+        "config": fingerprint(run.identity["config"]),
         "data": {split: rows.key for split, rows in getattr(data, "rows", {}).items()},
         "seed": run.settings["seed"],
         "metrics": metrics,
