@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from rlhf_lightning.data.records import Content, Message, RowError
+from rlhf_lightning.data.rendering import Renderer, TemplateError
 from rlhf_lightning.errors import UserError, nearest
 
 TEMPLATES = {
@@ -29,6 +30,7 @@ TEMPLATES = {
     "plain": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
 }
 MARK = re.compile("\ue000(\\d+)\ue001")
+PROBE = "Every <word> & 'sign' of a \"message\" stays.\ue001"
 
 
 class Template:
@@ -65,6 +67,7 @@ class Template:
                 f"data.template={template!r} is not one of {', '.join(options)}.{nearest(template, options)}"
             )
         self.tokenizer, self.name = tokenizer, template
+        self.renderer = Renderer(tokenizer, self.source)
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
         added = tokenizer.added_tokens_decoder
@@ -78,6 +81,7 @@ class Template:
         with_special = tokenizer("a").input_ids
         bos = tokenizer.bos_token_id
         self._bos = [bos] if bos is not None and with_special[:1] == [bos] else []
+        self._check_messages()
         self._layout = lru_cache(maxsize=1024)(self._render)
         self._trims = self.source != TEMPLATES["plain"] and " \ue0000\ue001" not in self._raw(("user",), False, pad=" ")
         self.end = self._end_of_turn()
@@ -190,19 +194,28 @@ class Template:
                 pieces.append(int(part))
             elif part:
                 pieces.append(tuple(self._template_ids(part, first=number == 0)))
+        if lost := [number for number in range(len(roles)) if number not in pieces]:
+            raise RowError(
+                f"the chat template leaves out message {lost[0] + 1} ({roles[lost[0]]}), or changes its text"
+            )
         return pieces
 
-    def _raw(self, roles: tuple[str, ...], generation: bool, pad: str = "") -> str:
-        messages = [{"role": role, "content": f"{pad}\ue000{i}\ue001"} for i, role in enumerate(roles)]
+    def _raw(self, roles: tuple[str, ...], generation: bool, pad: str = "", probe: str = "") -> str:
+        messages = [{"role": role, "content": f"{pad}\ue000{i}\ue001{probe}"} for i, role in enumerate(roles)]
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.source, tokenize=False, add_generation_prompt=generation
-            )
-        except Exception as error:  # jinja raises whatever the template's author chose
+            return self.renderer(messages, add_generation_prompt=generation)
+        except TemplateError as error:
             raise RowError(f"the chat template refuses the roles {', '.join(roles)}: {error}") from error
-        if len(text) > 100_000:
-            raise RowError(f"the chat template renders {len(text)} characters around {len(roles)} messages")
-        return text
+
+    def _check_messages(self) -> None:
+        """Raise a UserError when the template leaves out a message or changes its text: such tokens teach nothing."""
+        text = self._raw(("user", "assistant"), False, probe=PROBE)
+        for number, role in enumerate(("user", "assistant")):
+            if f"\ue000{number}\ue001{PROBE}" not in text:
+                raise UserError(
+                    f"the chat template of {self.tokenizer.name_or_path} leaves out the {role} message, or changes its "
+                    f"text; choose another with data.template={'|'.join(TEMPLATES)}"
+                )
 
     def _end_of_turn(self) -> list[int]:
         """Return the template's tokens after an assistant turn up to its control token, or EOS."""

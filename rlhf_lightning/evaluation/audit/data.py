@@ -70,9 +70,10 @@ class DataChecks:
             if isinstance(prompt, list):
                 yield where, prompt, responses, record.metadata
 
-    def render(self, messages: list[Message], **options: Any) -> Any:
-        """Return what the tokenizer's own chat template makes of `messages`."""
-        return self.data.tokenizer.apply_chat_template(messages, return_dict=False, **options)
+    def render(self, messages: list[Message], tokenize: bool = True, **options: Any) -> Any:
+        """Return what the tokenizer's own chat template makes of `messages`: token ids, or the text."""
+        text = self.data.template.renderer(messages, **options)
+        return self.data.tokenizer(text, add_special_tokens=False).input_ids if tokenize else text
 
     def template(self) -> str:
         """Our tokens are those of the whole conversation in the tokenizer's own template."""
