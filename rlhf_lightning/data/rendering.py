@@ -1,7 +1,7 @@
 """Chat templates are programs of whoever made the model folder: they run in a process of their own, within bounds.
 
 Hugging Face's sandbox keeps a template from Python; it bounds neither its time nor its memory. The process is a fork
-that stays for the next rendering and ends when nothing was rendered for a moment, so that a rendering costs one message.
+that stays for the next rendering and ends when nothing was rendered for a moment: a rendering costs one message.
 """
 
 from __future__ import annotations

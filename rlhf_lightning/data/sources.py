@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.errors import UserError, nearest
-from rlhf_lightning.files import file_digest
+from rlhf_lightning.files import file_digest, read_json, regular
 
 Row = dict[str, Any]
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
@@ -69,7 +69,7 @@ def read_source(
     path = Path(str(source)).expanduser()
     if path.is_dir():
         return _limited(_folder(path, split, stream), limit)
-    if path.is_file():
+    if path.exists():
         return _limited(_file(path, stream), limit)
     if str(source).endswith(FORMATS) or str(source).startswith((".", "/", "~")):
         where = path.parent if path.parent.is_dir() else Path(".")
@@ -95,6 +95,7 @@ def _digest(content: bytes) -> str:
 
 
 def _file(path: Path, stream: bool) -> Source:
+    regular(path)
     if not str(path).endswith(FORMATS):
         raise UserError(f"{path}: unknown format; use one of {', '.join(FORMATS)}")
     key = (
@@ -166,11 +167,16 @@ def _folder(path: Path, split: str, stream: bool) -> Source:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         import datasets
 
-        dataset = datasets.load_from_disk(str(path))
+        _check_saved(path)
+        try:
+            dataset = datasets.load_from_disk(str(path))
+        except Exception as error:  # whatever Arrow and datasets raise at damaged files
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"{path} is no readable data set of save_to_disk: {reason}") from error
         if isinstance(dataset, datasets.DatasetDict):
             dataset = _pick(dataset, split, str(path))
         return Source(str(path), _content(dataset, split), lambda: _numbered(dataset), lambda: len(dataset))
-    files = sorted(p for p in path.rglob("*") if str(p).endswith(FORMATS))
+    files = sorted(p for p in path.rglob("*") if str(p).endswith(FORMATS) and not p.is_dir())
     names = {"train": ("train",), "val": ("val", "valid", "eval", "test")}
     selected = [p for p in files if p.name.startswith(names[split])]
     if not selected and split == "train":  # files without a split in their name are for training
@@ -188,6 +194,17 @@ def _folder(path: Path, split: str, stream: bool) -> Source:
 
     key = _digest("".join(part.key for part in parts).encode())
     return Source(str(path), key, rows, lambda: sum(part.count() or 0 for part in parts))
+
+
+def _check_saved(path: Path) -> None:
+    """Raise a UserError when a data set of save_to_disk names files that are not beside its state."""
+    for state in path.rglob("state.json"):
+        files = (read_json(state) or {}).get("_data_files")
+        for file in files if isinstance(files, list) else ():
+            name = str(file.get("filename") if isinstance(file, dict) else file)
+            if Path(name).name != name:
+                raise UserError(f"{state} names {name!r}, which is no file beside it")
+            regular(state.parent / name)
 
 
 def _pick(splits: Any, split: str, name: str) -> Any:

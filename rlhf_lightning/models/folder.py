@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.files import atomic_folder, read_json
+from rlhf_lightning.files import atomic_folder, read_json, regular
 
 MANIFEST = "manifest.json"
 
@@ -23,7 +23,7 @@ def hash_weights(folder: str | Path) -> str | None:
     digest = hashlib.sha256()
     for file in sorted([*path.glob("*.safetensors"), *path.glob("config.json")]):
         digest.update(file.name.encode())
-        with file.open("rb") as opened:
+        with regular(file).open("rb") as opened:
             while block := opened.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
@@ -61,7 +61,8 @@ def write_model(folder: str | Path, model: Any, tokenizer: Any, manifest: dict[s
 def weights_key(folder: str) -> str | None:
     """Return the SHA-256 of a model folder's weights, as its manifest has it or computed; None for a hub name."""
     manifest = read_manifest(folder) if Path(folder).is_dir() else None
-    return manifest.get("weights") if manifest else hash_weights(folder)
+    weights = (manifest or {}).get("weights")
+    return weights if isinstance(weights, str) else hash_weights(folder)
 
 
 def parent_entry(role: str, folder: str) -> dict[str, Any]:

@@ -6,12 +6,10 @@ import hashlib
 import importlib.util
 import json
 import math
-import struct
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -24,6 +22,7 @@ from transformers import (
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.files import build_once
 from rlhf_lightning.models.attention import GROUP_SDPA, group_sdpa
+from rlhf_lightning.models.untrusted import check_folder, check_gguf
 from rlhf_lightning.ops.seeding import generator
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -182,6 +181,8 @@ def _dtype(name: str) -> torch.dtype:
 
 def _load_weights(kind: Any, name: str, new: set[str], config: Any, dtype: str, attention: str) -> Any:
     """Load a model whose every weight but those named in `new` must be in the file, not initialized at random."""
+    if "/" in attention:  # Hugging Face would load code of that name from the hub
+        raise UserError(f"attn_implementation={attention!r} is code from the hub, which is not run")
     model, info = _load(
         kind.from_pretrained,
         name,
@@ -200,15 +201,20 @@ def _load_weights(kind: Any, name: str, new: set[str], config: Any, dtype: str, 
 
 
 def _load(loader: Any, name: str, **kwargs: Any) -> Any:
+    is_folder = Path(name).is_dir()
+    if is_folder:
+        check_folder(name)
     try:
         return loader(name, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error) as error:
+    except UserError:
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a folder of others may make any library raise anything
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
             raise UserError(f"{name}: the shapes of the weights are not those of its config.json") from error
-        if isinstance(error, RuntimeError):
-            raise
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        if Path(name).is_dir():
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if is_folder:
             place = Path(name, kwargs.get("gguf_file", ""))
             raise UserError(f"{place} does not hold a usable model: {reason}") from error
         raise UserError(
@@ -219,6 +225,7 @@ def _load(loader: Any, name: str, **kwargs: Any) -> Any:
 
 def _convert_gguf(path: Path, cache: Path) -> Path:
     """Write the de-quantized weights and the tokenizer of a GGUF file as a plain model folder, once."""
+    check_gguf(path)
     with path.open("rb") as opened:  # by content: fine-tunes of a model have files of the same size
         target = cache / "models" / f"{path.stem}-{hashlib.file_digest(opened, 'sha256').hexdigest()[:12]}"
     build_once(target, lambda folder: _write_gguf(path, folder))

@@ -164,11 +164,11 @@ def find_pipeline(run: Path, digest: str, resume: str | None) -> Path:
     if resume == "auto":
         for folder in sorted((p for p in run.parent.iterdir() if p.is_dir()), reverse=True):
             record = read_json(folder / "run.json")
-            if record and record["fingerprint"] == digest:
+            if record and record.get("fingerprint") == digest:
                 console.print(f"continuing {folder}", soft_wrap=True)
                 return folder
     elif (run / "run.json").is_file() and resume == "here":
-        if read_json(run / "run.json")["fingerprint"] != digest:
+        if (read_json(run / "run.json") or {}).get("fingerprint") != digest:
             raise UserError(f"{run} was started with other settings; choose another folder for a new run")
     elif (run / "run.json").is_file():
         raise UserError(f"{run} already contains a pipeline; add resume=auto to continue it")
@@ -179,7 +179,7 @@ def find_pipeline(run: Path, digest: str, resume: str | None) -> Path:
 def is_done(folder: Path, digest: str) -> bool:
     """Return whether a stage with these overrides, parents, data and rewards has finished in `folder`."""
     record = read_json(folder / "pipeline.json")
-    return bool(record) and record["fingerprint"] == digest and (folder / "metrics.json").is_file()
+    return bool(record) and record.get("fingerprint") == digest and (folder / "metrics.json").is_file()
 
 
 def run_part(name: str, folder: Path, overrides: list[str]) -> None:

@@ -129,7 +129,9 @@ def read_trials(folder: Path) -> list[Trial]:
     for place in folder.glob(f"*/{RECORD}"):
         if place.parent.is_symlink():  # best
             continue
-        record = read_json(place)
+        record = read_json(place) or {}
+        if missing := {"number", "status", "seconds", "overrides"} - record.keys():
+            raise UserError(f"{place} is damaged: it has no {', '.join(sorted(missing))}")
         metrics = read_metrics(place.parent) if record["status"] == "done" else None
         pairs = (override.lstrip("+").partition("=") for override in record["overrides"])
         trials.append(

@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoConfig
 
 from rlhf_lightning.callbacks.samples import as_markdown
 from rlhf_lightning.callbacks.throughput import peak_memory_gb
@@ -20,7 +19,7 @@ from rlhf_lightning.evaluation.policy import evaluate_policy
 from rlhf_lightning.evaluation.reward_model import evaluate_reward_model
 from rlhf_lightning.evaluation.table import as_markdown_table, show
 from rlhf_lightning.files import write_json, write_jsonl
-from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer, resolve_model
+from rlhf_lightning.models.loading import load_causal_lm, load_config, load_scalar_model, load_tokenizer, resolve_model
 from rlhf_lightning.ops.statistics import Interval
 from rlhf_lightning.runtime.run import Run
 
@@ -90,11 +89,7 @@ def is_reward_model(folder: str) -> bool:
     """Return whether a folder holds a sequence classifier."""
     if not Path(folder).is_dir():
         return False
-    try:
-        architectures = AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures or []
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a model folder: {str(error).splitlines()[0][:200]}") from error
-    return any("SequenceClassification" in name for name in architectures)
+    return any("SequenceClassification" in name for name in load_config(folder).architectures or [])
 
 
 def prompts(run: Run, folder: str) -> Any:

@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_lightning.callbacks.checkpoints import AtomicCheckpointIO
+from rlhf_lightning.callbacks.checkpoints import AtomicCheckpointIO, is_restoring, resumed_step
 from rlhf_lightning.callbacks.notices import Notices
 from rlhf_lightning.callbacks.progress import LineProgress, progress_bar
 from rlhf_lightning.callbacks.stop import Stop
@@ -71,12 +70,15 @@ def build_trainer(run: Run, callbacks: Sequence[Callback] = (), **options: Any) 
         enable_progress_bar=not isinstance(bar, LineProgress),
         val_check_interval=steps * settings["trainer"]["accumulate_grad_batches"] if steps else None,
         check_val_every_n_epoch=None if steps else 1,
+        # elsewhere Lightning would continue a checkpoint of SLURM's that lies there
+        default_root_dir=settings["trainer"].get("default_root_dir") or run.folder,
         **options,
     )
 
 
 def announce(run: Run, folder: str, data: Any) -> None:
     """Print what starts, in a few lines."""
+    step = resumed_step(run.checkpoint) if run.checkpoint else 0
     if rank_zero_only.rank != 0:
         return
     console.print(f"[bold]{run.stage.name}[/bold] from {folder}", soft_wrap=True)
@@ -86,7 +88,6 @@ def announce(run: Run, folder: str, data: Any) -> None:
         pace = f"windows of {data.window} rows" if data.window else f"{data.steps_per_epoch} steps per epoch"
         console.print(f"  {sizes}, {pace}; writing {run.folder}", soft_wrap=True)
     if run.checkpoint:
-        step = torch.load(run.checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
         console.print(f"  resuming at step {step}")
 
 
@@ -99,6 +100,13 @@ def fit(trainer: Trainer, module: LightningModule, data: Any, checkpoint: Path |
     except SystemExit:  # what Lightning makes of an interrupt
         if not any(stop.received for stop in stops):
             raise
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_restoring(error):
+            raise
+        reason = " ".join((str(error) or type(error).__name__).split())[:200]
+        raise UserError(f"the checkpoint {checkpoint} is not of this run: {reason}") from error
     for stop in stops:
         if stop.received is not None:
             raise KeyboardInterrupt(128 + stop.received)
