@@ -45,7 +45,7 @@ def read_checkpoint(path: str | Path, map_location: Any = None, mmap: bool = Fal
         return torch.load(path, map_location=map_location or "cpu", weights_only=True, mmap=mmap)
     except UserError:
         raise
-    except (EOFError, RuntimeError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"the checkpoint {path} cannot be read: {reason}") from error
     except Exception as error:  # pickle raises its own type when a file wants to run code

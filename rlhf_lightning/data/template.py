@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
+from rlhf_lightning.data.control import control_tokens, forbidden_ids, without_control
 from rlhf_lightning.data.records import Content, Message, RowError
 from rlhf_lightning.data.rendering import Renderer, TemplateError
 from rlhf_lightning.errors import UserError, nearest
@@ -70,8 +71,8 @@ class Template:
         self.renderer = Renderer(tokenizer, self.source)
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-        added = tokenizer.added_tokens_decoder
-        self.control = {str(t): i for i, t in added.items() if t.special or str(t) in self.source}
+        self.control = control_tokens(tokenizer, self.source + self._raw(("user", "assistant"), True))
+        self._forbidden = forbidden_ids(tokenizer, self.control)
         self._control_pattern = re.compile(
             "|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or r"(?!)"
         )
@@ -145,7 +146,9 @@ class Template:
         for token, rest in zip(controls, parts[1:], strict=True):
             # cut inside the token's text, so that the tokenizer cannot see it whole
             ids += [*self._inner_ids(token[:1]), *self._inner_ids(token[1:]), *self._inner_ids(rest)]
-        return ids
+        if self._forbidden.isdisjoint(ids):
+            return ids
+        return without_control(self.tokenizer, text, self._inner_ids, self._forbidden)
 
     def _all_turns(self, content: list[Message]) -> tuple[list[int], list[int], list[bool]]:
         first = next(i for i, m in enumerate(content) if m["role"] == "assistant")
