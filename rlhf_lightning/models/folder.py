@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import atomic_folder, read_json, regular
 
 MANIFEST = "manifest.json"
@@ -62,7 +64,9 @@ def weights_key(folder: str) -> str | None:
     """Return the SHA-256 of a model folder's weights, as its manifest has it or computed; None for a hub name."""
     manifest = read_manifest(folder) if Path(folder).is_dir() else None
     weights = (manifest or {}).get("weights")
-    return weights if isinstance(weights, str) else hash_weights(folder)
+    if weights is not None and not (isinstance(weights, str) and re.fullmatch("[0-9a-f]{64}", weights)):
+        raise UserError(f"{Path(folder) / MANIFEST}: weights={str(weights)[:80]!r} is no SHA-256")
+    return weights or hash_weights(folder)
 
 
 def parent_entry(role: str, folder: str) -> dict[str, Any]:

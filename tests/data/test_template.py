@@ -190,7 +190,12 @@ def spelled(tokenizer: Any) -> Any:
     tokenizer = copy.deepcopy(tokenizer)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend["added_tokens"] = [t for t in backend["added_tokens"] if t["content"] != "<|user|>"]
-    backend["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "<.user.>"}, "behavior": "Isolated", "invert": False}
+    backend["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"Regex": "<.user.>"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     backend["model"]["ignore_merges"] = True
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(backend)), eos_token="<|eos|>", bos_token="<|bos|>",
