@@ -23,10 +23,14 @@ from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+from rlhf_lightning.data.records import RowError
+from rlhf_lightning.data.sources import read_source
+from rlhf_lightning.data.template import Template
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.folder import weights_key
+from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer, resolve_model
 from rlhf_lightning.models.tiny import build_tiny
 from tests.helpers.cli import rlhf
-
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("hostile")]
 
 SECONDS = 120  # an idle machine needs 5
 
@@ -169,11 +173,11 @@ def saved_elsewhere(path: Path) -> None:
     (path / "dataset_info.json").write_text("{}")
 
 
-def shadow(place: Place, text: str) -> list[str]:
-    """Put a primary configuration of its own in front of the shipped one."""
+def primary(place: Place, text: str) -> list[str]:
+    """Return what composes a primary configuration of one's own."""
     (place.folder / "conf").mkdir(exist_ok=True)
-    (place.folder / "conf" / "rlhf.yaml").write_text(text)
-    return [f"--config-dir={place.folder / 'conf'}"]
+    (place.folder / "conf" / "mine.yaml").write_text(text)
+    return [f"--config-dir={place.folder / 'conf'}", "--config-name=mine"]
 
 
 def run_with_config(place: Place) -> list[str]:
@@ -214,7 +218,7 @@ SETTINGS: dict[str, Case] = {
     "escaped in a list": (
         lambda p: p.experiment(f"optimizer:\n  betas: ['\\${{oc.create:{p.target}}}', 0.9]\n"), "was escaped"),
     "interpolated target": (
-        lambda p: p.experiment(f"trainer:\n  default_root_dir: ${{oc.create:{p.target}}}\n"), "not an allowed target"),
+        lambda p: p.experiment(f"trainer:\n  default_root_dir: '${{oc.create:{p.target}}}'\n"), "not an allowed target"),
     "interpolated name": (
         lambda p: p.experiment("name: torch.load\noptimizer:\n  _target_: ${name}\n"), "not an allowed target"),
     "target in a list": (
@@ -223,7 +227,7 @@ SETTINGS: dict[str, Case] = {
         lambda p: ["optimizer._target_=rlhf_lightning.callbacks.checkpoints.torch.load"], "not an allowed target"),
     "callback": (lambda p: p.experiment(f"callbacks:\n  x: {p.target}\n"), "callbacks.x._target_=torch.load"),
     "data module": (lambda p: ["data._target_=evil.Data"], "data._target_=evil.Data is not an allowed target"),
-    "engine": (lambda p: ["callbacks.samples.sampler._target_=evil.Engine"], "not an allowed target"),
+    "engine": (lambda p: ["sampler._target_=evil.Engine"], "sampler._target_=evil.Engine is not an allowed target"),
     "allow_targets in a file": (
         lambda p: p.experiment(f"allow_targets: [torch.load]\ncallbacks:\n  x: {p.target}\n"), "command line only"),
     "allow_targets as overrides of a file": (
@@ -257,9 +261,9 @@ SETTINGS: dict[str, Case] = {
             "hydra:\n  callbacks:\n    x:\n      _target_: rlhf_lightning.runtime.sweeps.SweepSummary\n"
             f"      y: '\\${{oc.create:{p.target}}}'\n"), "was escaped"),
     "hydra.launcher": (
-        lambda p: ["-m", *p.experiment(f"hydra:\n  launcher: {p.target}\n")], "hydra.launcher._target_=torch.load"),
+        lambda p: ["-m", *p.experiment("hydra:\n  launcher: {_target_: evil.Launcher}\n")], "hydra.launcher._target_=evil"),
     "hydra.sweeper": (
-        lambda p: ["-m", *p.experiment(f"hydra:\n  sweeper:\n    x: {p.target}\n")], "hydra.sweeper.x._target_=torch.load"),
+        lambda p: ["-m", *p.experiment("hydra:\n  sweeper: {_target_: evil.Sweeper}\n")], "hydra.sweeper._target_=evil"),
     "hydra.job.env_set": (
         lambda p: p.experiment(f"hydra:\n  job:\n    env_set: {{LD_PRELOAD: {p.folder}/evil.so}}\n"), "command line only"),
     "hydra.output_subdir": (lambda p: p.experiment("hydra:\n  output_subdir: ../../x\n"), "not the name of a folder"),
@@ -275,7 +279,7 @@ SETTINGS: dict[str, Case] = {
         lambda p: p.experiment(f"hydra:\n  job_logging:\n    handlers:\n      file: {{filename: {p.marker}}}\n"),
         "below the run folder"),
     "log by a job's name": (lambda p: p.experiment("hydra:\n  job:\n    name: ../../../ran\n"), "below the run folder"),
-    "search path": (lambda p: shadow(p, "defaults: []\nhydra:\n  searchpath: [pkg://evil]\n"), "only file:// folders"),
+    "search path": (lambda p: primary(p, "defaults: [rlhf, _self_]\nhydra:\n  searchpath: [pkg://evil]\n"), "only file:// folders"),
     "pickled configuration": (lambda p: [f"--experimental-rerun={p.folder}/evil.pt"], "unpickles a file"),
     "configuration of a run": (run_with_config, "not an allowed target"),
     "tag of Python": (
@@ -378,6 +382,11 @@ DATA: dict[str, Case] = {
     "held-out rows from a device": (
         lambda p: [*p.data("d.jsonl", link("/dev/zero")), "data.train=rows.jsonl", "data.val=d.jsonl"], "is a device"),
 }  # fmt: skip
+BY_THE_COMMAND = [
+    "ten million layers", "index names a pickle", "code for the config", "weights are a device", "manifest is a list",
+    "template with a loop", "template leaves the sandbox", "template without messages", "data from a device",
+]  # fmt: skip
+"""Of the tables of models, templates and data: those that the command is given in every run of the tests."""
 CASES = SETTINGS | CHECKPOINTS | MODELS | TEMPLATES | DATA
 
 
@@ -393,7 +402,7 @@ def place(model: Path, tmp_path: Path) -> Place:
     torch.save(Payload(marker), tmp_path / "evil.pt")
     torch.save({"state_dict": Payload(marker)}, tmp_path / "evil.ckpt")
     (tmp_path / "raw.ckpt").write_bytes(pickle.dumps(Payload(marker)))
-    (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    (tmp_path / "evil.py").write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n")
     rows = [{"prompt": f"q {i}", "response": f"answer {i}"} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Place(tmp_path, Path(shutil.copytree(model, tmp_path / "model")), marker)
@@ -415,8 +424,8 @@ def bounded(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_hostile_artefact_is_refused_in_one_line(name: str, place: Place) -> None:
+def by_the_command(name: str, place: Place) -> None:
+    """Run the command on an artefact and check how it ends."""
     make, message = CASES[name]
     arguments = make(place)
     given = {argument.partition("=")[0] for argument in arguments}
@@ -424,14 +433,46 @@ def test_a_hostile_artefact_is_refused_in_one_line(name: str, place: Place) -> N
         "stage": "sft", "init_from": str(place.model), "data.train": "rows.jsonl", "max_steps": "1",
         "callbacks.samples": "null",
     }  # fmt: skip
-    if "pipeline" in given or "callbacks.samples.sampler._target_" in given:
-        default.pop("stage" if "pipeline" in given else "callbacks.samples")
-    before = [f"{key}={value}" for key, value in default.items() if key not in given]
+    for key, unless in {"stage": "pipeline", "callbacks.samples": "sampler._target_"}.items():
+        if unless in given:
+            default.pop(key)
+    arguments += [f"{key}={value}" for key, value in default.items() if key not in given]
     with bounded(SECONDS):
-        done = rlhf(place.folder, *before, *arguments, code=2)
-    lines = [line for line in done.stderr.splitlines() if "UserWarning" not in line]
-    assert len(lines) == 1, done.stderr
-    assert message in lines[0]
+        done = rlhf(place.folder, *arguments, code=2)
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert message in done.stderr
+    assert not place.marker.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("hostile")
+@pytest.mark.parametrize("name", [*SETTINGS, *CHECKPOINTS, *BY_THE_COMMAND])
+def test_the_command_refuses_in_one_line(name: str, place: Place) -> None:
+    by_the_command(name, place)
+
+
+@pytest.mark.nightly
+@pytest.mark.xdist_group("hostile")
+@pytest.mark.parametrize("name", [name for name in MODELS | TEMPLATES | DATA if name not in BY_THE_COMMAND])
+def test_the_command_refuses_every_other_one(name: str, place: Place) -> None:
+    by_the_command(name, place)
+
+
+@pytest.mark.parametrize("name", MODELS | TEMPLATES | DATA)
+def test_a_library_is_not_asked_to_open_it(name: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls of a stage in its order, without the command."""
+    make, message = CASES[name]
+    monkeypatch.chdir(place.folder)
+    given = dict(argument.split("=", 1) for argument in make(place))
+    with bounded(SECONDS), pytest.raises((UserError, RowError)) as caught:
+        folder = resolve_model(given.get("init_from", str(place.model)), place.folder / "cache")
+        rows = given.get("data.val", given.get("data.train", "rows.jsonl"))
+        list(read_source(rows, "train", stream="data.window" in given).rows())
+        weights_key(folder)
+        Template(load_tokenizer(folder))
+        load_causal_lm(folder)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert not place.marker.exists()
 
 
