@@ -11,6 +11,7 @@ import os
 import signal
 import warnings
 import weakref
+from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, NoReturn
@@ -106,12 +107,14 @@ class Renderer:
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent
             limit_memory(MEMORY)
-            while connection.poll(IDLE_SECONDS):
+            patience = WALL_SECONDS  # the parent sends its first conversation as soon as it can
+            while connection.poll(patience):
                 messages, options, limit = connection.recv()
                 signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
                 answer = self._answer(messages, options, limit)
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 connection.send_bytes(answer)
+                patience = IDLE_SECONDS
         except (EOFError, OSError):  # the parent has ended
             pass
         except BaseException:
@@ -135,9 +138,11 @@ def end(owner: int, child: int, connection: Connection, kill: bool = False) -> i
     connection.close()
     if owner != os.getpid():
         return None
-    if kill:
-        os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1]
+    with suppress(ProcessLookupError, ChildProcessError):  # somebody else has waited for it
+        if kill:
+            os.kill(child, signal.SIGKILL)
+        return os.waitpid(child, 0)[1]
+    return None
 
 
 def limit_memory(more: int) -> None:

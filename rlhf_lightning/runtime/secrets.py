@@ -53,13 +53,16 @@ def _marked_variables() -> Iterator[None]:
     def decode(expr: Any, _parent_: Any, _node_: Any) -> Any:
         return f"{OPEN}oc.decode:{expr}{CLOSE}" if OPEN in str(expr) else oc.decode(expr, _parent_, _node_)
 
+    def select(key: str, *default: Any, _parent_: Any) -> Any:
+        return f"{OPEN}oc.select:{key}{CLOSE}" if OPEN in key else oc.select(key, *default, _parent_=_parent_)
+
     try:
-        OmegaConf.register_new_resolver("oc.env", env, replace=True)
-        OmegaConf.register_new_resolver("oc.decode", decode, replace=True)
+        for resolver in (env, decode, select):
+            OmegaConf.register_new_resolver(f"oc.{resolver.__name__}", resolver, replace=True)
         yield
     finally:
-        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
-        OmegaConf.register_new_resolver("oc.decode", oc.decode, replace=True)
+        for resolver in (oc.env, oc.decode, oc.select):
+            OmegaConf.register_new_resolver(f"oc.{resolver.__name__}", resolver, replace=True)
 
 
 def _unmarked(value: Any) -> Any:
