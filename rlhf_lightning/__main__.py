@@ -20,21 +20,24 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf_lightning.distributed import is_lost_peer
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import write_failure
+from rlhf_lightning.runtime.composition import guard
 from rlhf_lightning.runtime.explain import explain
 from rlhf_lightning.runtime.launch import arguments_of_rank
 from rlhf_lightning.runtime.run_folder import remove_start
-from rlhf_lightning.runtime.settings import check_types, groups, require
+from rlhf_lightning.runtime.secrets import redact
+from rlhf_lightning.runtime.settings import check_types, groups, require, task_overrides
 from rlhf_lightning.stages import STAGES
 
 SELECTORS = ("stage", "pipeline", "experiment", "sweep")
 QUESTIONS = {"--hydra-help", "--info", "-i"}
+RERUN = "--experimental-rerun"
 
 
 @hydra.main(version_base="1.3", config_path="pkg://rlhf_lightning.conf", config_name="rlhf")
 def app(cfg: DictConfig) -> float | list[float] | None:
     """Run the stage or the pipeline that was composed."""
     try:
-        check_types(cfg, list(HydraConfig.get().overrides.task))
+        check_types(cfg, task_overrides())
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             from rlhf_lightning.runtime.sweeps import run_trial
 
@@ -56,7 +59,7 @@ def app(cfg: DictConfig) -> float | list[float] | None:
         require(cfg)
         return run_stage(cfg)
     except UserError as error:  # here, because Hydra would print a line of its own first
-        logging.getLogger("rlhf_lightning").info("%s", error)
+        logging.getLogger("rlhf_lightning").info("%s", redact(str(error)))
         fail(str(error), 2)
     except OmegaConfBaseException as error:
         fail(explain(error, sys.argv[1:]), 2)
@@ -141,6 +144,8 @@ def main() -> None:
         print(help_text())
         return
     keys = {argument.partition("=")[0] for argument in arguments}
+    if any(len(key) > 2 and RERUN.startswith(key) and key.startswith("--e") for key in keys):
+        fail(f"{RERUN} unpickles a file, which can run code; give the settings or --config-dir instead", 2)
     if not keys & {*SELECTORS, *QUESTIONS, "--cfg", "-c"}:
         print(usage(), file=sys.stderr)
         sys.exit(2)
@@ -150,10 +155,14 @@ def main() -> None:
         fail(str(error), 2)
     os.environ.setdefault("RLHF_SWEEP_ID", sweep_id(arguments))
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach us instead of being printed by Hydra
+    guard()
     try:
-        app()
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(explain(error, arguments), 2)
+        try:
+            app()
+        except (HydraException, OmegaConfBaseException) as error:
+            fail(explain(error, arguments), 2)
+    except UserError as error:
+        fail(str(error), 2)
     except KeyboardInterrupt as stop:
         code = stop.args[0] if stop.args else 130
         fail("interrupted; add resume=auto to the same command to continue", code)
@@ -171,7 +180,7 @@ def main() -> None:
 
 def fail(message: str, code: int) -> NoReturn:
     """Print one line on standard error and leave; Hydra's own line of overrides is not needed."""
-    print(f"rlhf: {message}", file=sys.stderr, flush=True)
+    print(f"rlhf: {redact(message)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

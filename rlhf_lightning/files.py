@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,11 +25,32 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def regular(path: str | Path) -> Path:
+    """Return the path of a regular file; reading a device, a pipe or a file of the kernel's may never end.
+
+    Raises:
+        UserError: it is something else, or a link to something else.
+    """
+    path = Path(path)
+    kinds = {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    kinds[stat.S_IFDIR] = "a folder"
+    try:
+        kind = kinds.get(stat.S_IFMT(path.stat().st_mode))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if kind is None and path.resolve().is_relative_to("/proc"):
+        kind = "a file of the kernel's"
+    if kind is not None:
+        real = f" (a link to {path.resolve()})" if path.is_symlink() else ""
+        raise UserError(f"{path} is {kind}, not a file{real}")
+    return path
+
+
 def file_digest(*paths: Path) -> str:
     """Return the SHA-256 over the contents of files, one after the other."""
     digest = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as opened:
+        with regular(path).open("rb") as opened:
             while block := opened.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
@@ -204,15 +226,24 @@ def write_jsonl(path: str | Path, rows: list[dict[str, Any]]) -> None:
         temporary.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows), encoding="utf-8")
 
 
-def read_json(path: str | Path) -> Any:
-    """Return the content of a JSON file, or None when there is none."""
+def read_json(path: str | Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file, or None when there is no file.
+
+    Raises:
+        UserError: it is something else; files of others are as hostile as they like.
+    """
     path = Path(path)
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable JSON ({error}); remove it to continue") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:  # no JSON, no text, nested too deeply, too long a number
+        raise UserError(f"{path} is not readable JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} is not readable JSON (a {type(content).__name__}, not an object); remove it to continue"
+        )
+    return content
 
 
 def _sync_folder(folder: Path) -> None:

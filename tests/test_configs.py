@@ -88,12 +88,12 @@ def test_only_listed_targets_are_built(tmp_path: Path) -> None:
     ):
         for node in ({"_target_": target, "_args_": arguments}, {"a": [{"_target_": target, "_args_": arguments}]}):
             with pytest.raises(UserError, match="is not an allowed target"):
-                instantiate(OmegaConf.create({"_target_": "torch.optim.AdamW", "_partial_": True, "x": node}), "key")
+                instantiate({"_target_": "torch.optim.AdamW", "_partial_": True, "x": node}, "key")
     assert not marker.exists()
 
 
 def test_targets_inside_arguments_are_not_built() -> None:
-    node = OmegaConf.create({"_target_": "rlhf_lightning.modules.schedules.schedule", "_partial_": True})
+    node = {"_target_": "rlhf_lightning.modules.schedules.schedule", "_partial_": True}
     evil = {"_target_": "torch.load", "f": "x"}
     assert instantiate(node, "module", final=evil).keywords["final"] is evil
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
+import traceback
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.files import atomic_path
+from rlhf_lightning.files import atomic_path, regular
 
 log = logging.getLogger(__name__)
 
@@ -27,15 +29,52 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, opened)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        try:
-            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        except (EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-            raise UserError(f"the checkpoint {path} cannot be read: {reason}") from error
-        except Exception as error:  # pickle raises its own type when a file wants to run code
-            raise UserError(
-                f"the checkpoint {path} is damaged or contains more than tensors and primitives; it is not loaded"
-            ) from error
+        return read_checkpoint(path, map_location)
+
+
+def read_checkpoint(path: str | Path, map_location: Any = None, mmap: bool = False) -> dict[str, Any]:
+    """Return the content of a checkpoint: tensors and primitives, nothing in it is executed.
+
+    Raises:
+        UserError: it is damaged, or compressed: a small file may then hold more than the memory.
+    """
+    try:
+        with zipfile.ZipFile(regular(path)) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed, which torch does not do")
+        return torch.load(path, map_location=map_location or "cpu", weights_only=True, mmap=mmap)
+    except UserError:
+        raise
+    except (EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"the checkpoint {path} cannot be read: {reason}") from error
+    except Exception as error:  # pickle raises its own type when a file wants to run code
+        raise UserError(
+            f"the checkpoint {path} is damaged or contains more than tensors and primitives; it is not loaded"
+        ) from error
+
+
+def resumed_step(path: str | Path) -> int:
+    """Return the number of updates after which a checkpoint of a run was written.
+
+    Raises:
+        UserError: it cannot be read, or is none of a run.
+    """
+    checkpoint = read_checkpoint(path, mmap=True)
+    kinds = {"state_dict": dict, "global_step": int, "loops": dict, "callbacks": dict, "optimizer_states": list}
+    for key, kind in kinds.items():
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
+            raise UserError(f"{path} is not a checkpoint of a run: it has no {key}")
+    return checkpoint["global_step"]
+
+
+def is_restoring(error: BaseException) -> bool:
+    """Return whether an error was raised while Lightning gave a checkpoint's content to the objects of a run."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(
+        frame.filename.endswith("checkpoint_connector.py") and frame.name.lstrip("_").startswith(("restore", "resume"))
+        for frame in frames
+    )
 
 
 class RandomState(Callback):
@@ -67,16 +106,19 @@ class RandomState(Callback):
         if self.restored is None:
             return
         saved, self.restored = self.restored, None
-        if saved["ranks"] != self.ranks and trainer.is_global_zero:
+        if saved.get("ranks") != self.ranks and trainer.is_global_zero:
             log.warning(
                 "%s continues a run of %s: the same rows and samples, but sums in another order, so the result is "
                 "not bit-exact",
                 self.ranks,
-                saved["ranks"],
+                saved.get("ranks"),
             )
         together = getattr(trainer.strategy, "tensor_parallel_size", 1)  # these ranks share dropout masks
         first = trainer.global_rank - trainer.global_rank % together
-        restore_random_state(saved["states"][first % len(saved["states"])])
+        try:
+            restore_random_state(saved["states"][first % len(saved["states"])])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+            raise UserError(f"the checkpoint's random states are not those of a run: {error}") from error
 
 
 def random_state() -> dict[str, Any]:

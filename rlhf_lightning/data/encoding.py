@@ -12,6 +12,8 @@ from rlhf_lightning.data.records import RowError
 Encoding = tuple[list[int], list[tuple[int, int]]]
 """Token ids, and where in the text each begins and ends."""
 
+MARKER = re.compile(r"<[^<>\s{}]+>|\[/?[A-Z_]+\]")
+"""How the markers of turns look."""
 START, END = "\ufdd0", "\ufdd1"
 """Noncharacters around control text in a message; a single one only keeps the characters beside it apart."""
 
@@ -21,7 +23,7 @@ def control_tokens(tokenizer: Any, source: str) -> dict[str, int]:
 
     Added tokens that are not special are markers when the template contains them and they look like one
     (`<｜User｜>`). White space (Gemma's newlines), words, and tags in pairs (`<think>`, `</tool_call>`) are text that
-    an assistant may write.
+    an assistant may write. Markers that a vocabulary has like any other piece are control tokens, too.
     """
     added = {str(token): (number, token.special) for number, token in tokenizer.added_tokens_decoder.items()}
 
@@ -31,7 +33,11 @@ def control_tokens(tokenizer: Any, source: str) -> dict[str, int]:
         bracketed = len(text) > 2 and not (text[0].isalnum() or text[-1].isalnum())
         return text in source and not text.isspace() and bracketed and not pair
 
-    return {text: number for text, (number, special) in added.items() if special or marks_turns(text)}
+    control = {text: number for text, (number, special) in added.items() if special or marks_turns(text)}
+    control |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    vocabulary = tokenizer.get_vocab()
+    pieces = {text for text in MARKER.findall(source) if text in vocabulary and text not in added}
+    return control | {text: vocabulary[text] for text in pieces if f"</{text.strip('<>/')}>" not in vocabulary}
 
 
 class Encoder:
@@ -51,6 +57,9 @@ class Encoder:
         self.backend.no_padding()
         self.control = control_tokens(tokenizer, source)
         self.control_ids = frozenset(self.control.values())
+        ends = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+        # an unknown character is the unknown token, where that is nothing else
+        self._forbidden = self.control_ids - ({tokenizer.unk_token_id} - ends)
         control = "|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or r"(?!)"
         heads = {text[: 1 + text[0].isalnum()] for text in self.control if len(text) > 1}
         # what the template's code may look for in a message stays whole: <think> also where it is no added token
@@ -97,7 +106,9 @@ class Encoder:
     def ids(self, text: str, first: bool = True) -> list[int]:
         """Return the ids of rendered text, see :meth:`rendered`."""
         if first and text and START not in text and END not in text:
-            return self.backend.encode(text, add_special_tokens=False).ids  # offsets take as long again
+            ids = self.backend.encode(text, add_special_tokens=False).ids  # offsets take as long again
+            if sum(token in self._forbidden for token in ids) == len(self.written(text)):
+                return ids
         return self.rendered(text, first)[0]
 
     def response(self, prompt: str, text: str) -> tuple[list[int], list[int], bool]:
@@ -121,12 +132,13 @@ class Encoder:
             RowError: the tokenizer has no other id for a control text.
         """
         if START not in text and END not in text:
-            return self.encode(text) if first else self._inner(text)
+            return self._unfolded(text, self.encode(text) if first else self._inner(text))
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         for places, piece, plain in self._pieces(text):
             inner = bool(ids) or not first
-            more, spans = self._plain(piece, inner) if plain else self._inner(piece) if inner else self.encode(piece)
+            encode = self._inner if inner else self.encode
+            more, spans = self._plain(piece, inner) if plain else self._unfolded(piece, encode(piece))
             ids += more
             offsets += [(places[a], places[max(b - 1, a)] + (b > a)) if a < len(places) else (a, a) for a, b in spans]
         return ids, offsets
@@ -161,6 +173,31 @@ class Encoder:
             ids, offsets = head[0] + tail[0], head[1] + [(a + 1, b + 1) for a, b in tail[1]]
             if self.control_ids & {*ids} - {self.tokenizer.unk_token_id}:
                 raise RowError(f"the text {text!r} is a control token, and the tokenizer has no other id for it")
+        return ids, offsets
+
+    def _unfolded(self, text: str, encoding: Encoding) -> Encoding:
+        """Return the encoding of text, where what a normalizer folds into a control token is encoded by character.
+
+        One that folds case or width finds "<|EOS|>" to be "<|eos|>".
+
+        Raises:
+            RowError: a character that is itself a control token.
+        """
+        if self._forbidden.isdisjoint(encoding[0]):
+            return encoding
+        written = [match.span() for match in self.written(text)]
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        for token, (begin, end) in zip(*encoding, strict=True):
+            if token not in self._forbidden or any(a < end and begin < b for a, b in written):
+                ids, offsets = [*ids, token], [*offsets, (begin, end)]
+                continue
+            for place in range(begin, end):
+                for number in self._inner(text[place])[0]:
+                    if number in self._forbidden:
+                        name = self.tokenizer.convert_ids_to_tokens(token)
+                        raise RowError(f"a text contains what this tokenizer reads as its control token {name!r}")
+                    ids, offsets = [*ids, number], [*offsets, (place, place + 1)]
         return ids, offsets
 
     def _inner(self, text: str) -> Encoding:

@@ -107,7 +107,7 @@ class JoinedRows:
         self.skipped: dict[str, int] = dict(sum((Counter(part.skipped) for part in parts), Counter()))
         differs: dict[str, list[np.ndarray]] = {}
         for part, start in zip(parts, self.starts, strict=False):
-            for reason, rows in getattr(part, "differs", {}).items():
+            for reason, rows in part.differs.items():
                 differs.setdefault(reason, []).append(rows + start)
         self.differs = {reason: np.concatenate(rows) for reason, rows in differs.items()}
         self.key = hashlib.sha256("".join(part.key for part in parts).encode()).hexdigest()[:32]

@@ -16,7 +16,7 @@ from rlhf_lightning.data.formats import FORMATS, count_rows, read_file
 from rlhf_lightning.data.messages import RowError
 from rlhf_lightning.data.mixture import check_weights, interleaved
 from rlhf_lightning.errors import UserError, nearest
-from rlhf_lightning.files import file_digest
+from rlhf_lightning.files import file_digest, read_json, regular
 
 Row = dict[str, Any]
 SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "eval", "test")}
@@ -131,6 +131,7 @@ def _readable(name: str) -> Iterator[None]:
 
 
 def _file(path: Path, stream: bool) -> Source:
+    regular(path)
     if not str(path).endswith(FORMATS):
         raise UserError(f"{path}: unknown format; use one of {', '.join(FORMATS)}")
     stat = path.stat()
@@ -194,6 +195,7 @@ def _saved(path: Path, split: str, key: str) -> Source:
     """Return the rows of a folder written by `datasets`."""
     import datasets
 
+    _check_saved(path)
     try:
         dataset = datasets.load_from_disk(str(path))
     except Exception as error:  # damaged files raise types of several packages
@@ -204,6 +206,17 @@ def _saved(path: Path, split: str, key: str) -> Source:
         raise UserError(f"{key}: {path} is one split, there is no {split} in it")
     name = str(path) if split in SPLITS else f"{path}:{split}"
     return Source(name, _content(dataset, split), lambda: _guarded(dataset, name), lambda: len(dataset))
+
+
+def _check_saved(path: Path) -> None:
+    """Raise a UserError when a data set of save_to_disk names files that are not beside its state."""
+    for state in path.rglob("state.json"):
+        files = (read_json(state) or {}).get("_data_files")
+        for file in files if isinstance(files, list) else ():
+            name = str(file.get("filename") if isinstance(file, dict) else file)
+            if Path(name).name != name:
+                raise UserError(f"{state} names {name!r}, which is no file beside it")
+            regular(state.parent / name)
 
 
 def _pick(splits: Any, split: str, name: str, key: str) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from rlhf_lightning.data.chat_templates import own_template, tokenizer_template
 from rlhf_lightning.data.encoding import START, Encoder, unmarked
 from rlhf_lightning.data.records import Content, Message, RowError
+from rlhf_lightning.data.rendering import Renderer, TemplateError
 from rlhf_lightning.errors import UserError
 
 Tools = list[Any] | None
@@ -67,6 +68,9 @@ class Template:
         else:
             self.source = self._with_tools = self.exported = own_template(template, tokenizer)
         """`exported`: the chat template to save with a model, which gives "auto" the tokens of this one."""
+        self.renderer = Renderer(tokenizer, self.source)
+        same = self._with_tools == self.source
+        self._renderer_with_tools = self.renderer if same else Renderer(tokenizer, self._with_tools)
         self.encoder = Encoder(tokenizer, self.source + self._with_tools)
         self.control = self.encoder.control
         try:
@@ -318,15 +322,16 @@ class Template:
         return [{k: self.encoder.mark(v) for k, v in message.items() if k != "weight"} for message in content]
 
     def _raw(self, messages: list[Message], generation: bool, tools: Tools = None) -> str:
-        source = self.source if tools is None else self._with_tools
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=source, tokenize=False, add_generation_prompt=generation
-            )
-        except Exception as error:  # jinja raises whatever the template's author chose
+            return self.rendered(messages, tools, add_generation_prompt=generation)
+        except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise RowError(f"the chat template refuses the roles {roles}: {error}") from error
-        return text
+
+    def rendered(self, messages: list[Message], tools: Tools = None, **options: Any) -> str:
+        """Return the text that the chat template makes of messages, within the bounds of :class:`Renderer`."""
+        renderer = self.renderer if tools is None else self._renderer_with_tools
+        return renderer(messages, tools=tools, **options)
 
     def _start(self) -> list[int]:
         bos = self.tokenizer.bos_token_id

@@ -80,7 +80,7 @@ def merge_adapter(model: Any, folder: str | Path) -> Any:
     Raises:
         UserError: another kind of adapter than LoRA, settings that are not honoured, or weights that do not fit.
     """
-    settings, weights = read_json(Path(folder) / ADAPTER_CONFIG), adapter_weights(folder)
+    settings, weights = read_json(Path(folder) / ADAPTER_CONFIG) or {}, adapter_weights(folder)
     kind, defaults = settings.get("peft_type"), LoraConfig().to_dict()
     if kind != "LORA":
         raise UserError(f"{folder} is an adapter of peft_type={kind}; only LORA is read")

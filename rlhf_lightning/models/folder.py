@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.files import atomic_folder, read_json
+from rlhf_lightning.files import atomic_folder, read_json, regular
 
 MANIFEST = "manifest.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -61,7 +62,7 @@ def hash_weights(folder: str | Path) -> str | None:
         digest.update((weights_key(base) or base).encode())
     for file in sorted([*path.glob("*.safetensors"), *path.glob("config.json"), *path.glob(ADAPTER_CONFIG)]):
         digest.update(file.name.encode())
-        with file.open("rb") as opened:
+        with regular(file).open("rb") as opened:
             while block := opened.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
@@ -99,7 +100,10 @@ def write_model(folder: str | Path, model: Any, tokenizer: Any, manifest: dict[s
 def weights_key(folder: str) -> str | None:
     """Return the SHA-256 of a model folder's weights, as its manifest has it or computed; None for a hub name."""
     manifest = read_manifest(folder) if Path(folder).is_dir() else None
-    return manifest.get("weights") if manifest else hash_weights(folder)
+    weights = (manifest or {}).get("weights")
+    if weights is not None and not (isinstance(weights, str) and re.fullmatch("[0-9a-f]{64}", weights)):
+        raise UserError(f"{Path(folder) / MANIFEST}: weights={str(weights)[:80]!r} is no SHA-256")
+    return weights or hash_weights(folder)
 
 
 def parent_entry(role: str, folder: str) -> dict[str, Any]:

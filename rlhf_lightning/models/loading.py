@@ -7,13 +7,11 @@ import importlib.util
 import json
 import math
 import shutil
-import struct
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -29,6 +27,7 @@ from rlhf_lightning.files import build_once
 from rlhf_lightning.models.adapter_folder import is_classifier_adapter, merge_adapter, saved_modules
 from rlhf_lightning.models.attention import GROUP_SDPA, group_sdpa
 from rlhf_lightning.models.folder import ADAPTER_CONFIG, adapter_chain, holder
+from rlhf_lightning.models.untrusted import check_folder, check_gguf
 from rlhf_lightning.ops.seeding import generator
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -212,6 +211,8 @@ def _load_weights(kind: Any, name: str, new: set[str], config: Any, dtype: str, 
 
     Adapters are merged into the model they stand on.
     """
+    if "/" in attention:  # Hugging Face would load code of that name from the hub
+        raise UserError(f"attn_implementation={attention!r} is code from the hub, which is not run")
     *adapters, base = adapter_chain(name)
     replaced = {weight for adapter in adapters for weight in saved_modules(adapter)}
     model, info = _load(
@@ -239,15 +240,20 @@ def _load_weights(kind: Any, name: str, new: set[str], config: Any, dtype: str, 
 
 
 def _load(loader: Any, name: str, **kwargs: Any) -> Any:
+    is_folder = Path(name).is_dir()
+    if is_folder:
+        check_folder(name)
     try:
         return loader(name, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error) as error:
+    except UserError:
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a folder of others may make any library raise anything
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
             raise ShapeError(f"{name}: the shapes of the weights are not those of its config.json") from error
-        if isinstance(error, RuntimeError):
-            raise
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        if Path(name).is_dir():
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if is_folder:
             place = Path(name, kwargs.get("gguf_file", ""))
             raise UserError(f"{place} does not hold a usable model: {reason}") from error
         raise UserError(
@@ -258,6 +264,7 @@ def _load(loader: Any, name: str, **kwargs: Any) -> Any:
 
 def _convert_gguf(path: Path, cache: Path) -> Path:
     """Write the de-quantized weights and the tokenizer of a GGUF file as a plain model folder, once."""
+    check_gguf(path)
     with path.open("rb") as opened:  # by content: fine-tunes of a model have files of the same size
         target = cache / "models" / f"{path.stem}-{hashlib.file_digest(opened, 'sha256').hexdigest()[:12]}"
     build_once(target, lambda folder: _write_gguf(path, folder, target))

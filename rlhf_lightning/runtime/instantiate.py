@@ -1,12 +1,15 @@
-"""Allow-listed instantiation: the only way from a `_target_` in the configuration to code."""
+"""Allow-listed instantiation: the only way from a `_target_` in the configuration to code.
+
+Interpolations are resolved once, into plain dicts and lists, and these are checked and built. Hydra's `instantiate` is
+not used: it makes a configuration of them again, in which a text such as "${oc.create:...}" is one more interpolation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pkgutil
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
 
 from rlhf_lightning.errors import UserError, nearest
 
@@ -39,6 +42,10 @@ ALLOWED = frozenset(
     }
 )
 
+MISSING = "???"
+SPECIAL = {"_target_": None, "_args_": (), "_partial_": False, "_recursive_": True, "_convert_": "all"}
+"""Keys of Hydra's that are no arguments, and what they are when absent."""
+
 
 def targets(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """Yield (key, target) for every `_target_` below `node`, a dict or list."""
@@ -54,11 +61,39 @@ def targets(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from targets(value, f"{path}[{number}]")
 
 
-def instantiate(node: DictConfig, key: str, allow: list[str] | None = None, **arguments: Any) -> Any:
-    """Build what `node` names, after checking every `_target_` in it against the list of allowed ones.
+def texts(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Yield (key, text) for every text below `node`, a dict or list."""
+    if isinstance(node, str):
+        yield path, node
+    elif isinstance(node, dict | list):
+        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from texts(value, f"{path}.{name}")
+
+
+def check_escaped(settings: Any, key: str) -> None:
+    """Raise a UserError for a text below `settings` that would be an interpolation, were it resolved once more."""
+    for where, text in texts(settings, key):
+        if "${" in text:
+            raise UserError(f"{where}={text!r} is an interpolation that was escaped; leave out the backslash")
+
+
+def check_targets(settings: Any, key: str, allowed: Collection[str]) -> None:
+    """Raise a UserError for the first `_target_` below `settings`, dicts and lists, that is not allowed."""
+    for where, target in targets(settings, key):
+        if target not in allowed:
+            raise UserError(
+                f"{where}={target} is not an allowed target.{nearest(target, allowed)} To trust it, add "
+                f"allow_targets=[{target}] on the command line"
+            )
+
+
+def instantiate(settings: dict[str, Any], key: str, allow: Collection[str] = (), **arguments: Any) -> Any:
+    """Build what `settings` names, after checking every `_target_` in it against the list of allowed ones.
+
+    Hydra's `_args_`, `_partial_` and `_recursive_` mean what they mean there; `_convert_` is always "all".
 
     Args:
-        node: configuration with a `_target_`; lists and dicts in it are passed as Python lists and dicts.
+        settings: values of a configuration, resolved, with a `_target_`.
         key: where it stands in the configuration, for messages.
         allow: further exact names the user trusts.
         arguments: added to the call as they are; a `_target_` inside them is not looked at.
@@ -66,29 +101,30 @@ def instantiate(node: DictConfig, key: str, allow: list[str] | None = None, **ar
     Raises:
         UserError: a target that is not allowed, or arguments the target refuses.
     """
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate as build
+    check_targets(settings, key, ALLOWED | set(allow))
+    check_escaped(settings, key)
+    return _build({name: value for name, value in settings.items() if name not in arguments}, key, arguments)
 
-    settings: Any = OmegaConf.to_container(node, resolve=True)
-    allowed = ALLOWED | set(allow or [])
-    for where, target in targets(settings, key):
-        if target not in allowed:
-            raise UserError(
-                f"{where}={target} is not an allowed target.{nearest(target, allowed)} To trust it, add "
-                f"allow_targets=[{target}] on the command line"
-            )
-    is_partial = settings.pop("_partial_", False)
-    settings = {name: value for name, value in settings.items() if name not in arguments}
+
+def _build(value: Any, key: str, arguments: dict[str, Any] | None = None) -> Any:
+    """Return `value` with every dict that has a `_target_` replaced by what that returns."""
+    if isinstance(value, list):
+        return [_build(member, f"{key}[{number}]") for number, member in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    special = {name: value.get(name, default) for name, default in SPECIAL.items()}
+    inner = {name: member for name, member in value.items() if name not in SPECIAL and member != MISSING}
+    if special["_recursive_"]:
+        inner = {name: _build(member, f"{key}.{name}") for name, member in inner.items()}
+    if special["_target_"] is None:
+        return inner
     try:
-        target_partial = build(OmegaConf.create(settings | {"_partial_": True}), _convert_="all")
-        return partial(target_partial, **arguments) if is_partial else target_partial(**arguments)
+        target = pkgutil.resolve_name(special["_target_"])
+        given = [_build(member, f"{key}._args_[{number}]") for number, member in enumerate(special["_args_"])]
+        call = partial(target, *given, **(inner | (arguments or {})))
+        return call if special["_partial_"] else call()
     except UserError:
         raise
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, UserError):
-            raise cause from None
-        raise UserError(f"{key}: {str(cause or error).splitlines()[0]}") from error
     except Exception as error:  # whatever the target raises
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{key}: {reason}") from error

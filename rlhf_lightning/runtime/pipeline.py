@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -20,12 +21,15 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import fingerprint, read_json, write_json
 from rlhf_lightning.models.folder import parent_entry
 from rlhf_lightning.rewards.spec import digests
+from rlhf_lightning.runtime.instantiate import check_escaped
 from rlhf_lightning.runtime.processes import quoted, run_child
 from rlhf_lightning.runtime.run_folder import claim, occupy, remove_start
-from rlhf_lightning.runtime.settings import DATA_SPLITS, flat, groups, to_container
+from rlhf_lightning.runtime.secrets import redacted
+from rlhf_lightning.runtime.settings import DATA_SPLITS, flat, groups, select, task_overrides, to_container
 
 console = Console()
 REWARDS = ("reward_from", "gold_from")
+KEY = re.compile(r"[+~]*(\w+)[\w./@+-]*")
 GIVEN = {  # what a stage may write as {name} and the user gives as a key
     "root": "data_root: a value is needed, the folder with train.jsonl.gz and test.jsonl.gz",
     "init_from": "init_from: a value is needed, the model this pipeline starts from",
@@ -41,29 +45,33 @@ def run_pipeline(cfg: DictConfig, maps: Collection[str] = ()) -> None:
     Raises:
         UserError: naming the stage that failed and how to go on, or the stage that is a pipeline again.
     """
-    settings = to_container(cfg)["pipeline"]
+    everything, shown, maps = to_container(cfg), redacted(cfg), [*maps, "data.columns"]
+    settings = everything["pipeline"]
+    check_escaped(settings, "pipeline")  # as a command line it would be resolved once more
     if inside := os.environ.get("RLHF_PIPELINE_STAGE"):  # an experiment passed on to it may choose a pipeline
         raise UserError(f"stage {inside} of a pipeline became pipeline={settings['name']}")
-    given = passthrough(list(HydraConfig.get().overrides.task))
+    given = passthrough(task_overrides())
     run = Path(HydraConfig.get().runtime.output_dir)
     run = find_pipeline(run, fingerprint([settings, given]), cfg.resume)
     folders: dict[str, str | None] = {"root": cfg.data_root, "init_from": cfg.init_from}
+    written = {"root": shown["data_root"], "init_from": shown["init_from"]}
     began, stages, debug = time.monotonic(), settings["stages"], debug_values()
     for number, (name, stage) in enumerate(stages.items()):
         folder = run / f"{number}_{name}"
         values = stage_values(stage, folders)
         # a stage that starts from another one is not asked to start from what the pipeline starts from
         mine = [o for o in given if not ("init_from" in values and o.lstrip("+").startswith("init_from="))]
-        overrides = [as_override(key, value, [*maps, "data.columns"]) for key, value in (values | debug).items()] + mine
+        overrides = [as_override(key, value, maps) for key, value in (values | debug).items()] + mine
+        arguments = stage_values(shown["pipeline"]["stages"][name], written) | debug
         digest = fingerprint(
-            [overrides, parent_weights(stage, folders), content_digests(values | debug | parsed(mine))]
+            [overrides, parent_weights(stage, folders), content_digests(values | debug | parsed(mine, everything))]
         )
         if is_done(folder, digest):
             console.print(f"[dim]stage {number + 1} of {len(stages)}: {name} is done[/dim]")
         else:
             console.rule(f"stage {number + 1} of {len(stages)}: {name}")
-            run_part(name, folder, overrides, digest)
-        folders[name] = str(folder / "model")
+            run_part(name, folder, [as_override(key, value, maps) for key, value in arguments.items()] + mine, digest)
+        folders[name] = written[name] = str(folder / "model")
     minutes, seconds = divmod(int(time.monotonic() - began), 60)
     console.print(f"\npipeline {settings['name']} done in {minutes}:{seconds:02d}")
     console.print(f"run         {run}", soft_wrap=True)
@@ -71,8 +79,18 @@ def run_pipeline(cfg: DictConfig, maps: Collection[str] = ()) -> None:
 
 
 def stage_values(stage: dict[str, Any], folders: dict[str, str | None]) -> dict[str, Any]:
-    """Return key -> value of a stage, with {name} replaced by an earlier stage's model folder or by what was given."""
-    values = stage.get("use", {}) | flat(stage.get("set") or {})
+    """Return key -> value of a stage, with {name} replaced by an earlier stage's model folder or by what was given.
+
+    Raises:
+        UserError: a key that only the command line may give, or that is none.
+    """
+    values = (stage.get("use") or {}) | flat(stage.get("set") or {})
+    for key in filter(None, values):
+        root = KEY.fullmatch(str(key))
+        if root is None:
+            raise UserError(f"pipeline: {key!r} is not a key of the configuration")
+        if root[1] in ("hydra", "allow_targets"):
+            raise UserError(f"pipeline: {key} is taken from the command line only, not from a file")
     return {key: filled(value, folders) for key, value in values.items() if key}
 
 
@@ -104,9 +122,10 @@ def as_override(key: str, value: Any, maps: Collection[str] = ()) -> str:
     return f"{key}={json.dumps(value)}"
 
 
-def parsed(overrides: list[str]) -> dict[str, Any]:
-    """Return key -> value of the user's overrides."""
-    return {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(overrides)}
+def parsed(overrides: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return key -> value of the user's overrides, resolved where the pipeline itself has the key in `settings`."""
+    values = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(overrides)}
+    return {key: value if select(settings, key) is None else select(settings, key) for key, value in values.items()}
 
 
 def parent_weights(stage: dict[str, Any], folders: dict[str, str | None]) -> dict[str, str | None]:
@@ -157,7 +176,7 @@ def find_pipeline(run: Path, digest: str, resume: str | None) -> Path:
                 console.print(f"continuing {folder}", soft_wrap=True)
                 return folder
     elif (run / "run.json").is_file() and resume == "here":
-        if read_json(run / "run.json")["fingerprint"] != digest:
+        if (read_json(run / "run.json") or {}).get("fingerprint") != digest:
             raise UserError(f"{run} was started with other settings; choose another folder for a new run")
         occupy(run)
         return run
@@ -169,7 +188,7 @@ def find_pipeline(run: Path, digest: str, resume: str | None) -> Path:
 def is_done(folder: Path, digest: str) -> bool:
     """Return whether a stage with these overrides, parents, data and rewards has finished in `folder`."""
     record = read_json(folder / "pipeline.json")
-    return bool(record) and record["fingerprint"] == digest and (folder / "metrics.json").is_file()
+    return bool(record) and record.get("fingerprint") == digest and (folder / "metrics.json").is_file()
 
 
 def run_part(name: str, folder: Path, overrides: list[str], digest: str) -> None:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from rlhf_lightning.data.base import RowData
 from rlhf_lightning.data.datamodules import KINDS
@@ -21,7 +21,7 @@ from rlhf_lightning.models.loading import context_length, load_tokenizer, resolv
 from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.rewards import spec
 from rlhf_lightning.rewards.scoring import Reward, load_reward
-from rlhf_lightning.runtime.instantiate import instantiate
+from rlhf_lightning.runtime.instantiate import check_targets, instantiate
 from rlhf_lightning.runtime.launch import decide_run
 from rlhf_lightning.runtime.settings import DATA_SPLITS, identity, select, to_container
 from rlhf_lightning.runtime.stage import Stage
@@ -133,10 +133,7 @@ class Run:
 
     def build(self, key: str, **arguments: Any) -> Any:
         """Return what the configuration's `key` names, see :func:`instantiate`."""
-        node = self.cfg
-        for part in key.split("."):
-            node = node[part]
-        return instantiate(node, key, self.allow, **arguments)
+        return instantiate(select(self.settings, key), key, self.allow, **arguments)
 
     def start_folder(self) -> str:
         """Return the model the stage starts from; a tiny one and its tokenizer are built from the training texts."""
@@ -157,38 +154,37 @@ class Run:
         texts = (text for source in sources for _, row in source.rows() for text in texts_of(row))
         return build_tiny(self.folder / "init", texts, seed=settings["seed"], **settings["model"]["build"])
 
-    def data(self, folder: str, node: DictConfig | None = None, rows: bool = False, **arguments: Any) -> Any:
+    def data(self, folder: str, instead: dict[str, Any] | None = None, rows: bool = False, **arguments: Any) -> Any:
         """Return the data module, with the tokenizer of a model folder.
 
         One of ours, or a subclass, is cut to the tokens that the model can read and gets the sources of this run;
         another LightningDataModule gets what its constructor takes.
 
         Args:
-            node: instead of the configuration's `data`.
+            instead: settings in place of the configuration's `data`.
             rows: the stage reads rows, which only ours have.
             arguments: added to the call, or in place of what the configuration says.
 
         Raises:
             UserError: a data module that cannot be imported, or has no rows where they are needed.
         """
-        node = node or self.cfg.data
-        assert node is not None
-        kind, tokenizer = self.data_class(str(node._target_)), load_tokenizer(folder)
+        settings: dict[str, Any] = instead or self.settings["data"]
+        kind, tokenizer = self.data_class(str(settings["_target_"])), load_tokenizer(folder)
         if issubclass(kind, RowData):
             sources = {key.removeprefix("data."): source for key, source in self.sources.items() if key in DATA_SPLITS}
             given = {"tokenizer": tokenizer, "context": context_length(folder)} | sources | arguments
-            return instantiate(node, "data", self.allow, **given)
+            return instantiate(settings, "data", self.allow, **given)
         if rows:
-            raise UserError(f"stage={self.stage.name} reads rows: data._target_={node._target_} is no RowData")
+            raise UserError(f"stage={self.stage.name} reads rows: data._target_={settings['_target_']} is no RowData")
         parameters = inspect.signature(kind).parameters
-        accepted = {key: value for key, value in node.items() if key in parameters or key == "_target_"}
+        accepted = {key: value for key, value in settings.items() if key in parameters or key == "_target_"}
         given = {"tokenizer": tokenizer} if "tokenizer" in parameters else {}
-        return instantiate(OmegaConf.create(accepted), "data", self.allow, **given)
+        return instantiate(accepted, "data", self.allow, **given)
 
     def data_class(self, target: str) -> type:
         """Return the class of a data module, which must be allowed."""
         if target not in KINDS and target not in self.allow:
-            instantiate(OmegaConf.create({"_target_": target}), "data", self.allow)  # raises, with what to do
+            check_targets({"_target_": target}, "data", KINDS.keys() | set(self.allow))  # raises, with what to do
         module, _, name = target.rpartition(".")
         try:
             return getattr(importlib.import_module(module), name)

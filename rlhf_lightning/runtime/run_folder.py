@@ -58,7 +58,7 @@ def _find_run(
     siblings = sorted((p for p in run.parent.iterdir() if p != run), reverse=True) if resume == "auto" else []
     for folder in [run, *siblings]:
         record = read_json(folder / "run.json") if folder.is_dir() else None
-        if not isinstance(record, dict) or record.get("fingerprint") != digest:
+        if record is None or record.get("fingerprint") != digest:
             continue
         if folder != run and not started:
             remove_start(run)

@@ -50,6 +50,13 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     return values
 
 
+def task_overrides() -> list[str]:
+    """Return the command line's overrides as they were written; reading the list one by one would resolve them."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))  # type: ignore[arg-type]
+
+
 def require(cfg: DictConfig) -> None:
     """Raise a UserError that names every mandatory key without a value."""
     missing = sorted(k for k in OmegaConf.missing_keys(cfg) if not k.startswith("hydra"))

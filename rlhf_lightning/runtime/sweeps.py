@@ -23,6 +23,7 @@ from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.files import atomic_path, read_json, write_json
 from rlhf_lightning.runtime.processes import run_child
 from rlhf_lightning.runtime.run_folder import occupy
+from rlhf_lightning.runtime.settings import task_overrides
 
 RECORD = "trial.json"
 REWARDS = ("val/gold", "val/reward", "reward/gold", "reward/proxy", "gold")
@@ -56,7 +57,7 @@ def run_trial(cfg: DictConfig) -> float | list[float] | None:
             "Optuna's grid sampler tries values in an order that no seed fixes, so a second start could not skip what "
             "is done; leave hydra/sweeper=optuna out, and `-m key=a,b` tries every value"
         )
-    folder, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
+    folder, overrides = Path(hydra.runtime.output_dir), task_overrides()
     record: dict[str, Any] = {"number": hydra.job.num, "overrides": overrides, "status": "running", "seconds": 0.0}
     before = read_json(folder / RECORD) or {}
     spent, began = before.get("seconds", 0.0) if before.get("status") == "done" else 0.0, time.monotonic()
@@ -137,7 +138,9 @@ def read_trials(folder: Path) -> list[Trial]:
     for place in folder.glob(f"*/{RECORD}"):
         if place.parent.is_symlink():  # best
             continue
-        record = read_json(place)
+        record = read_json(place) or {}
+        if missing := {"number", "status", "seconds", "overrides"} - record.keys():
+            raise UserError(f"{place} is damaged: it has no {', '.join(sorted(missing))}")
         metrics = read_metrics(place.parent) if record["status"] == "done" else None
         pairs = (override.lstrip("+").partition("=") for override in record["overrides"])
         trials.append(

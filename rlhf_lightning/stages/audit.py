@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from rlhf_lightning.data.datamodules import KINDS
@@ -40,12 +39,12 @@ def run(run: Run) -> float:
     return audit(run.folder, data, options["rows"], model, partial(run.reward, "reward_from"))
 
 
-def audited_data(run: Run) -> Any:
-    """Return the configuration of the data module that the choice of `data` names: data=prompts/jsonl has prompts."""
+def audited_data(run: Run) -> dict[str, Any]:
+    """Return the settings of the data module that the choice of `data` names: data=prompts/jsonl has prompts."""
     kind = HydraConfig.get().runtime.choices["data"].partition("/")[0]
     if kind == "world":
         kind = run.settings["data"]["world"]["records"] or "preferences"
     targets = {of: target for target, of in KINDS.items()}
     if kind not in targets:
         raise UserError(f"stage=audit reads {', '.join(targets)}; data.world.records={kind} is none of them")
-    return OmegaConf.create({**run.settings["data"], "_target_": targets[kind]})
+    return {**run.settings["data"], "_target_": targets[kind]}

@@ -7,13 +7,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_lightning.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoint
+from rlhf_lightning.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoint, is_restoring, resumed_step
 from rlhf_lightning.callbacks.notices import Notices
 from rlhf_lightning.callbacks.progress import LineProgress, progress_bar
 from rlhf_lightning.callbacks.stop import Stop, interrupted_at_once, interruptible
@@ -29,7 +28,8 @@ from rlhf_lightning.models.folder import parent_entry, write_model
 from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.runtime.launch import check_devices, environment
 from rlhf_lightning.runtime.run import Run
-from rlhf_lightning.runtime.settings import flat
+from rlhf_lightning.runtime.secrets import redacted
+from rlhf_lightning.runtime.settings import flat, identity
 
 console = Console()
 
@@ -80,12 +80,15 @@ def build_trainer(run: Run, callbacks: Sequence[Callback] = (), **options: Any) 
         enable_progress_bar=not isinstance(bar, LineProgress),
         val_check_interval=steps * settings["trainer"]["accumulate_grad_batches"] if steps else None,
         check_val_every_n_epoch=None if steps else 1,
+        # elsewhere Lightning would continue a checkpoint of SLURM's that lies there
+        default_root_dir=settings["trainer"].get("default_root_dir") or run.folder,
         **options,
     )
 
 
 def announce(run: Run, folder: str, data: Any) -> None:
     """Print what starts, in a few lines."""
+    step = resumed_step(run.checkpoint) if run.checkpoint else 0
     if rank_zero_only.rank != 0:
         return
     console.print(f"[bold]{run.stage.name}[/bold] from {folder}", soft_wrap=True)
@@ -95,14 +98,21 @@ def announce(run: Run, folder: str, data: Any) -> None:
         pace = f"windows of {data.window} rows" if data.window else f"{data.steps_per_epoch} steps per epoch"
         console.print(f"  {sizes}, {pace}; writing {run.folder}", soft_wrap=True)
     if run.checkpoint:
-        step = torch.load(run.checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
         console.print(f"  resuming at step {step}")
 
 
 def fit(trainer: Trainer, module: LightningModule, data: Any, checkpoint: Path | None, folder: Path) -> None:
     """Train, then validate unless the last step was validated; `folder` is what the Trainer writes into."""
-    with interruptible(trainer), readable_os_errors(folder):
-        trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None)
+    try:
+        with interruptible(trainer), readable_os_errors(folder):
+            trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None)
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_restoring(error):
+            raise
+        reason = " ".join((str(error) or type(error).__name__).split())[:200]
+        raise UserError(f"the checkpoint {checkpoint} is not of this run: {reason}") from error
     if "val" in getattr(data, "rows", {}) and module.validated_at != trainer.global_step:  # type: ignore[attr-defined]
         metrics = dict(trainer.callback_metrics)
         with interruptible(trainer), readable_os_errors(folder):
@@ -128,15 +138,15 @@ def finish(run: Run, folder: str, trainer: Trainer, module: Any, data: Any) -> f
     if monitor is None:
         hint = nearest(requested, metrics)
         console.print(f"monitor={requested} was not logged.{hint}", style="yellow", soft_wrap=True)
-    config = run.identity["config"]
-    hparams = {key: value for key, value in flat(config).items() if not key.endswith("_")}
+    shown = identity(redacted(run.cfg))
+    hparams = {key: value for key, value in flat(shown).items() if not key.endswith("_")}
     write_hparams(trainer, hparams, monitor, objective or 0.0)
     parents = [("init", folder), *(parent for parent in run.parents if parent[0] != "init")]
     manifest = {
         "stage": run.stage.name,
         "parents": [parent_entry(*parent) for parent in parents],
         "fingerprint": fingerprint(run.identity),
-        "config": fingerprint(config),
+        "config": fingerprint(run.identity["config"]),
         "data": {split: rows.key for split, rows in getattr(data, "rows", {}).items()},
         "seed": run.settings["seed"],
         "metrics": metrics,

@@ -346,6 +346,15 @@ def test_a_checkpoint_with_code_is_refused_and_does_not_run(flag: bool | None, t
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("state", [{}, {"ranks": "1", "states": []}, {"ranks": "1", "states": [{"python": [1]}]}])
+def test_a_damaged_random_state_is_told(state: dict[str, Any]) -> None:
+    callback = RandomState()
+    callback.load_state_dict(state)
+    trainer: Any = SimpleNamespace(is_global_zero=False, strategy=None, global_rank=0)
+    with pytest.raises(UserError, match="random states are not those of a run"):
+        callback.on_train_batch_start(trainer, LightningModule(), None, 0)
+
+
 def test_damaged_or_missing_checkpoints_are_named(tmp_path: Path) -> None:
     torch.save({"x": torch.zeros(1000)}, tmp_path / "good.ckpt")
     whole = (tmp_path / "good.ckpt").read_bytes()

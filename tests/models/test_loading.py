@@ -218,7 +218,7 @@ def one_layer_missing(folder: Path) -> None:
         (truncated_weights, "does not hold a usable model"),
         (one_layer_missing, "incomplete: its weights lack model.layers.1.mlp.up_proj.weight"),
         (lambda f: edit(f / "config.json", intermediate_size=48), "shapes of the weights"),
-        (lambda f: (f / "config.json").write_text("{"), "not a valid JSON"),
+        (lambda f: (f / "config.json").write_text("{"), "not readable JSON"),
         (lambda f: edit(f / "config.json", model_type="unheard-of"), "unheard-of"),
         (lambda f: edit(f / "config.json", model_type="t5"), "AutoModelForCausalLM"),
     ],

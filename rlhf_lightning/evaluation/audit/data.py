@@ -77,10 +77,10 @@ class DataChecks:
             if isinstance(prompt, list):
                 yield where, prompt, answers, tools, record.metadata
 
-    def render(self, messages: list[Message], tools: Tools, **options: Any) -> Any:
-        """Return what the chat template makes of `messages` in other programs."""
-        source = {} if self.data.template.name == "auto" else {"chat_template": self.data.template.exported}
-        return self.data.tokenizer.apply_chat_template(messages, tools=tools, return_dict=False, **source, **options)
+    def render(self, messages: list[Message], tools: Tools, **options: Any) -> list[int]:
+        """Return the token ids that the chat template gives `messages` in other programs."""
+        text = self.data.template.rendered(messages, tools, **options)
+        return self.data.tokenizer(text, add_special_tokens=False).input_ids
 
     def template(self) -> str:
         """The tokens are those of `apply_chat_template`: as counted in all rows, and computed again for the first."""
@@ -124,8 +124,9 @@ class DataChecks:
     def shared_prompt(self) -> str:
         """The template writes the same prompt before either response."""
         for where, prompt, answers, tools, _ in self.conversations():
-            head = self.render(prompt, tools, tokenize=False, add_generation_prompt=True)
-            whole = [self.render([*prompt, answer], tools, tokenize=False) for answer in answers]
+            rendered = self.data.template.rendered
+            head = rendered(prompt, tools, add_generation_prompt=True)
+            whole = [rendered([*prompt, answer], tools) for answer in answers]
             if not all(text.startswith(head) for text in whole):
                 return Note(
                     f"{where}: the chat template writes another prompt once an answer follows; this system trains on "
