@@ -49,6 +49,8 @@ class Renderer:
             UserError: the template exceeds a bound.
         """
         limit = CHARACTERS + 4 * len(repr((messages, options)))
+        if _is_worker:
+            return self._read(self._timed(messages, options, limit), messages)
         for last_try in (False, True):
             connection = self._connection()
             try:
@@ -110,16 +112,20 @@ class Renderer:
             patience = WALL_SECONDS  # the parent sends its first conversation as soon as it can
             while connection.poll(patience):
                 messages, options, limit = connection.recv()
-                signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-                answer = self._answer(messages, options, limit)
-                signal.setitimer(signal.ITIMER_PROF, 0)
-                connection.send_bytes(answer)
+                connection.send_bytes(self._timed(messages, options, limit))
                 patience = IDLE_SECONDS
         except (EOFError, OSError):  # the parent has ended
             pass
         except BaseException:
             os._exit(1)
         os._exit(0)
+
+    def _timed(self, messages: list[dict[str, Any]], options: dict[str, Any], limit: int) -> bytes:
+        """Answer; the kernel ends this process when that takes too long."""
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        answer = self._answer(messages, options, limit)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        return answer
 
     def _answer(self, messages: list[dict[str, Any]], options: dict[str, Any], limit: int) -> bytes:
         try:
@@ -143,6 +149,20 @@ def end(owner: int, child: int, connection: Connection, kill: bool = False) -> i
             os.kill(child, signal.SIGKILL)
         return os.waitpid(child, 0)[1]
     return None
+
+
+_is_worker = False
+
+
+def become_worker() -> None:
+    """Let templates run in this process, which somebody else watches: it ends when one exceeds a bound.
+
+    A rendering takes a third of the time that it takes in another process.
+    """
+    global _is_worker
+    _is_worker = True
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    limit_memory(4 * MEMORY)  # it does other work besides
 
 
 def limit_memory(more: int) -> None:

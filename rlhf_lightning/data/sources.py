@@ -195,8 +195,8 @@ def _saved(path: Path, split: str, key: str) -> Source:
     """Return the rows of a folder written by `datasets`."""
     import datasets
 
-    _check_saved(path)
     try:
+        _check_saved(path)
         dataset = datasets.load_from_disk(str(path))
     except Exception as error:  # damaged files raise types of several packages
         raise UserError(f"{key}: the data set {path} cannot be read ({_reason(error)})") from error

@@ -71,9 +71,11 @@ class Template:
         self.renderer = Renderer(tokenizer, self.source)
         same = self._with_tools == self.source
         self._renderer_with_tools = self.renderer if same else Renderer(tokenizer, self._with_tools)
-        self.encoder = Encoder(tokenizer, self.source + self._with_tools)
-        self.control = self.encoder.control
         try:
+            turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
+            written = self._raw(turns, True)  # with the control tokens that the template puts together
+            self.encoder = Encoder(tokenizer, self.source + self._with_tools + written)
+            self.control = self.encoder.control
             self._probe()
         except RowError as error:
             raise UserError(f"the chat template cannot be used: {error}") from error

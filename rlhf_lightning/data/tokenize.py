@@ -9,6 +9,8 @@ import os
 import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
@@ -19,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from rlhf_lightning.data.messages import LeftOut, RowError
+from rlhf_lightning.data.rendering import CPU_SECONDS, become_worker
 from rlhf_lightning.data.sources import Row, Source
 from rlhf_lightning.data.template import DIFFERS
 from rlhf_lightning.errors import UserError
@@ -26,7 +29,7 @@ from rlhf_lightning.files import build_once
 from rlhf_lightning.ops.groups import Group
 
 FORMAT = 5  # part of every cache key; raise it when the columns change
-PARALLEL_ROWS = 5_000  # fewer rows are faster without worker processes
+PARALLEL_ROWS = 1_000  # fewer rows are faster without worker processes
 CHUNK = 512
 # a row: where its tokens, responses and text begin in the other files, and their numbers
 STARTS = ("ids", "responses", "text")
@@ -204,14 +207,23 @@ def _encoded(source: Source, to_group: ToGroup, keep_raw: bool, total: int | Non
         return
     global _inherited
     _inherited = (to_group, keep_raw)  # forked children inherit it; a tokenizer need not be pickled
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        waiting: deque[Any] = deque()
-        for chunk in chunks:
-            waiting.append(pool.apply_async(_encode_inherited, (chunk,)))
-            if len(waiting) > 2 * workers:  # rows are read no faster than they are written, so memory stays bounded
-                yield waiting.popleft().get()
-        while waiting:
-            yield waiting.popleft().get()
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, context, initializer=become_worker) as pool:
+        waiting: deque[Future[Encoded]] = deque()
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(_encode_inherited, chunk))
+                if len(waiting) > 2 * workers:  # rows are read no faster than they are written: memory stays bounded
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"a process that tokenized {source.name} was killed: its chat template takes more than "
+                f"{CPU_SECONDS:.0f} s for a conversation, or memory ran out; choose another with data.template"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 _inherited: tuple[ToGroup, bool]
