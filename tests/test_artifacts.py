@@ -67,8 +67,8 @@ def test_hash_of_a_folder_without_config_is_left_to_the_loader_to_refuse(tmp_pat
 
 
 def test_parent_entry_trusts_the_manifest(tmp_path: Path) -> None:
-    write_json(tmp_path / "manifest.json", {"weights": "abc"})
-    assert parent_entry("init", str(tmp_path)) == {"role": "init", "folder": str(tmp_path), "weights": "abc"}
+    write_json(tmp_path / "manifest.json", {"weights": "ab" * 32})
+    assert parent_entry("init", str(tmp_path)) == {"role": "init", "folder": str(tmp_path), "weights": "ab" * 32}
     assert parent_entry("init", "hub/name") == {"role": "init", "folder": "hub/name", "weights": None}
 
 

@@ -148,7 +148,9 @@ def adapter(pickled: bool = False, **changes: Any) -> Callable[[Place], list[str
             shutil.copy(place.folder / "evil.pt", place.model / "adapter_model.bin")
         else:
             save_file({"x": torch.zeros(1)}, place.model / "adapter_model.safetensors")
-        return place.write("adapter_config.json", {"peft_type": "LORA", "r": 1} | changes)
+        base = shutil.copytree(place.model, place.folder / "base", ignore=shutil.ignore_patterns("adapter_*"))
+        settings = {"peft_type": "LORA", "r": 1, "base_model_name_or_path": str(base)}
+        return place.write("adapter_config.json", settings | changes)
 
     return make
 
@@ -333,7 +335,7 @@ MODELS: dict[str, Case] = {
     "tokenizer is nested": (lambda p: p.write("tokenizer.json", NESTED), "does not hold a usable model"),
     "tokenizer has another shape": (lambda p: p.write("tokenizer_config.json", [1]), "does not hold a usable model"),
     "adapter with pickled weights": (adapter(pickled=True), "has no adapter_model.safetensors"),
-    "adapter of a model elsewhere": (adapter(base_model_name_or_path="../../etc"), "is no model"),
+    "adapter of a model elsewhere": (adapter(base_model_name_or_path="../../etc"), "which is not there"),
     "adapter that names a class": (
         adapter(auto_mapping={"base_model_class": "C", "parent_library": "evil"}), "names a class to import"),
     "manifest is a list": (lambda p: p.write("manifest.json", [1]), "not an object"),
@@ -367,7 +369,7 @@ TEMPLATES: dict[str, Case] = {
     "template without prompts": (
         template("{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}"), "leaves out the user"),
     "template that changes text": (
-        template("{% for m in messages %}{{ m.content | upper }}{% endfor %}"), "or changes its text"),
+        template("{% for m in messages %}{{ m.content[:20] }}{% endfor %}"), "or changes its text"),
     "template that does not parse": (template("{% for m in %}"), "refuses the roles"),
 }  # fmt: skip
 DATA: dict[str, Case] = {

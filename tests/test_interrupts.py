@@ -69,7 +69,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "number", "code"),
-    [("validation", signal.SIGINT, 130), ("export", signal.SIGTERM, 143), ("export", signal.SIGKILL, -9)],
+    [
+        ("validation", signal.SIGINT, 130),
+        pytest.param("export", signal.SIGTERM, 143, marks=pytest.mark.nightly),
+        ("export", signal.SIGKILL, -9),
+    ],
 )
 def test_a_run_that_ends_after_its_last_update_goes_on_with_its_metrics(
     where: str, number: int, code: int, whole: Path

@@ -190,6 +190,7 @@ def test_a_grid_that_no_seed_fixes_is_refused(rows: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_optuna_reads_two_objectives(rows: Path) -> None:
     _, folder = sweep(
         rows, "optuna", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1",

@@ -124,6 +124,12 @@ class JoinedRows:
         part, place = self._place(row)
         return replace(self.parts[part][place], index=row)
 
+    def highest_id(self) -> tuple[int, int]:
+        """Return the highest token id of all rows and the row that has it first."""
+        found = [part.highest_id() for part in self.parts]
+        part = max(range(len(found)), key=lambda number: (found[number][0], -number))
+        return found[part][0], found[part][1] + int(self.starts[part])
+
     def where(self, row: int) -> str:
         """Return where a row stands: its source, and its place there."""
         part, place = self._place(row)

@@ -92,8 +92,8 @@ def _named(name: str, split: str, key: str, stream: bool) -> Source:
             return _folder(path, split, stream, key)
         if path.is_file():
             return _file(path, stream)
-        if path.exists():
-            raise UserError(f"{key}: {path} is neither a file nor a folder")
+        if path.exists() or path.is_symlink():
+            regular(path)
         if set(PATTERN) & set(name):
             return _files(_matching(path, key), name, stream)
     first, _, rest = name.partition(":")
@@ -179,8 +179,7 @@ def _matching(pattern: Path, key: str) -> list[Path]:
 def _folder(path: Path, split: str, stream: bool, key: str) -> Source:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _saved(path, split, key)
-    # a link to a device would be read without end
-    files = sorted(p for p in path.rglob("*") if p.name.endswith(FORMATS) and p.is_file())
+    files = sorted(p for p in path.rglob("*") if p.name.endswith(FORMATS) and not p.is_dir())
     selected = [p for p in files if p.name.startswith(SPLITS.get(split, (split,)))]
     if not selected and split == "train":  # files without a split in their name are for training
         selected = [p for p in files if not p.name.startswith(SPLITS["val"])]

@@ -27,6 +27,7 @@ SPELLED = "the text spells a control token, which stays text"
 DIFFERS = (JOINED, REWRITTEN, UNCLOSED, SPELLED)
 """Why the tokens of a row are not those of `apply_chat_template`; the last is as it should be."""
 MARK = "\ufdd20\ufdd3"
+PROBE = "Every <word> & 'sign' of a \"message\" stays."
 OPENED = re.compile(r"<(\w+)>\s*\Z")
 
 
@@ -82,11 +83,14 @@ class Template:
 
     def _probe(self) -> None:
         """Find what the template writes around an assistant's turn, and which token ends it."""
+        roles = ("user", "assistant")
+        shown = self._raw([{"role": role, "content": f"{role}: {PROBE}"} for role in roles], False)
+        # a template for a model without capitals may fold them
+        if lost := [role for role in roles if f"{role}: {PROBE}".casefold() not in shown.casefold()]:
+            raise RowError(f"it leaves out the {lost[0]} message, or changes its text")
         user, assistant = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": MARK}
         prompt, text = self._raw([user], True), self._raw([user, assistant], False)
-        before, found, self._tail = text.partition(MARK)
-        if not found:
-            raise RowError("it leaves out the assistant's message")
+        before, _, self._tail = text.partition(MARK)
         self._end_tokens = len(self.encoder.written(self._tail))
         self.end = [self.tokenizer.eos_token_id]
         if self._end_tokens:

@@ -181,8 +181,11 @@ def test_a_list_of_sources_is_one_after_the_other(tmp_path: Path) -> None:
 
 def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").symlink_to("/dev/zero")
-    with pytest.raises(UserError, match=r"data\.train: .*train\.jsonl is neither a file nor a folder"):
+    with pytest.raises(UserError, match=r"train\.jsonl is a device, not a file"):
         read_source(str(tmp_path / "train.jsonl"), "train")
+    with pytest.raises(UserError, match=r"train\.jsonl is a device, not a file"):
+        read_source(str(tmp_path), "train")
+    (tmp_path / "train.jsonl").unlink()
     with pytest.raises(UserError, match=r"contains no \.jsonl"):
         read_source(str(tmp_path), "train")
     write(tmp_path / "rows.jsonl", ROWS)

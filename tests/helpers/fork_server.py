@@ -34,7 +34,7 @@ HEAVY = [
     "torchmetrics.classification",
     "transformers.models.llama.modeling_llama",
 ]
-COMMAND = [sys.executable, "-m", "rlhf_lightning"]
+COMMANDS = [[sys.executable, "-m", name] for name in ("rlhf_lightning", "rlhf_lightning.__main__")]
 
 
 class Forked:
@@ -127,7 +127,7 @@ def fork_commands(path: str) -> None:
 
     class Popen(subprocess.Popen):
         def __new__(cls, command: Any, *args: Any, cwd: Any = None, env: Any = None, **kwargs: Any) -> Any:
-            if list(command[:3]) == COMMAND and not args and not kwargs:
+            if list(command[:3]) in COMMANDS and not args and not kwargs:
                 return Forked(path, list(command[3:]), cwd, env)
             return super().__new__(cls)
 

@@ -11,7 +11,8 @@ from tests.learning.small_world import SmallWorld
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("small world")]
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", [0, 1])
 @quiet_lightning
 def test_proxy_up_and_gold_down_without_a_kl_penalty(small: SmallWorld, seed: int) -> None:
     """The proxy is a reward model from 512 fair preferences: right about the SFT model's answers, not far from them.

@@ -65,7 +65,7 @@ def test_a_gguf_file_that_is_absent_or_broken_is_told(tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     for content in (b"junk" * 50, b"GGUF\x03\x00\x00\x00" + b"\x01" * 7):
         broken.write_bytes(content)
-        with pytest.raises(UserError, match=r"broken\.gguf does not hold a usable model"):
+        with pytest.raises(UserError, match=r"broken\.gguf is not a GGUF file"):
             resolve_model(str(broken), tmp_path / "cache")
     assert not list(tmp_path.glob("cache/**/*.json"))
 

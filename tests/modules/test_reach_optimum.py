@@ -81,7 +81,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ppo", pytest.param("rloo", marks=pytest.mark.nightly), "grpo"])
+@pytest.mark.parametrize(
+    "method", [*(pytest.param(name, marks=pytest.mark.nightly) for name in ("ppo", "rloo")), "grpo"]
+)
 @quiet_lightning
 def test_sampled_methods_reach_the_optimum(method: str) -> None:
     options, iterations = OPTIONS[method], 150

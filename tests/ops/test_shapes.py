@@ -51,6 +51,7 @@ SHAPES: dict[str, tuple[tuple[Any, ...], Any]] = {
     "group_attention_mask": ((ROWS, ROWS), (R, 1, L, L)),
     "bradley_terry": ((PAIRS, PAIRS), (P,)),
     "ranked_pairs": ((RANKS, GROUP_OF), [(6,), (6,)]),
+    "pairs_in_order": ((PAIRS,), (P,)),
     "pairwise_ranking": ((RANKS.float(), RANKS, GROUP_OF, PAIRS, PAIRS), [(P,), (6,)]),
     "plackett_luce": ((RANKS.float(), RANKS, GROUP_OF, P), (P,)),
     "centering": ((RANKS.float(), GROUP_OF, P), (P,)),
