@@ -14,7 +14,7 @@ from tests.modules.offline import WORDS
 from tests.oracle.side_by_side import start
 
 pytest.importorskip("trl", reason="TRL is absent: pip install 'rlhf-lightning[oracle]'")
-pytestmark = [pytest.mark.oracle, pytest.mark.slow]
+pytestmark = [pytest.mark.oracle, pytest.mark.slow, pytest.mark.nightly]
 PROGRAM = Path(__file__).parents[1] / "benchmarks" / "online.py"
 
 

@@ -177,6 +177,7 @@ def test_what_a_killed_process_left_in_a_cache_is_removed_when_it_is_built_again
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_pipeline_that_goes_on_leaves_no_other_folder(tmp_path: Path) -> None:
     stages = ["pipeline=demo", "debug=fast", "+pipeline.stages.base.set.data.world.rows=200", *SMALL]
     failing = "~pipeline.stages.sft", "~pipeline.stages.reward", "~pipeline.stages.ppo", "~pipeline.stages.dpo"

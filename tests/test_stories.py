@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.helpers.cli import rlhf
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 SENTIMENT = """
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 

@@ -163,7 +163,8 @@ def test_two_trials_of_two_ranks(rows: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit_local", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_trials_by_other_launchers(rows: Path, launcher: str) -> None:
     beside = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else ["hydra.launcher.timeout_min=5"]
     _, folder = sweep(rows, launcher, "seed=0,1", f"hydra/launcher={launcher}", *beside)

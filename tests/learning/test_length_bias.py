@@ -49,7 +49,8 @@ def test_reward_model_learns_the_bias(small: SmallWorld, seed: int) -> None:
     assert fair[1][1] < 0.2
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", [0, 1])
 @quiet_lightning
 def test_policy_learns_the_bias(small: SmallWorld, seed: int) -> None:
     """DPO on a biased labeller's preferences answers in more words than SFT, on a fair one's in fewer."""
