@@ -137,12 +137,16 @@ def fork_commands(path: str) -> None:
 if __name__ == "__main__":
     for name in HEAVY:
         importlib.import_module(name)
+    rank_zero = importlib.import_module("lightning.fabric.utilities.rank_zero")
     gc.freeze()  # or the first collection in a child would copy the memory of all modules
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has none of these threads"
     command = serve(sys.argv[1])
     os.chdir(command["cwd"])
     os.environ.clear()
     os.environ.update(command["env"])
+    # Lightning reads the rank when it is imported
+    rank = next((value for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if (value := os.environ.get(key))), "0")
+    rank_zero.rank_zero_only.rank = int(rank)  # type: ignore[attr-defined]
     fork_commands(sys.argv[1])
     sys.argv[1:] = command["arguments"]
     sys.path.insert(0, command["cwd"])  # as -m does
