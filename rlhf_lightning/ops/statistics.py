@@ -53,6 +53,8 @@ def share_interval(values: Sequence[float], clusters: Sequence[Hashable] | None 
     correction. From a single cluster nothing is known about the error: the ends are NaN.
     """
     n = len(values)
+    if n == 0:
+        return math.nan, math.nan, math.nan
     share = math.fsum(values) / n
     if clusters is None or len(set(clusters)) == n > 1:
         return share, *wilson_interval(share * n, n)

@@ -53,7 +53,7 @@ def test_mean_interval_by_hand() -> None:
     half = 3.182446 * statistics.stdev(values) / 2  # the table's t with 3 degrees of freedom
     assert mean_interval(values) == pytest.approx((4.0, 4 - half, 4 + half), abs=1e-5)
     assert mean_interval([2.0, 2.0]) == (2.0, 2.0, 2.0)
-    assert all(math.isnan(v) for v in mean_interval([]))
+    assert all(math.isnan(v) for v in (*mean_interval([]), *share_interval([], [])))
 
 
 def test_one_cluster_has_no_interval() -> None:
