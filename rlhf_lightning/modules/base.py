@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -72,10 +73,18 @@ class StageModule(LightningModule):
         model: Any = self.load()
         if self.lora is not None:
             model = add_lora(model, **self.lora)
-        self.layout, reason = choose_layout(model)
+        with self.run_precision():
+            self.layout, reason = choose_layout(model)
         if reason:
             log.warning("prompts are not shared and rows are padded for this model: %s", reason)
         return model
+
+    def run_precision(self) -> Any:
+        """Return the context in which the Trainer computes, autocast for mixed precision."""
+        try:
+            return self.trainer.precision_plugin.forward_context()
+        except RuntimeError:  # not attached to a Trainer
+            return nullcontext()
 
     def on_fit_start(self) -> None:
         """Check the rows before the first step: a wrong mask or tokenizer would otherwise show only in the result."""

@@ -22,7 +22,7 @@ from rlhf_lightning.ops.advantages import explained_variance, gae, grpo, rloo, w
 from rlhf_lightning.ops.groups import GroupBatch, GroupList
 from rlhf_lightning.ops.kl import KLController, KLEstimator, kl_estimate, token_rewards
 from rlhf_lightning.ops.losses import ppo_policy_loss, ppo_value_loss
-from rlhf_lightning.ops.seeding import generator
+from rlhf_lightning.ops.seeding import permutation
 from rlhf_lightning.rewards.scoring import Reward
 
 Estimator = Literal["gae", "rloo", "grpo"]
@@ -233,9 +233,7 @@ class PPO(Online):
         # as many as the rank with the fewest prompts can fill: the ranks update together
         parts = min(self.num_minibatches, int(self.reduce(torch.tensor([float(len(rollout.groups))]), "min").item()))
         for epoch in range(self.ppo_epochs):
-            order = torch.randperm(
-                len(rollout.groups), generator=generator(self.seed, "ppo", self.iteration, epoch)
-            ).tolist()
+            order = permutation(len(rollout.groups), self.seed, "ppo", self.iteration, epoch).tolist()
             epoch_kl = 0.0
             for part in range(parts):
                 metrics, ratios = self.minibatch(rollout, order[part::parts], ptx, optimizer, first=updates == 0)

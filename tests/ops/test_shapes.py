@@ -55,6 +55,9 @@ SHAPES: dict[str, tuple[tuple[Any, ...], Any]] = {
     "pairwise_ranking": ((RANKS.float(), RANKS, GROUP_OF, PAIRS, PAIRS), [(P,), (6,)]),
     "plackett_luce": ((RANKS.float(), RANKS, GROUP_OF, P), (P,)),
     "centering": ((RANKS.float(), GROUP_OF, P), (P,)),
+    "permutation": ((N, 0), (N,)),
+    "uniform": ((N, 0), (N,)),
+    "normal": ((N, 0), (N,)),
 }
 
 
