@@ -186,7 +186,8 @@ def fit(bench: Bench, module: Any, batches: list[GroupList]) -> Timed:
 def tests(bench: Bench) -> None:
     """The gpu tier of the tests."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
     (bench.out / "tests.txt").write_text(done.stdout + done.stderr)
     lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))]
     bench.record("tests", rc=done.returncode, last=done.stdout.strip().splitlines()[-1:], failed=lines[:12])
@@ -479,7 +480,7 @@ def table(results: dict[str, Any]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", default="outputs/benchmarks/gpu")
+    parser.add_argument("--out", default="../outputs/benchmarks/gpu")
     parser.add_argument("--size", choices=SIZES, default="1b")
     parser.add_argument("--seconds", type=float, default=480, help="begin no part that may end later")
     parser.add_argument("--peak", type=float, default=989.0, help="peak TFLOP/s for MFU")

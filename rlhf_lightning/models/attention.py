@@ -84,11 +84,12 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, runs: Runs, scaling: float
     if varlen_attn is None:
         raise NotImplementedError("varlen attention needs torch 2.10 or newer")
     repeats, options = query.shape[1] // key.shape[1], {}
+    if runs.shared:  # not by [], whose gradient sorts the indices
+        key, value = (x.index_select(0, runs.key_tokens) for x in (key, value))
     if "enable_gqa" in signature(varlen_attn).parameters:
         options["enable_gqa"] = repeats > 1
     elif repeats > 1:  # before torch 2.12
         key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
-    key, value = key[runs.key_tokens], value[runs.key_tokens]
     causal = (-1, 0)  # aligned to the last key
     attend: Any = varlen_attn
     return attend(

@@ -46,6 +46,11 @@ class Runs:
     key_ends: Tensor
     longest: tuple[int, int]
 
+    @property
+    def shared(self) -> bool:
+        """Whether several responses attend to one prompt; else the keys are the T tokens in order."""
+        return len(self.key_tokens) > len(self.real)
+
     def to(self, device: torch.device | str, **kwargs: bool) -> Runs:
         """Return the runs with their indices on `device`."""
         names = ("real", "key_tokens", "query_ends", "key_ends")
