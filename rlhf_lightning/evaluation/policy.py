@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -33,6 +34,41 @@ SHARES = (
 """Metrics that are shares; their interval is Wilson's."""
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The responses of one policy to R rows with n generations each, and their values.
+
+    `columns` holds per metric one value (or None, where it does not apply) per response; `places` the row and the number
+    of the generation; `prompts` what the responses to one prompt have in common.
+    """
+
+    columns: Mapping[str, Sequence[float | None]]
+    places: Sequence[tuple[int, int]]
+    prompts: Sequence[tuple[int, ...]]
+    samples: list[dict[str, Any]]
+
+    def intervals(self) -> dict[str, Interval]:
+        """Return metric -> (mean, low, high)."""
+        return {metric: interval(metric, column, self.prompts) for metric, column in self.columns.items()}
+
+    def minus(self, other: Evaluation) -> dict[str, Interval]:
+        """Return metric -> (mean, low, high) of the difference to another policy on the same rows.
+
+        Paired: the difference is taken response by response, which both policies sampled with the same random numbers,
+        so what the prompts have in common does not widen the interval.
+        """
+        theirs = {place: number for number, place in enumerate(other.places)}
+        pairs = [(mine, theirs[place]) for mine, place in enumerate(self.places) if place in theirs]
+        found = {}
+        for metric in self.columns.keys() & other.columns.keys():
+            ours, others = self.columns[metric], other.columns[metric]
+            both = [(i, ours[i], others[j]) for i, j in pairs if ours[i] is not None and others[j] is not None]
+            if both:
+                gaps = [float(a) - float(b) for _, a, b in both]  # type: ignore[arg-type]
+                found[metric] = mean_interval(gaps, [self.prompts[i] for i, *_ in both])
+        return {metric: found[metric] for metric in self.columns if metric in found}
+
+
 def evaluate_policy(
     lm: Any,
     data: RowData,
@@ -47,8 +83,8 @@ def evaluate_policy(
     seed: int = 0,
     device: str = "cpu",
     title: str = "answers",
-) -> tuple[dict[str, Interval], list[dict[str, Any]]]:
-    """Return metric -> (mean, low, high) and the samples of one language model.
+) -> Evaluation:
+    """Return the responses of one language model and what they measure.
 
     Args:
         lm: a Hugging Face causal LM, or a peft model around one.
@@ -100,8 +136,10 @@ def evaluate_policy(
         | {name: column[i] for name, column in scores.items() if column[i] is not None and not name.startswith("gold_")}
         for i in range(len(answers.texts))
     ]
-    clusters = [tuple(group.prompt) for group in prompts for _ in range(num_generations)]
-    return {metric: interval(metric, column, clusters) for metric, column in scores.items()}, samples
+    places = [(group.index, k) for group in prompts for k in range(num_generations)]
+    return Evaluation(
+        scores, places, [tuple(group.prompt) for group in prompts for _ in range(num_generations)], samples
+    )
 
 
 def interval(metric: str, values: Sequence[float | None], prompts: Sequence[Any]) -> Interval:

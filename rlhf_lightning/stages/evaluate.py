@@ -16,9 +16,9 @@ from rlhf_lightning.callbacks.throughput import peak_memory_gb
 from rlhf_lightning.data.datamodules import PreferenceData
 from rlhf_lightning.data.tokenize import report_rows
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.policy import evaluate_policy
+from rlhf_lightning.evaluation.policy import Evaluation, evaluate_policy
 from rlhf_lightning.evaluation.reward_model import evaluate_reward_model
-from rlhf_lightning.evaluation.table import as_markdown_table, show
+from rlhf_lightning.evaluation.table import DIFFERENCES, HELD_OUT, as_markdown_table, show
 from rlhf_lightning.files import write_json, write_jsonl
 from rlhf_lightning.models.loading import (
     is_classifier,
@@ -45,6 +45,7 @@ def run(run: Run) -> float | None:
     policies = {name: folder for name, folder in models.items() if name not in reward_models}
     writer = SummaryWriter(str(run.folder / "tensorboard"))
     table: dict[str, dict[str, Interval]] = {}
+    answered: dict[str, Evaluation] = {}
     evaluated = 0
     for name, folder in reward_models.items():
         table[name], pairs = evaluate_reward_model(
@@ -57,7 +58,7 @@ def run(run: Run) -> float | None:
         engine, load = run.build("sampler"), run.settings["model"]["load"]
         reference = resolve_model(str(options["reference"] or next(iter(policies.values()))), cache)
         for name, folder in policies.items():
-            table[name], rows = evaluate_policy(
+            answered[name] = evaluate_policy(
                 load_causal_lm(folder, **load),
                 prompts(run, folder),
                 engine,
@@ -71,17 +72,21 @@ def run(run: Run) -> float | None:
                 device=run.device,
                 title=f"{name}: answers",
             )
+            table[name], rows = answered[name].intervals(), answered[name].samples
             evaluated += len(rows)
             write_jsonl(run.folder / "samples" / f"{name}.jsonl", rows)
             writer.add_text(f"samples/{name}", "\n\n".join(map(as_markdown, rows[:16])), 0)
+    first = next(iter(answered), "")
+    gaps = {f"{name}-{first}": answer.minus(answered[first]) for name, answer in answered.items() if name != first}
     metrics: dict[str, Any] = {"perf/peak_memory_gb": peak_memory_gb()}
-    for name, row in table.items():
+    for name, row in (table | gaps).items():
         for metric, (mean, low, high) in row.items():
             metrics[f"{name}/{metric}"] = mean
             if math.isfinite(low):
                 metrics |= {f"{name}/{metric}_low": low, f"{name}/{metric}_high": high}
             writer.add_scalar(f"{name}/{metric}", mean, 0)
-    writer.add_text("evaluation", as_markdown_table(table), 0)
+    tables = {HELD_OUT: table} | ({DIFFERENCES.format(first): gaps} if gaps else {})
+    writer.add_text("evaluation", "\n\n".join(as_markdown_table(*titled) for titled in tables.items()), 0)
     writer.close()
     last = next(reversed(table))
     metrics["monitor"] = f"{last}/{monitored(table[last], run.settings['monitor'])}"
@@ -89,7 +94,8 @@ def run(run: Run) -> float | None:
         metrics |= {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{last}/")}
     metrics["perf/rows_per_s"] = evaluated / (time.perf_counter() - began)
     write_json(run.folder / "metrics.json", metrics)
-    show(table)
+    for title, rows_of_models in tables.items():
+        show(title, rows_of_models)
     Console().print(f"run         {run.folder}", soft_wrap=True)
     return metrics.get(metrics["monitor"])
 
