@@ -38,8 +38,8 @@ SHARES = (
 class Evaluation:
     """The responses of one policy to R rows with n generations each, and their values.
 
-    `columns` holds per metric one value (or None, where it does not apply) per response; `places` the row and the number
-    of the generation; `prompts` what the responses to one prompt have in common.
+    `columns` holds per metric one value (or None, where it does not apply) per response; `places` the row and the
+    number of the generation; `prompts` what the responses to one prompt have in common.
     """
 
     columns: Mapping[str, Sequence[float | None]]
