@@ -79,7 +79,8 @@ class RewardModel(StageModule):
         best = batch.ranks == 0
         self.track(split, best.sum(), chosen_score=scores[best].sum())
         self.track(split, (~best).sum(), rejected_score=scores[~best].sum())
-        self.track(split, len(scores), score_mean=scores.sum(), score_squared=(scores.double() ** 2).sum())
+        exact = scores.double()  # exported as mean and deviation, whose difference of squares needs the digits
+        self.track(split, len(scores), score_mean=exact.sum(), score_squared=(exact**2).sum())
         if split == "val":
             chance = torch.sigmoid(gaps)  # that the better response wins; both orders of a pair are counted
             ones = torch.ones_like(gaps, dtype=torch.long)
