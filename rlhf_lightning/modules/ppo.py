@@ -168,7 +168,8 @@ class PPO(Online):
         self.logprobs(rollout)  # 2. log-probs of policy and reference, and values
         metrics = self.rewards(rollout)  # 3. KL and reward per token
         metrics |= self.advantages(rollout)  # 4. advantages and returns
-        metrics |= self.update(rollout, batch.ptx.groups if batch.ptx else [])  # 5. PPO epochs over the rollout
+        ptx = batch.ptx.groups if isinstance(batch.ptx, GroupList) else []
+        metrics |= self.update(rollout, ptx)  # 5. PPO epochs over the rollout
         responses = self.reduce(torch.tensor([float(len(rollout.mask))])).item()
         if not self.only_critic:
             self.kl.update(metrics["kl/reference"], int(responses))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryCalibrationError
 
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import UserError, check_number
 from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.models.completion import ScalarModel, unwrap
 from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, StageModule
@@ -49,6 +49,7 @@ class RewardModel(StageModule):
         super().__init__(load, optimizer, schedule, lora)
         if loss not in ("pairwise", "plackett_luce"):
             raise UserError(f"reward.loss={loss!r} is not one of: pairwise, plackett_luce")
+        check_number("reward.center", center, "[0, inf)")
         self.loss, self.center, self.normalize = loss, center, normalize
         # count, sum and sum of squares of the scores of all training steps, and of the last validation
         self.moments = {"train": [0.0, 0.0, 0.0], "val": [0.0, 0.0, 0.0]}

@@ -80,4 +80,6 @@ def matched_microbatches(
     real = [[places[i] for i in part] for part in parts]
     for number in range(rounds(len(real))):
         members = real[min(number, len(real) - 1)] if real else [0]
-        yield members, pack([groups[g] for g in members], layout=layout), number < len(real)
+        batch = [groups[g] for g in members]
+        # attention costs the length of a row for each of its tokens, and two groups in a row leave little padding
+        yield members, pack(batch, 2 * max(group.tokens for group in batch), layout=layout), number < len(real)
