@@ -55,18 +55,25 @@ def critic_model(settings: dict[str, Any], policy: str) -> str | None:
     Raises:
         UserError: another value of `critic`, or "reward" without one reward model that has the policy's tokenizer.
     """
+    model, name = critic_candidate(settings), settings["stage"]
+    if model is None or load_tokenizer(policy).get_vocab() == load_tokenizer(model).get_vocab():
+        return model
+    if settings[name]["critic"] == "reward":
+        raise UserError(f"{name}.critic=reward: policy and reward model have different tokenizers")
+    return None
+
+
+def critic_candidate(settings: dict[str, Any]) -> str | None:
+    """Return the reward model that the critic starts as if its tokenizer is the policy's, which is not looked at."""
     name = settings["stage"]
     critic = settings[name].get("critic", "value_head")
     if critic not in CRITICS:
         raise UserError(f"{name}.critic={critic!r} is not one of {', '.join(CRITICS)}.{nearest(critic, CRITICS)}")
     if critic == "value_head" or (critic == "auto" and settings["adapter"]):
         return None
-    models = parse(settings["reward_from"])
-    obstacle = None
-    if len(models) != 1 or not models[0].is_model:
-        obstacle = f"{name}.critic=reward needs reward_from=<reward model folder>"
-    elif load_tokenizer(policy).get_vocab() != load_tokenizer(models[0].name).get_vocab():
-        obstacle = f"{name}.critic=reward: policy and reward model have different tokenizers"
-    if obstacle and critic == "reward":
-        raise UserError(obstacle)
-    return None if obstacle else models[0].name
+    rewards = parse(settings["reward_from"])
+    if len(rewards) == 1 and rewards[0].is_model:
+        return rewards[0].name
+    if critic == "reward":
+        raise UserError(f"{name}.critic=reward needs reward_from=<reward model folder>")
+    return None
