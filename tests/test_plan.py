@@ -85,6 +85,14 @@ def test_weights_gradients_and_optimizer_have_closed_forms(folder: str) -> None:
     ppo = plan.read_job(settings("stage=ppo", f"reward_from={folder}", "ppo.critic=reward"))
     assert memory.estimate(shape, ppo)["frozen models"] == 2 * size  # the reference and the reward model
     assert memory.estimate(shape, ppo)["optimizer"] == 4 * size  # of the policy and the critic
+    assert plan.read_job(settings("stage=ppo", f"reward_from={folder}")).critic  # critic=auto
+    for head in (
+        ["ppo.critic=value_head"],
+        ["adapter=lora"],
+        [f"reward_from=[{folder},{folder}]"],
+        ["reward_from=world"],
+    ):
+        assert not plan.read_job(settings("stage=ppo", f"reward_from={folder}", *head)).critic
 
 
 def test_devices_share_rows_and_sharding_shares_weights() -> None:

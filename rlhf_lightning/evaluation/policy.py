@@ -14,7 +14,7 @@ from rlhf_lightning.data.base import RowData
 from rlhf_lightning.data.checks import ids_fit
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.answers import answer, start
-from rlhf_lightning.generation.engine import Engine
+from rlhf_lightning.generation.engine import Engine, truncation
 from rlhf_lightning.models.completion import CompletionModel, choose_layout, response_logprobs, vocabulary_size
 from rlhf_lightning.ops.groups import Group
 from rlhf_lightning.ops.kl import kl_estimate
@@ -124,7 +124,7 @@ def evaluate_policy(
         "length": [float(len(ids)) for ids in answers.token_ids],
         "ended_with_eos": [float(done) for done in answers.finished],
     }
-    if reference is not None and temperature > 0:
+    if reference is not None and temperature > 0 and not truncation(engine):  # else samples are not the model's
         scores["kl"] = sequence_kl(lm, reference(), answers.groups(prompts), temperature, device)
     for name, reward in (rewards or {}).items():
         scores[name] = score(reward, answers.prompts, answers.texts, answers.metadata).tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -316,12 +316,18 @@ class StageModule(LightningModule):
         self.log_dict(means, sync_dist=split == "val")  # equal on all ranks already; without it Lightning warns
         return means
 
-    def clip(self, limit: float | None) -> Tensor:
+    def clip(self, limit: float | None, parameters: Iterable[nn.Parameter] | None = None) -> Tensor:
         """Scale the gradients to a total norm of at most `limit` (None or 0: do not clip); return the norm before.
 
         Lightning's own clipping refuses fused optimizers under mixed precision, and the norm is logged anyway.
+
+        Args:
+            parameters: those whose gradients are clipped together; None is all of the module's.
         """
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        given = self.parameters() if parameters is None else parameters
+        gradients = [p.grad for p in given if p.grad is not None]
+        if not gradients:
+            return torch.zeros(())
         norm = total_norm(gradients)
         if not torch.isfinite(norm):
             raise UserError(

@@ -15,7 +15,7 @@ from rlhf_lightning.callbacks.samples import as_markdown
 from rlhf_lightning.callbacks.throughput import peak_memory_gb
 from rlhf_lightning.data.datamodules import PreferenceData
 from rlhf_lightning.data.tokenize import report_rows
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import UserError, check_number
 from rlhf_lightning.evaluation.policy import Evaluation, evaluate_policy
 from rlhf_lightning.evaluation.reward_model import evaluate_reward_model
 from rlhf_lightning.evaluation.table import DIFFERENCES, HELD_OUT, as_markdown_table, show
@@ -35,8 +35,9 @@ def run(run: Run) -> float | None:
     """Evaluate each model, write metrics.json and samples, and return the monitored metric of the last one."""
     began = time.perf_counter()
     options, cache = run.options, run.settings["paths"]["cache"]
-    if options["rows"] < 1 or options["num_generations"] < 1 or options["max_new_tokens"] < 1:
-        raise UserError("evaluate.rows, evaluate.num_generations and evaluate.max_new_tokens must be at least 1")
+    for key in ("rows", "num_generations", "max_new_tokens"):
+        check_number(f"evaluate.{key}", options[key], "[1, inf)", whole=True)
+    check_number("evaluate.temperature", options["temperature"], "[0, inf)")
     models = {"model": run.start} if run.start else {}
     models |= {name: resolve_model(str(model), cache) for name, model in options["models"].items()}
     if not models:

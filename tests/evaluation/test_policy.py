@@ -230,6 +230,14 @@ def test_gold_is_the_worlds(compared: tuple[Path, float], folders: dict[str, str
     assert [row["gold"] for row in samples] == pytest.approx(expected)
 
 
+def test_truncated_sampling_has_no_kl(folders: dict[str, str], tmp_path: Path) -> None:
+    """The mean of log(model / reference) over samples of another distribution would be no KL."""
+    evaluate(configured(tmp_path, evaluate__rows=2, sampler__top_p=0.9), tmp_path, folders["start"])
+    metrics, _, _ = read(tmp_path)
+    assert "length" in metrics
+    assert "kl" not in metrics
+
+
 def test_limit_of_rows_and_greedy_answers(folders: dict[str, str], tmp_path: Path) -> None:
     cfg = configured(tmp_path, evaluate__rows=3, evaluate__temperature=0.0, gold_from=None)
     evaluate(cfg, tmp_path, folders["start"])

@@ -35,6 +35,7 @@ SHAPES: dict[str, tuple[tuple[Any, ...], Any]] = {
     # function: its arguments, and the shape of what it returns
     "gae": ((TABLE, TABLE, MASK), [(S, T), (S, T)]),
     "discounted_returns": ((TABLE, MASK), (S, T)),
+    "moments": ((TABLE, MASK), [(), ()]),
     "whiten": ((TABLE, MASK), (S, T)),
     "rloo": ((SCORES,), (P, N_SAMPLES)),
     "grpo": ((SCORES,), (P, N_SAMPLES)),
@@ -48,6 +49,7 @@ SHAPES: dict[str, tuple[tuple[Any, ...], Any]] = {
     "preference_loss": ((PAIRS, 0.1), (P,)),
     "ppo_policy_loss": ((FLAT, FLAT, FLAT), [(N,), (N,)]),
     "ppo_value_loss": ((FLAT, FLAT, FLAT), [(N,), (N,)]),
+    "response_weights": ((MASK.sum(1), "grpo", 9.0, 3.0, 8), (S,)),
     "group_attention_mask": ((ROWS, ROWS), (R, 1, L, L)),
     "bradley_terry": ((PAIRS, PAIRS), (P,)),
     "ranked_pairs": ((RANKS, GROUP_OF), [(6,), (6,)]),
