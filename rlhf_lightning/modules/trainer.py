@@ -60,11 +60,8 @@ class TrainerHooks(LightningModule):
 
     def setup(self, stage: str) -> None:
         check_trainer(self.trainer, self)
-        if stage == "predict" and type(self).predict_step is LightningModule.predict_step:
-            raise UserError(
-                f"Trainer.predict: {type(self).__name__} trains a model; prompts are answered by "
-                "rlhf_lightning.generation.answers.answer, evaluate_policy and stage=candidates"
-            )
+        if stage == "predict" and type(self).predict_step is TrainerHooks.predict_step:
+            self.predict_step(None)  # before the loader is asked for
 
     @property
     def lr(self) -> float:
@@ -101,6 +98,12 @@ class TrainerHooks(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self.on_validation_epoch_end()
+
+    def predict_step(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> Any:
+        raise UserError(
+            f"Trainer.predict: {type(self).__name__} trains a model; prompts are answered by "
+            "rlhf_lightning.generation.answers.answer, evaluate_policy and stage=candidates"
+        )
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
