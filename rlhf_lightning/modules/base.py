@@ -217,7 +217,7 @@ class StageModule(TrainerHooks):
             )
         try:
             optimizer = self.make_optimizer(self.parameter_groups())
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # a value, or an argument that the class does not take
             raise UserError(f"optimizer: {error}") from error
         for group in optimizer.param_groups:
             if len(by_mesh(group["params"])) > 1:  # tensor parallelism shards only some: no operation takes both

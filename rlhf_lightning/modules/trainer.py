@@ -7,23 +7,37 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelPruning,
     SpikeDetection,
     StochasticWeightAveraging,
     WeightAveraging,
 )
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
+from rlhf_lightning.data.base import RowData
 from rlhf_lightning.errors import UserError
 
-HALF = ("16-true", "16-mixed")
+HALF = ("16", "16-true", "16-mixed")
 REPLACED = {FSDPStrategy: "strategy=fsdp", DeepSpeedStrategy: "strategy=deepspeed"}
+REFUSED = {
+    GradientAccumulationScheduler: "changes the microbatches of a step while steps are planned for the whole run; use "
+    "trainer.accumulate_grad_batches",
+    ModelPruning: "renames weights, and a model folder holds those of its architecture; prune the exported model",
+}
 MANUAL = {  # callbacks that read the loss or change the steps of automatic optimization, which PPO does not use
     LearningRateFinder: "set optimizer.lr, or sweep over it",
     SpikeDetection: "look at policy/ratio_max and kl/reference",
     StochasticWeightAveraging: "use EMAWeightAveraging",
 }
+
+
+def check_precision(precision: str | int) -> None:
+    """Raise a UserError for half precision; on a CPU Lightning turns it into bfloat16."""
+    if str(precision) in HALF:
+        raise UserError(f"trainer.precision={precision} overflows in RLHF losses; use bf16-mixed")
 
 
 def check_trainer(trainer: Trainer, module: LightningModule) -> None:
@@ -35,14 +49,16 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
                 f"{spelled} is not supported: strategy=fsdp2 (ShardedStrategy) shards weights, gradients and optimizer "
                 "states, and its checkpoints continue on any number of devices"
             )
-    if trainer.precision in HALF:
-        raise UserError(f"trainer.precision={trainer.precision} overflows in RLHF losses; use bf16-mixed")
+    check_precision(trainer.precision)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         kind = type(callback).__name__
-        if isinstance(callback, GradientAccumulationScheduler):
+        for refused, reason in REFUSED.items():
+            if isinstance(callback, refused):
+                raise UserError(f"{kind} {reason}")
+        if isinstance(callback, BatchSizeFinder) and isinstance(trainer.datamodule, RowData):  # type: ignore[attr-defined]
             raise UserError(
-                f"{kind} changes the microbatches of a step while steps are planned for the whole run; use "
-                "trainer.accumulate_grad_batches"
+                f"{kind} would change data.batch_size, the rows of a step, after the schedule is planned; "
+                "trainer.accumulate_grad_batches splits a step, and plan=true prints the memory it needs"
             )
         if isinstance(callback, WeightAveraging) and isinstance(trainer.strategy, ModelParallelStrategy):
             raise UserError(f"{kind} copies the whole model, which a sharded strategy does not have; use strategy=ddp")
@@ -56,6 +72,7 @@ class TrainerHooks(LightningModule):
     """Lightning's methods beside training: test, predict, `load_from_checkpoint`, and the rate that `lr_find` sets."""
 
     make_optimizer: Any
+    flops_per_batch: int | None = None  # unknown; ThroughputMonitor warns where there is no such attribute
     prepared = False  # whether `on_fit_start` has run, which validation alone needs as well
 
     def setup(self, stage: str) -> None:

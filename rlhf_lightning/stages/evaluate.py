@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch.utils.tensorboard import SummaryWriter
 
+from rlhf_lightning.callbacks.loggers import log_table
 from rlhf_lightning.callbacks.samples import as_markdown
 from rlhf_lightning.callbacks.throughput import peak_memory_gb
 from rlhf_lightning.data.datamodules import PreferenceData
@@ -18,7 +18,7 @@ from rlhf_lightning.data.tokenize import report_rows
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.policy import evaluate_policy
 from rlhf_lightning.evaluation.reward_model import evaluate_reward_model
-from rlhf_lightning.evaluation.table import as_markdown_table, show
+from rlhf_lightning.evaluation.table import as_markdown_table, cells, show
 from rlhf_lightning.files import write_json, write_jsonl
 from rlhf_lightning.models.loading import (
     is_classifier,
@@ -37,13 +37,14 @@ def run(run: Run) -> float | None:
     options, cache = run.options, run.settings["paths"]["cache"]
     if options["rows"] < 1 or options["num_generations"] < 1 or options["max_new_tokens"] < 1:
         raise UserError("evaluate.rows, evaluate.num_generations and evaluate.max_new_tokens must be at least 1")
-    models = {"model": run.start} if run.start else {}
+    alone = run.settings["init_from"] or not options["models"]  # `model=` may be what a pipeline began with
+    models = {"model": run.start} if run.start and alone else {}
     models |= {name: resolve_model(str(model), cache) for name, model in options["models"].items()}
     if not models:
         raise UserError("nothing to evaluate: give init_from=<folder> or evaluate.models.<name>=<folder>")
     reward_models = {name: folder for name, folder in models.items() if is_reward_model(folder)}
     policies = {name: folder for name, folder in models.items() if name not in reward_models}
-    writer = SummaryWriter(str(run.folder / "tensorboard"))
+    loggers = run.loggers()
     table: dict[str, dict[str, Interval]] = {}
     evaluated = 0
     for name, folder in reward_models.items():
@@ -73,16 +74,21 @@ def run(run: Run) -> float | None:
             )
             evaluated += len(rows)
             write_jsonl(run.folder / "samples" / f"{name}.jsonl", rows)
-            writer.add_text(f"samples/{name}", "\n\n".join(map(as_markdown, rows[:16])), 0)
+            for logger in loggers:
+                log_table(logger, f"samples/{name}", rows[:16], "\n\n".join(map(as_markdown, rows[:16])), 0)
     metrics: dict[str, Any] = {"perf/peak_memory_gb": peak_memory_gb()}
     for name, row in table.items():
         for metric, (mean, low, high) in row.items():
             metrics[f"{name}/{metric}"] = mean
             if math.isfinite(low):
                 metrics |= {f"{name}/{metric}_low": low, f"{name}/{metric}_high": high}
-            writer.add_scalar(f"{name}/{metric}", mean, 0)
-    writer.add_text("evaluation", as_markdown_table(table), 0)
-    writer.close()
+    header, *cells_of = cells(table)
+    for logger in loggers:
+        logger.log_metrics({f"{name}/{metric}": row[metric][0] for name, row in table.items() for metric in row}, 0)
+        log_table(
+            logger, "evaluation", [dict(zip(header, c, strict=True)) for c in cells_of], as_markdown_table(table), 0
+        )
+        logger.finalize("success")
     last = next(reversed(table))
     metrics["monitor"] = f"{last}/{monitored(table[last], run.settings['monitor'])}"
     if len(table) == 1:  # one model needs no prefix

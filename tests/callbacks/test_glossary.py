@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlhf_lightning import DPO, PPO, SFT, DemonstrationData, PreferenceData, PromptData, RewardModel
+from rlhf_lightning.callbacks.loggers import write_hparams
 from rlhf_lightning.callbacks.samples import Samples
-from rlhf_lightning.callbacks.tensorboard import write_hparams
 from rlhf_lightning.callbacks.throughput import Throughput
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.tiny import build_tiny
