@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -23,12 +24,15 @@ from rlhf_lightning.files import write_failure
 from rlhf_lightning.runtime.composition import guard
 from rlhf_lightning.runtime.explain import explain
 from rlhf_lightning.runtime.launch import arguments_of_rank
+from rlhf_lightning.runtime.processes import quoted
 from rlhf_lightning.runtime.run_folder import remove_start
 from rlhf_lightning.runtime.secrets import redact
-from rlhf_lightning.runtime.settings import check_types, groups, require, task_overrides
+from rlhf_lightning.runtime.settings import check_groups, check_types, groups, require, task_overrides
 from rlhf_lightning.stages import STAGES
 
 SELECTORS = ("stage", "pipeline", "experiment", "sweep")
+UNSET = {*SELECTORS, "debug"}
+"""Groups that are null where nothing is chosen."""
 QUESTIONS = {"--hydra-help", "--info", "-i"}
 RERUN = "--experimental-rerun"
 
@@ -37,6 +41,7 @@ RERUN = "--experimental-rerun"
 def app(cfg: DictConfig) -> float | list[float] | None:
     """Run the stage or the pipeline that was composed."""
     try:
+        check_groups(cfg)
         check_types(cfg, task_overrides())
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             from rlhf_lightning.runtime.sweeps import run_trial
@@ -78,22 +83,52 @@ def run_stage(cfg: DictConfig) -> float | None:
 def normalize(arguments: list[str]) -> list[str]:
     """Return `arguments` as Hydra reads them; idempotent.
 
-    model=<folder or hub name> is model=hub model.name=<...>, and a key of the empty map data.columns is added to it.
+    model=<folder or hub name> is model=hub model.name=<...>, a key of the empty map data.columns is added to it, and
+    <group>=null leaves the group out. A value that the grammar of overrides does not read is quoted.
     """
-    options = groups().get("model", [])
+    options, several = groups().get("model", []), is_sweep(arguments)
     normalized = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if key == "model" and equals and value not in options and "," not in value:
-            normalized += [
-                "model=hub",
-                f"model.name={value!r}" if not value.startswith(("'", '"')) else f"model.name={value}",
-            ]
+        path = "," not in value or (not several and Path(value).exists())
+        if key == "model" and equals and value not in options and path:
+            normalized += ["model=hub", readable(f"model.name={value}", several)]
+        elif value == "null" and key in groups():
+            normalized += [] if key in UNSET else [f"~{key}"]
         elif key.startswith("data.columns."):
-            normalized.append(f"++{argument}")
+            normalized.append(readable(f"++{argument}", several))
+        elif equals and not key.startswith("-") and key not in groups():
+            normalized.append(readable(argument, several))
         else:
             normalized.append(argument)
     return normalized
+
+
+def is_sweep(arguments: list[str]) -> bool:
+    """Return whether the command line asks for a sweep, whose commas separate values."""
+    modes = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
+    return bool(modes & set(arguments)) or any(argument.startswith("sweep=") for argument in arguments)
+
+
+def readable(override: str, several: bool) -> str:
+    """Return an override with its value quoted where Hydra's grammar does not read it, such as a path with = or ü.
+
+    Args:
+        several: the value may be several, separated by commas.
+    """
+    key, _, value = override.partition("=")
+
+    def fits(text: str) -> bool:
+        try:
+            parsed = OverridesParser.create().parse_override(f"{key}={text}")
+        except HydraException:
+            return False
+        return several or not (parsed.is_sweep_override() and Path(text).exists())  # a file's name with a comma
+
+    if fits(value) or value.startswith(("'", '"')) or (value.startswith(("[", "{")) and not Path(value).exists()):
+        return override
+    parts = value.split(",") if several else [value]
+    return f"{key}={','.join(part if fits(part) else quoted(part) for part in parts)}"
 
 
 def sweep_id(arguments: list[str]) -> str:

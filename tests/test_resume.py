@@ -44,11 +44,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> str:
     return build_tiny(folder, texts, vocab_size=300, hidden_size=32, layers=2, heads=2)
 
 
-def build(stage: str, start: str, cache: Path, accumulate: int) -> tuple[LightningModule, Any]:
+def build(stage: str, start: str, cache: Path) -> tuple[LightningModule, Any]:
     data = DATA[stage](
-        load_tokenizer(start), "world", batch_size=4, row_tokens=128, cache_dir=cache, world={"rows": 14},
-        accumulate=accumulate,
-    )  # fmt: skip
+        load_tokenizer(start), "world", batch_size=4, row_tokens=128, cache_dir=cache, world={"rows": 14}
+    )
     common: dict[str, Any] = {
         "optimizer": partial(torch.optim.AdamW, lr=1e-2),
         "schedule": partial(schedule, warmup=2),
@@ -70,7 +69,7 @@ def run(stage: str, start: str, folder: Path, kill: int | None, accumulate: int,
     seed_everything(5, verbose=False)
     if resume:
         torch.rand(17)  # another process would not be at the same random state
-    module, data = build(stage, start, folder / "cache", accumulate)
+    module, data = build(stage, start, folder / "cache")
     callbacks: list[Callback] = [StepCheckpoint(folder, every_n_steps=1), RandomState()]
     callbacks += [Kill(kill)] if kill is not None else []
     trainer = Trainer(

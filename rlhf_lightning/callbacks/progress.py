@@ -45,9 +45,11 @@ def duration(seconds: float) -> str:
 
 def planned_updates(trainer: Trainer, pl_module: LightningModule) -> int | None:
     """Return the optimizer updates of the whole run, None where nothing limits them or the data has no length."""
+    if isinstance(pl_module, StageModule):
+        return pl_module.total_steps()
     if trainer.max_steps == -1 and trainer.max_epochs == -1:
         return None
-    planned = pl_module.total_steps() if isinstance(pl_module, StageModule) else trainer.estimated_stepping_batches
+    planned = trainer.estimated_stepping_batches
     return int(planned) if 0 <= planned < math.inf else None
 
 

@@ -1,4 +1,4 @@
-"""Prompts and responses of a run as text, in its folder and in TensorBoard."""
+"""Prompts and responses of a run as text, in its folder and its loggers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlhf_lightning.callbacks.tensorboard import summary_writer
+from rlhf_lightning.callbacks.loggers import log_table
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import write_jsonl
 from rlhf_lightning.generation.engine import Engine
@@ -27,7 +27,7 @@ def clean(text: str, limit: int = 600) -> str:
 
 
 class Samples(Callback):
-    """Writes what `StageModule.text_samples` returns to a folder and to TensorBoard's text tab, during the whole run.
+    """Writes what `StageModule.text_samples` returns to a folder and to the loggers that take text, during the run.
 
     At the start or as soon as there are any, every `every_n_steps` updates, and at the end.
 
@@ -83,8 +83,8 @@ class Samples(Callback):
         if not trainer.is_global_zero:
             return
         write_jsonl(self.folder / f"step_{trainer.global_step:06d}.jsonl", rows)
-        if (writer := summary_writer(trainer)) is not None:
-            writer.add_text("samples", "\n\n".join(map(as_markdown, rows)), trainer.global_step)
+        for logger in trainer.loggers:
+            log_table(logger, "samples", rows, "\n\n".join(map(as_markdown, rows)), trainer.global_step)
 
 
 def as_markdown(row: dict[str, Any]) -> str:

@@ -22,6 +22,16 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def batch_rows(batch: Any) -> int:
+    """Return the rows of a batch, for `batch_size_fn` of Lightning's ThroughputMonitor."""
+    return batch.groups if isinstance(batch, GroupBatch) else len(batch)
+
+
+def batch_tokens(batch: Any) -> int:
+    """Return the tokens of a batch as it is read, for `length_fn` of ThroughputMonitor."""
+    return batch.tokens if isinstance(batch, GroupBatch) else sum(group.tokens for group in batch.groups)
+
+
 class Throughput(Callback):
     """Logs perf/rows_per_s, perf/tokens_per_s, perf/step_s and perf/peak_memory_gb over the training batches.
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from rlhf_lightning.data.layouts import Columns, unread_columns
 from rlhf_lightning.data.mixture import JoinedRows, epoch_order
-from rlhf_lightning.data.planning import MicroBatch, PlannedLoader, StepPlan
+from rlhf_lightning.data.planning import Loader, MicroBatch, PlannedLoader, StepPlan, limited
 from rlhf_lightning.data.records import KINDS
 from rlhf_lightning.data.sources import WORLD, Source, read_source, several
 from rlhf_lightning.data.stream import WindowLoader, Windows
@@ -22,7 +23,6 @@ from rlhf_lightning.data.tokenize import TokenizedRows, tokenize
 from rlhf_lightning.distributed import data_ranks
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.ops.groups import Group, GroupList, token_budget
-from rlhf_lightning.ops.seeding import generator
 
 LOOKED_AT = 100
 """Rows in which columns that are not read are looked for at every start."""
@@ -64,7 +64,6 @@ class RowData(LightningDataModule):
         num_workers: processes that prepare batches.
         cache_dir: where tokenized rows are kept, by content hash.
         world: options of the built-in world, see docs/world.md.
-        accumulate: microbatches per step on each rank; must equal the Trainer's `accumulate_grad_batches`.
         context: tokens the model can read; a larger `max_length` is cut to it.
     """
 
@@ -91,17 +90,16 @@ class RowData(LightningDataModule):
         num_workers: int = 0,
         cache_dir: str | Path = CACHE,
         world: dict[str, Any] | None = None,
-        accumulate: int = 1,
         context: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("max_length", max_length), ("row_tokens", row_tokens)):
             if not isinstance(value, int):
                 raise UserError(f"data.{name}={value} is not a whole number")
-        if batch_size < 1 or max_length < 2 or row_tokens < 1 or accumulate < 1:
+        if batch_size < 1 or max_length < 2 or row_tokens < 1:
             raise UserError(
-                f"data.batch_size={batch_size}, data.max_length={max_length}, data.row_tokens={row_tokens} and "
-                f"accumulate={accumulate} must be positive"
+                f"data.batch_size={batch_size}, data.max_length={max_length} and data.row_tokens={row_tokens} must be "
+                "positive"
             )
         if on_bad_row not in ("error", "skip"):
             raise UserError(f"data.on_bad_row={on_bad_row!r} is not one of: error, skip")
@@ -118,7 +116,7 @@ class RowData(LightningDataModule):
         self.batch_size, self.row_tokens = batch_size, row_tokens
         self.max_length = min(max_length, context or max_length)
         self.seed, self.turns, self.on_bad_row = seed, turns, on_bad_row
-        self.num_workers, self.cache_dir, self.accumulate = num_workers, Path(cache_dir), accumulate
+        self.num_workers, self.cache_dir = num_workers, Path(cache_dir)
         self.world = dict(world or {})
         self.template = Template(tokenizer, template)
         self.sources: dict[str, Source] = {}
@@ -194,22 +192,36 @@ class RowData(LightningDataModule):
         return [type(self).__name__, self.columns.key, self.template.key, self.max_length, self.turns]
 
     @property
+    def accumulate(self) -> int:
+        """Microbatches per optimizer step on each rank: the Trainer's `accumulate_grad_batches`."""
+        return self.trainer.accumulate_grad_batches if self.trainer else 1
+
+    @property
+    def limit(self) -> int | float:
+        """The Trainer's `limit_train_batches`, which `overfit_batches` and `fast_dev_run` set, too."""
+        return self.trainer.limit_train_batches if self.trainer else 1.0
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one pass over the training rows; over windows, of the run."""
         if self.windows is None:
-            return self._plan().steps
-        assert self.trainer is not None
-        return self.trainer.max_steps
+            return self._plan(limit=self.limit).steps
+        return min(self.trainer.max_steps, ceil(limited(self._window_batches(), self.limit) / self.accumulate))
 
-    def _plan(self, rows: Rows | None = None) -> StepPlan:
+    def _window_batches(self) -> int:
+        assert self.trainer is not None
+        return (self.trainer.max_steps + 1) * self.accumulate  # one more step: a finished run can be extended
+
+    def _plan(self, rows: Rows | None = None, limit: int | float = 1.0) -> StepPlan:
         rank, world_size = self._ranks()
         rows = self.rows["train"] if rows is None else rows
+        in_order = self.trainer is not None and self.trainer.overfit_batches > 0  # the same rows in every epoch
         order = None
-        if isinstance(rows, JoinedRows) and rows.weights:
+        if isinstance(rows, JoinedRows) and rows.weights and not in_order:
             order = partial(epoch_order, rows.sizes, rows.weights, self.seed)
         return StepPlan(
-            rows.tokens, rows.loss_tokens, self.batch_size, self.accumulate, rank, world_size, seed=self.seed,
-            order=order,
+            rows.tokens, rows.loss_tokens, self.batch_size, self.accumulate, rank, world_size, not in_order, self.seed,
+            order, limit,
         )  # fmt: skip
 
     def _ranks(self) -> tuple[int, int]:
@@ -217,13 +229,13 @@ class RowData(LightningDataModule):
 
     def train_dataloader(self) -> PlannedLoader | WindowLoader:
         """Return the resumable loader of this rank."""
-        plan = self._plan()
+        plan = self._plan(limit=self.limit)
         if plan.batch_size < plan.parts:
             raise UserError(
                 f"data.batch_size={plan.batch_size} rows cannot fill {plan.parts} microbatches per step "
                 f"(trainer.accumulate_grad_batches={self.accumulate} on {plan.parts // self.accumulate} devices)"
             )
-        if not plan.steps:
+        if not plan.whole:
             raise UserError(
                 f"data.train has {len(self.rows['train'])} rows, fewer than {plan.parts} microbatches per step"
             )
@@ -231,15 +243,20 @@ class RowData(LightningDataModule):
             for logger in self.trainer.loggers:
                 logger.log_metrics({f"data/{name}": n for name, n in self.rows["train"].drawn().items()}, step=0)
         if self.windows is not None:
-            batches = (self.steps_per_epoch + 1) * self.accumulate  # one more step: a finished run can be extended
-            return WindowLoader(self.windows, self._plan, self._collate_window, batches)
+            if self.trainer is not None and self.trainer.reload_dataloaders_every_n_epochs:
+                raise UserError(
+                    "data.window goes on through its rows without epochs; leave out reload_dataloaders_every_n_epochs"
+                )
+            return WindowLoader(self.windows, self._plan, self._collate_window, self._window_batches())
+        if self.trainer is not None:  # not 0 where Lightning reloads, or fits once more
+            plan.epoch = self.trainer.current_epoch
         return PlannedLoader(_Batches(lambda micro: self.collate("train", micro)), plan, self.num_workers)
 
     def _collate_window(self, rows: TokenizedRows, micro: MicroBatch) -> Any:
         self.rows["train"] = rows  # the window that row numbers belong to
         return self.collate("train", micro)
 
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+    def val_dataloader(self) -> Loader | list[Any]:
         """Return this rank's validation batches, in a fixed order, each within a token budget.
 
         Every rank has the same number of them: the last one is repeated with weights of 0, which enters no metric.
@@ -251,12 +268,18 @@ class RowData(LightningDataModule):
         last = rank >= world_size - repeats
         return self._listed("val", batches[rank::world_size], repeats=int(last))
 
-    def _listed(self, split: str, batches: Sequence[Sequence[int]], repeats: int = 0) -> DataLoader[Any]:
+    def test_dataloader(self) -> Loader:
+        """Refuse: other held-out rows are `val` of another data module."""
+        raise UserError(
+            "Trainer.test: this data module has train and val rows only; Trainer.validate reads val, which may be a "
+            "data module of other rows: Trainer.validate(module, <data module with val=these rows>)"
+        )
+
+    def _listed(self, split: str, batches: Sequence[Sequence[int]], repeats: int = 0) -> Loader:
         """Return a loader of the given rows, batch by batch; the last `repeats` batches have weights of 0."""
         weights = [None] * (len(batches) - repeats) + [0.0] * repeats
         micros = [MicroBatch(tuple(batch), w, w, step=0) for batch, w in zip(batches, weights, strict=True)]
-        listed = _Listed(micros, lambda micro: self.collate(split, micro))
-        return DataLoader(listed, batch_size=None, generator=generator("loader"))
+        return Loader(_Listed(micros, lambda micro: self.collate(split, micro)))
 
     def where(self, split: str, rows: Sequence[int]) -> str:
         """Return where `rows` come from, for a message."""

@@ -6,12 +6,10 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
-from torch.utils.data import DataLoader
-
 from rlhf_lightning.data import records
 from rlhf_lightning.data.base import RowData
 from rlhf_lightning.data.pairing import paired
-from rlhf_lightning.data.planning import MicroBatch
+from rlhf_lightning.data.planning import Loader, MicroBatch
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.ops.groups import Group, GroupList
@@ -85,7 +83,7 @@ class PromptData(RowData):
         if self.ptx is not None:
             self.ptx.setup(stage)
 
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> Loader:
         """Return this rank's batches of the training prompts in order, as many on every rank; the last may be empty."""
         if self.windows is not None:
             raise UserError("data.window is for training; candidates are written as they come, from any number of rows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ class StepPlan(Sampler[MicroBatch]):
         rank, world_size: this rank and the number of ranks.
         shuffle: permute the rows every epoch.
         order: epoch -> the rows of that epoch in order, instead of a permutation.
+        limit: Lightning's `limit_train_batches`; a last step that it cuts short is a mean over the rows that are read.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class StepPlan(Sampler[MicroBatch]):
         shuffle: bool = True,
         seed: int = 0,
         order: Callable[[int], np.ndarray] | None = None,
+        limit: int | float = 1.0,
     ) -> None:
         self.order = order
         self.tokens, self.loss_tokens = tokens, loss_tokens
@@ -61,13 +64,15 @@ class StepPlan(Sampler[MicroBatch]):
         self.accumulate, self.rank, self.shuffle, self.seed = accumulate, rank, shuffle, seed
         self.batch_size = max(min(batch_size, len(tokens)), 1)
         full, rest = divmod(len(tokens), self.batch_size)
-        self.steps = full + (rest >= self.parts)
+        self.whole = full + (rest >= self.parts)
+        self.batches = limited(len(self), limit)
+        self.steps = math.ceil(self.batches / accumulate)
         self.epoch = 0
         self.start = 0  # microbatches of this epoch already consumed before a resume
 
     def __len__(self) -> int:
-        """Microbatches of a whole epoch on one rank."""
-        return self.steps * self.accumulate
+        """Microbatches of a whole epoch on one rank; Lightning reads `batches` of them."""
+        return self.whole * self.accumulate
 
     def __iter__(self) -> Iterator[MicroBatch]:
         rows = len(self.tokens)
@@ -78,9 +83,12 @@ class StepPlan(Sampler[MicroBatch]):
             order = self.order(self.epoch)
         for step in range(self.start // self.accumulate, self.steps):
             step_rows = order[step * self.batch_size : (step + 1) * self.batch_size]
+            split, read = self._split(step_rows), min(self.accumulate, self.batches - step * self.accumulate)
+            if read < self.accumulate:
+                kept = [part for number, part in enumerate(split) if number % self.accumulate < read]
+                step_rows = np.concatenate([np.asarray(part, dtype=np.int64) for part in kept])
             loss_tokens = max(float(self.loss_tokens[step_rows].sum()), 1.0)
-            parts = self._split(step_rows)[self.rank * self.accumulate : (self.rank + 1) * self.accumulate]
-            for number, part in enumerate(parts):
+            for number, part in enumerate(split[self.rank * self.accumulate :][:read]):
                 if step * self.accumulate + number >= self.start:
                     weights = (self.parts / loss_tokens, self.parts / len(step_rows))
                     yield MicroBatch(tuple(int(row) for row in part), *weights, step=self.epoch * self.steps + step)
@@ -98,8 +106,33 @@ class StepPlan(Sampler[MicroBatch]):
         return parts
 
 
-class PlannedLoader(DataLoader[Any]):
-    """A DataLoader over a :class:`StepPlan` that knows how many batches the training loop has taken.
+def limited(batches: int, limit: int | float) -> int:
+    """Return how many of an epoch's batches Lightning reads under `limit_train_batches`: a number, or a fraction."""
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+class Loader:
+    """A DataLoader that Lightning iterates as it is.
+
+    To a DataLoader it would give a sampler of its own (use_distributed_sampler, overfit_batches, prediction), which
+    knows nothing of planned steps and of the parts that the ranks have already.
+    """
+
+    def __init__(self, dataset: Dataset[Any], sampler: Sampler[Any] | None = None, workers: int = 0) -> None:
+        # its own generator: a loader draws a seed at every start, which must not change the random state of training
+        self.loader: DataLoader[Any] = DataLoader(
+            dataset, sampler=sampler, batch_size=None, num_workers=workers, generator=generator("loader")
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+
+class PlannedLoader(Loader):
+    """A loader over a :class:`StepPlan` that knows how many batches the training loop has taken.
 
     Each pass over it is one epoch further. Lightning saves and restores it through `state_dict`, which makes a
     resume continue with the next row. It counts epochs itself, because Lightning's counter lags by one when a
@@ -107,13 +140,12 @@ class PlannedLoader(DataLoader[Any]):
     """
 
     def __init__(self, dataset: Dataset[Any], plan: StepPlan, workers: int = 0) -> None:
-        # its own generator: a loader draws a seed at every start, which must not change the random state of training
-        super().__init__(dataset, sampler=plan, batch_size=None, num_workers=workers, generator=generator("loader"))
+        super().__init__(dataset, plan, workers)
         self.plan = plan
         self.taken = 0
         self.began = False
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:
         if self.began:
             self.plan.epoch, self.plan.start = self.plan.epoch + 1, 0
         self.began = True
@@ -128,7 +160,7 @@ class PlannedLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue after the microbatches that were taken before the checkpoint."""
-        finished = state["taken"] >= len(self.plan)
+        finished = state["taken"] >= self.plan.batches
         self.plan.epoch = state["epoch"] + finished
         self.plan.start = 0 if finished else state["taken"]
         self.began = False

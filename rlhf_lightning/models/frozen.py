@@ -25,6 +25,10 @@ class Frozen(Generic[ModelT]):
         self.model.to(device)
         return self
 
+    def __deepcopy__(self, memo: Any) -> Frozen[ModelT]:
+        """Return self: copies of a module, such as WeightAveraging's, share what never changes."""
+        return self
+
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)

@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_
@@ -24,6 +23,7 @@ from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.models.adapters import add_lora, export_lora
 from rlhf_lightning.models.completion import choose_layout, vocabulary_size
 from rlhf_lightning.models.sharding import by_mesh, shard, total_norm, whole_state
+from rlhf_lightning.modules.trainer import TrainerHooks
 from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList, Layout
 from rlhf_lightning.ops.ranking import pairs_in_order
 from rlhf_lightning.ops.statistics import share_interval
@@ -36,7 +36,7 @@ MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 MakeSchedule = Callable[[Optimizer, int], Any]
 
 
-class StageModule(LightningModule):
+class StageModule(TrainerHooks):
     """A stage of RLHF: loads its model in `configure_model`, steps one optimizer, logs weighted means.
 
     A loader may yield lists of :class:`Group`, a :class:`GroupList`, or a packed :class:`GroupBatch`.
@@ -88,6 +88,7 @@ class StageModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Check the rows before the first step: a wrong mask or tokenizer would otherwise show only in the result."""
+        self.prepared = True
         if isinstance(self.data, RowData):
             check_rows(self.data, self.vocabulary)
 
@@ -191,15 +192,23 @@ class StageModule(LightningModule):
 
     # ---- optimizer -------------------------------------------------------------------------------------------------
 
-    def total_steps(self) -> int:
-        """Return the optimizer updates of the whole run."""
+    def total_steps(self) -> int | None:
+        """Return the optimizer updates of the whole run, None where nothing says how many there will be."""
         trainer = self.trainer
         limits = [trainer.max_steps] if trainer.max_steps and trainer.max_steps > 0 else []
-        steps = getattr(self.data, "steps_per_epoch", None)
-        if trainer.max_epochs and trainer.max_epochs > 0 and steps:
-            limits.append(trainer.max_epochs * steps * self.updates_per_batch())
-        # Lightning's estimate drops a restored loader position, so it is used only where there is no plan to ask
-        return min(limits) if limits else int(trainer.estimated_stepping_batches) * self.updates_per_batch()
+        if trainer.max_epochs and trainer.max_epochs > 0:
+            steps = getattr(self.data, "steps_per_epoch", None) or self.loader_steps()
+            limits += [trainer.max_epochs * steps * self.updates_per_batch()] if steps else []
+        return min(limits, default=None)
+
+    def loader_steps(self) -> int | None:
+        """Return the steps that Lightning makes of a loader that plans none; None of one without a length."""
+        trainer = self.trainer
+        if trainer.train_dataloader is None:
+            trainer.fit_loop.setup_data()
+            trainer.fit_loop._combined_loader = None  # made again later, at the position that a resume restores
+        batches = trainer.num_training_batches
+        return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else None
 
     def updates_per_batch(self) -> int:
         """Return the optimizer updates made from one step of the data module."""
@@ -217,7 +226,7 @@ class StageModule(LightningModule):
             )
         try:
             optimizer = self.make_optimizer(self.parameter_groups())
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # a value, or an argument that the class does not take
             raise UserError(f"optimizer: {error}") from error
         for group in optimizer.param_groups:
             if len(by_mesh(group["params"])) > 1:  # tensor parallelism shards only some: no operation takes both
@@ -305,14 +314,18 @@ class StageModule(LightningModule):
         return means, dict(zip(sums, counts, strict=True))
 
     def flush(self, split: str) -> dict[str, float]:
-        """Log and return the means of `split`; a held-out accuracy comes with its 95% interval."""
-        if split == "val":
+        """Log and return the means of `split`; a held-out accuracy comes with its 95% interval.
+
+        Under `Trainer.test` those of "val" are logged as test/... .
+        """
+        if split == "val" and not self.trainer.testing:
             self.validated_at = self.trainer.global_step
         means, _ = self.reduced(split)
         if split == "val" and "accuracy" in means:
             low, high = self.pair_interval()
             means |= {"accuracy_low": low, "accuracy_high": high} if math.isfinite(low) else {}
-        means = {f"{split}/{name}": value for name, value in means.items()}
+        shown = "test" if self.trainer.testing else split
+        means = {f"{shown}/{name}": value for name, value in means.items()}
         self.log_dict(means, sync_dist=split == "val")  # equal on all ranks already; without it Lightning warns
         return means
 

@@ -54,9 +54,10 @@ class Rollout:
         """Store the named (N,) results of `compute` on every microbatch as (S, T) tensors."""
         for rows, batch, _ in self.microbatches(range(len(self.groups))):
             for name, flat in compute(batch).items():
-                table = self.tokens.setdefault(name, torch.zeros(self.mask.shape, device=self.device))
+                dtype = torch.promote_types(flat.dtype, torch.float32)  # whatever the Trainer's precision makes default
+                table = self.tokens.setdefault(name, torch.zeros(self.mask.shape, dtype=dtype, device=self.device))
                 block = table[rows]
-                block[self.mask[rows]] = flat.float()
+                block[self.mask[rows]] = flat.to(dtype)
                 table[rows] = block
 
     def flat(self, name: str, rows: Tensor) -> Tensor:

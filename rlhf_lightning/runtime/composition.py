@@ -38,6 +38,7 @@ TARGETS = frozenset(
         "optuna.samplers.NSGAIISampler",
         "optuna.samplers.RandomSampler",
         "optuna.samplers.TPESampler",
+        "rlhf_lightning.runtime.run_folder.RunFolder",
         "rlhf_lightning.runtime.sweeps.SweepSummary",
     }
 )
@@ -48,6 +49,8 @@ COMMAND_LINE_ONLY = (
     "hydra.launcher.setup",  # shell commands
     "hydra.sweeper.custom_search_space",  # a function's name
 )
+ADDRESSES = ("settings", "tracking_uri")
+"""Arguments of loggers that say where credentials are sent, or which program is run."""
 LOGGING_CLASSES = frozenset(
     {
         "colorlog.ColoredFormatter",
@@ -151,6 +154,14 @@ def check_command_line_only(cfg: DictConfig, given: dict[str, Any]) -> None:
         for name, value in flat(node, key).items():
             if value and name not in copied and str(trusted.get(name)) != str(value):
                 raise UserError(f"{key} is taken from the command line only, not from a file: {name}={value}")
+    loggers = cfg.get("logger")
+    if not OmegaConf.is_config(loggers) or isinstance(given.get("logger"), dict | list):
+        return
+    for name, text in texts(OmegaConf.to_container(loggers, resolve=False), "logger"):
+        if set(ADDRESSES) & set(name.split(".")) and str(trusted.get(name)) != text:
+            raise UserError(
+                f"{name} is taken from the command line or the logger's environment variables, not from a file"
+            )
 
 
 def check_logging(hydra: DictConfig, name: str) -> None:

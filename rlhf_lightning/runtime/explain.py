@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_lightning.errors import nearest
-from rlhf_lightning.runtime.settings import flat, groups
+from rlhf_lightning.runtime.processes import quoted
+from rlhf_lightning.runtime.settings import TRAINER_KEYS, flat, groups
 
 RENAMED = {
     "samples": "num_generations",
@@ -20,15 +23,24 @@ RENAMED = {
 }
 """Old names of keys -> the names they have now."""
 
+SHARDED = " strategy=fsdp2 shards weights, gradients and optimizer states in place of FSDP1 and DeepSpeed."
+NOT_SUPPORTED = {("strategy", "fsdp"): SHARDED, ("strategy", "deepspeed"): SHARDED}
+
 
 def explain(error: Exception, overrides: list[str]) -> str:
     """Return one readable line for a Hydra or OmegaConf error."""
     text = str(error)
+    if isinstance(error, OverrideParseException):
+        key, _, value = str(error.override).partition("=")
+        override = f"{key}={quoted(value)}"
+        reason = text.splitlines()[0]
+        return f"{error.override}: {reason}; quote a text that has such characters, in a shell {shlex.quote(override)}"
     if match := re.search(r"Could not find '([\w./-]+)'", text):
         group, _, option = match[1].partition("/")
         options = groups().get(group, [])
         if options:
-            return f"{group}={option} is not one of: {', '.join(options)}.{nearest(option, options)}"
+            hint = NOT_SUPPORTED.get((group, option.partition("_")[0])) or nearest(option, options)
+            return f"{group}={option} is not one of: {', '.join(options)}.{hint}"
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(match[1], overrides)
     if match := re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", text):
@@ -44,7 +56,7 @@ def _unknown_key(key: str, overrides: list[str]) -> str:
     options_of_groups = groups()
     selected = [o for o in overrides if o.partition("=")[0] in options_of_groups]
     if folder := _config_dir(overrides):  # the user's own options
-        selected.append(f"hydra.searchpath=[file://{folder}]")
+        selected.append(f"hydra.searchpath=[{quoted(f'file://{folder}')}]")
     GlobalHydra.instance().clear()
     with initialize_config_module("rlhf_lightning.conf", version_base="1.3"):
         node: Any = compose("rlhf", overrides=selected)
@@ -57,6 +69,8 @@ def _unknown_key(key: str, overrides: list[str]) -> str:
     if not isinstance(node, DictConfig):
         return f"there is no key {key}: nothing here has {parent}.*{_where(key, parent)}"
     options = [str(k) for k in node]
+    if parent == "trainer" and name in TRAINER_KEYS:
+        return f"there is no key {key}: it is decided by {TRAINER_KEYS[name]}"
     if RENAMED.get(name) in options:
         return f"there is no key {key}: it is now {f'{parent}.' if parent else ''}{RENAMED[name]}"
     same_name = [full for full in every if full.endswith(f".{name}")]

@@ -6,25 +6,30 @@ not used: it makes a configuration of them again, in which a text such as "${oc.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import pkgutil
+import re
+import sys
 from collections.abc import Collection, Iterator
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.errors import UserError, nearest
 
-# Every callable a configuration may name. Exact names, not prefixes: torch.load lives under torch, too.
+# What a configuration may name, beside `public_classes`. Exact names, not prefixes: torch.load lives under torch, too.
 ALLOWED = frozenset(
     {
+        "bitsandbytes.optim.AdamW8bit",
         "lightning.pytorch.Trainer",
-        "lightning.pytorch.callbacks.EarlyStopping",
-        "lightning.pytorch.loggers.CSVLogger",
-        "lightning.pytorch.loggers.TensorBoardLogger",
         "lightning.pytorch.strategies.DDPStrategy",
         "rlhf_lightning.callbacks.checkpoints.RandomState",
         "rlhf_lightning.callbacks.checkpoints.StepCheckpoint",
         "rlhf_lightning.callbacks.samples.Samples",
         "rlhf_lightning.callbacks.throughput.Throughput",
+        "rlhf_lightning.callbacks.throughput.batch_rows",
+        "rlhf_lightning.callbacks.throughput.batch_tokens",
         "rlhf_lightning.data.datamodules.DemonstrationData",
         "rlhf_lightning.data.datamodules.PreferenceData",
         "rlhf_lightning.data.datamodules.PromptData",
@@ -36,11 +41,75 @@ ALLOWED = frozenset(
         "rlhf_lightning.modules.sft.SFT",
         "rlhf_lightning.feedback.candidates.Candidates",
         "rlhf_lightning.runtime.strategies.ShardedStrategy",
-        "torch.optim.Adam",
-        "torch.optim.AdamW",
-        "torch.optim.SGD",
     }
 )
+PUBLIC = {
+    "lightning.pytorch.callbacks": "Callback",
+    "lightning.pytorch.loggers": "Logger",
+    "lightning.pytorch.profilers": "Profiler",
+    "torch.optim": "Optimizer",
+}
+"""Modules -> the base of the public classes in them that a configuration may name."""
+REPLACED = {"FSDPStrategy": "strategy=fsdp2", "DeepSpeedStrategy": "strategy=fsdp2"}
+"""Classes that are not supported -> what is there instead."""
+EXTRAS = {
+    "bitsandbytes": "8bit",
+    "hydra_plugins.hydra_joblib_launcher": "sweeps",
+    "hydra_plugins.hydra_optuna_sweeper": "sweeps",
+    "mlflow": "mlflow",
+    "wandb": "wandb",
+}
+"""Packages -> the extra of this project that installs them."""
+
+
+@cache
+def public_classes() -> dict[str, type]:
+    """Return name -> class of Lightning's callbacks, loggers and profilers and torch's optimizers.
+
+    Each under the name it is published by and the one where it is defined. Nothing that a configuration names is
+    imported to find it.
+    """
+    classes: dict[str, type] = {}
+    for place, base in PUBLIC.items():
+        module = importlib.import_module(place)
+        for name in getattr(module, "__all__", dir(module)):
+            found = getattr(module, name, None)
+            if inspect.isclass(found) and issubclass(found, getattr(module, base)):
+                classes |= {f"{place}.{name}": found, f"{found.__module__}.{found.__qualname__}": found}
+    return classes
+
+
+def allowed_targets() -> set[str]:
+    """Return every name that a configuration may give as a `_target_`."""
+    return ALLOWED | public_classes().keys()
+
+
+def resolve(target: str, key: str) -> Any:
+    """Return what an allowed name stands for; the user's own are found in the working directory, too.
+
+    Raises:
+        UserError: it cannot be imported; a package of an extra is named with the extra.
+    """
+    if target in public_classes():
+        return public_classes()[target]
+    if target not in ALLOWED and not {"", str(Path.cwd())} & set(sys.path):
+        sys.path.append(str(Path.cwd()))  # last: a file there does not hide an installed package
+    try:
+        return pkgutil.resolve_name(target)
+    except (ImportError, AttributeError, ValueError) as error:
+        reason = missing_extra(error) or f"_target_={target} cannot be imported: {error}"
+        raise UserError(f"{key}: {reason}") from error
+
+
+def missing_extra(error: BaseException) -> str | None:
+    """Return what to install when a package of an extra is missing, None for another error."""
+    if not isinstance(error, ImportError):
+        return None
+    for package, extra in EXTRAS.items():
+        if re.search(rf"\b{re.escape(package)}\b", str(error)):
+            return f"{package} is not installed: pip install 'rlhf-lightning[{extra}]'"
+    return None
+
 
 MISSING = "???"
 SPECIAL = {"_target_": None, "_args_": (), "_partial_": False, "_recursive_": True, "_convert_": "all"}
@@ -80,6 +149,8 @@ def check_escaped(settings: Any, key: str) -> None:
 def check_targets(settings: Any, key: str, allowed: Collection[str]) -> None:
     """Raise a UserError for the first `_target_` below `settings`, dicts and lists, that is not allowed."""
     for where, target in targets(settings, key):
+        if target not in allowed and target.rpartition(".")[2] in REPLACED:
+            raise UserError(f"{where}={target} is not supported: use {REPLACED[target.rpartition('.')[2]]}")
         if target not in allowed:
             raise UserError(
                 f"{where}={target} is not an allowed target.{nearest(target, allowed)} To trust it, add "
@@ -101,7 +172,7 @@ def instantiate(settings: dict[str, Any], key: str, allow: Collection[str] = (),
     Raises:
         UserError: a target that is not allowed, or arguments the target refuses.
     """
-    check_targets(settings, key, ALLOWED | set(allow))
+    check_targets(settings, key, allowed_targets() | set(allow))
     check_escaped(settings, key)
     return _build({name: value for name, value in settings.items() if name not in arguments}, key, arguments)
 
@@ -119,12 +190,12 @@ def _build(value: Any, key: str, arguments: dict[str, Any] | None = None) -> Any
     if special["_target_"] is None:
         return inner
     try:
-        target = pkgutil.resolve_name(special["_target_"])
+        target = resolve(special["_target_"], key)
         given = [_build(member, f"{key}._args_[{number}]") for number, member in enumerate(special["_args_"])]
         call = partial(target, *given, **(inner | (arguments or {})))
         return call if special["_partial_"] else call()
     except UserError:
         raise
     except Exception as error:  # whatever the target raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = missing_extra(error) or (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{key}: {reason}") from error

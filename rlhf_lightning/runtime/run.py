@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from rlhf_lightning.data.base import RowData
@@ -21,9 +21,17 @@ from rlhf_lightning.models.loading import context_length, load_tokenizer, resolv
 from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.rewards import spec
 from rlhf_lightning.rewards.scoring import Reward, load_reward
-from rlhf_lightning.runtime.instantiate import check_targets, instantiate
+from rlhf_lightning.runtime.arguments import own_arguments
+from rlhf_lightning.runtime.instantiate import allowed_targets, check_targets, instantiate, resolve
 from rlhf_lightning.runtime.launch import decide_run
-from rlhf_lightning.runtime.settings import DATA_SPLITS, identity, select, to_container
+from rlhf_lightning.runtime.settings import (
+    DATA_SPLITS,
+    identity,
+    lower_is_better,
+    select,
+    task_overrides,
+    to_container,
+)
 from rlhf_lightning.runtime.stage import Stage
 
 ROWS_READ_FOR_TOKENIZER = 20_000
@@ -132,8 +140,16 @@ class Run:
     # ---- building --------------------------------------------------------------------------------------------------
 
     def build(self, key: str, **arguments: Any) -> Any:
-        """Return what the configuration's `key` names, see :func:`instantiate`."""
-        return instantiate(select(self.settings, key), key, self.allow, **arguments)
+        """Return what the configuration's `key` names, see :func:`instantiate` and :func:`own_arguments`.
+
+        A value without a `_target_`, as of several loggers, is built member by member.
+        """
+        settings = select(self.settings, key)
+        if isinstance(settings, dict) and "_target_" in settings:
+            check_targets(settings, key, allowed_targets() | set(self.allow))
+            choice = HydraConfig.get().runtime.choices.get(key) if "." not in key else None
+            settings = own_arguments(settings, key, choice, {o.partition("=")[0].lstrip("+") for o in task_overrides()})
+        return instantiate(settings, key, self.allow, **arguments)
 
     def start_folder(self) -> str:
         """Return the model the stage starts from; a tiny one and its tokenizer are built from the training texts."""
@@ -185,11 +201,7 @@ class Run:
         """Return the class of a data module, which must be allowed."""
         if target not in KINDS and target not in self.allow:
             check_targets({"_target_": target}, "data", KINDS.keys() | set(self.allow))  # raises, with what to do
-        module, _, name = target.rpartition(".")
-        try:
-            return getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"data._target_={target} cannot be imported: {error}") from error
+        return resolve(target, "data")
 
     def module(self, load: Callable[[], Any], **options: Any) -> Any:
         """Return the stage's LightningModule; models are loaded later, by its `configure_model`."""
@@ -197,10 +209,32 @@ class Run:
             "module",
             load=load,
             optimizer=self.build("optimizer"),
-            schedule=self.build("schedule"),
+            schedule=self.build("schedule") if self.settings["schedule"] else None,
             lora=self.settings["adapter"],
             **options,
         )
+
+    def loggers(self) -> list[Any]:
+        """Return the loggers of the configuration: none, one, or those of a map or list."""
+        node = self.settings["logger"] or []
+        if isinstance(node, dict) and "_target_" in node:
+            return [self.build("logger")]
+        members = node.items() if isinstance(node, dict) else enumerate(node)
+        return [instantiate(member, f"logger.{name}", self.allow) for name, member in members if member]
+
+    def callbacks(self) -> list[Any]:
+        """Return the callbacks of the configuration, a map; a `mode` that is null follows from the monitored metric."""
+        node = self.settings["callbacks"] or {}
+        if not isinstance(node, dict):
+            raise UserError("callbacks is a map of names to callbacks: callbacks.<name>._target_=<class>")
+        for name, member in node.items():
+            if member and "_target_" not in member:
+                raise UserError(
+                    f"callbacks.{name} has no _target_: add +callbacks.{name}._target_=<class>, or leave it out"
+                )
+            if member and "mode" in member and member["mode"] is None and "monitor" in member:
+                member["mode"] = "min" if lower_is_better(str(member["monitor"])) else "max"
+        return [self.build(f"callbacks.{name}") for name, member in node.items() if member]
 
     def reward(self, key: str) -> Reward | None:
         """Return the reward that `reward_from` or `gold_from` names, None where it names none."""

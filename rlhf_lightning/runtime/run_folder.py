@@ -6,13 +6,45 @@ import json
 import os
 import shutil
 import tempfile
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from rlhf_lightning.distributed import agreed
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import lock, read_json, readable_os_errors, remove_temporaries
 
 LOCK = ".lock"
+
+
+class RunFolder(Callback):
+    """Hydra calls it before it makes the folder of a run: of runs that start in one second each gets its own."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if any(override.startswith("hydra.run.dir=") for override in config.hydra.overrides.hydra):
+            return  # the user's choice, and that of a process that starts this one
+        config.run_id = agreed("run_folder", lambda: reserve(config))
+
+
+def reserve(config: DictConfig) -> str:
+    """Make the run folder, whose name no other run has, and return the run id in its name."""
+    first, taken = str(config.run_id), None
+    for number in count(2):
+        folder = Path(config.hydra.run.dir)
+        if folder == taken:  # a folder of the user's, without the run id
+            break
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            break
+        except FileExistsError:
+            taken, config.run_id = folder, f"{first}_{number}"
+        except OSError:  # reported when the run writes there
+            break
+    return str(config.run_id)
 
 
 def find_run(

@@ -16,18 +16,48 @@ RUN_ONLY = (
     "paths", "resume", "run_id", "run_folder", "name", "callbacks", "logger", "allow_targets", "objectives",
     "on_failed_trial", "plan",
 )  # fmt: skip
+DECIDING = {
+    "BackboneFinetuning", "BatchSizeFinder", "EMAWeightAveraging", "EarlyStopping", "LearningRateFinder",
+    "ModelPruning", "StochasticWeightAveraging", "Timer", "WeightAveraging",
+}  # fmt: skip
+"""Lightning's callbacks that decide a run's result; the others look at it."""
+OPTIONAL = ("adapter", "callbacks", "logger", "schedule")
+"""Groups that may be null: `logger=null` and `~logger` are the same."""
+BUILT = ("optimizer", "sampler", "trainer")
+TRAINER_KEYS = {
+    "callbacks": "callbacks.<name>._target_=<class>",
+    "logger": "logger=",
+    "plugins": "nothing: checkpoints and ranks have plugins of this package",
+    "strategy": "strategy=single, ddp, fsdp2 or tensor_parallel",
+}
+"""Arguments of the Trainer that have a group of their own -> what to give instead of `trainer.<name>`."""
 
 
 def to_container(cfg: DictConfig) -> dict[str, Any]:
-    """Return the configuration as dicts and lists with everything resolved."""
+    """Return the configuration as dicts and lists with everything resolved, a group without an option as None."""
     values = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+    return dict.fromkeys(OPTIONAL) | {str(key): value for key, value in values.items()}
+
+
+def check_groups(cfg: DictConfig) -> None:
+    """Raise a UserError for a group without an option that every run needs, and for keys that no Trainer gets."""
+    for group in ("data", "model", "optimizer", "paths", "sampler", "strategy", "trainer"):
+        node = cfg.get(group)  # what a stage adds to a group is left when the group is null
+        if node is None or (group in BUILT and "_target_" not in node):
+            raise UserError(f"{group} is null: choose {group}= one of {', '.join(groups()[group])}")
+    for name, instead in TRAINER_KEYS.items():
+        if name in cfg.trainer:
+            raise UserError(f"trainer.{name} is decided by {instead}")
 
 
 def identity(settings: dict[str, Any]) -> dict[str, Any]:
     """Return what decides a run's result: the settings without where it writes and what it is called."""
     deciding = {key: value for key, value in settings.items() if key not in RUN_ONLY}
+    kinds = DECIDING | ({"ModelCheckpoint"} if settings.get("export") == "best" else set())
+    for name, node in (settings.get("callbacks") or {}).items():
+        if node and str(node.get("_target_")).rpartition(".")[2] in kinds:
+            deciding[f"callbacks.{name}"] = node
     data = {key: value for key, value in settings["data"].items() if key not in ("cache_dir", "num_workers")}
     return deciding | {"data": data}
 
@@ -38,6 +68,15 @@ def select(settings: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
+
+
+LOWER = ("loss", "kl", "calibration_error")
+"""Parts of the names of metrics of which less is better."""
+
+
+def lower_is_better(metric: str) -> bool:
+    """Return whether a smaller value of `metric` is the better one."""
+    return any(word in metric.rpartition("/")[2] or word in metric.split("/") for word in LOWER)
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:

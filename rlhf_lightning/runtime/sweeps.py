@@ -23,7 +23,7 @@ from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.files import atomic_path, read_json, write_json
 from rlhf_lightning.runtime.processes import run_child
 from rlhf_lightning.runtime.run_folder import occupy
-from rlhf_lightning.runtime.settings import task_overrides
+from rlhf_lightning.runtime.settings import lower_is_better, task_overrides
 
 RECORD = "trial.json"
 REWARDS = ("val/gold", "val/reward", "reward/gold", "reward/proxy", "gold")
@@ -130,6 +130,11 @@ class SweepSummary(Callback):
         folder = Path(config.hydra.sweep.dir)
         if trials := read_trials(folder):
             summarize(folder, trials)
+        if failed := [str(trial.number) for trial in trials if trial.status != "done"]:
+            print(
+                f"rlhf: {len(failed)} of {len(trials)} trials failed: {', '.join(failed)}", file=sys.stderr, flush=True
+            )
+            sys.exit(1)
 
 
 def read_trials(folder: Path) -> list[Trial]:
@@ -157,11 +162,6 @@ def swept_keys(trials: list[Trial]) -> list[str]:
     """Return the keys whose value is not the same in all trials."""
     keys = dict.fromkeys(key for trial in trials for key in trial.overrides)
     return [key for key in keys if len({trial.overrides.get(key) for trial in trials}) > 1]
-
-
-def lower_is_better(metric: str) -> bool:
-    """Return whether a smaller value of `metric` is the better one."""
-    return any(word in metric.rpartition("/")[2] or word in metric.split("/") for word in ("loss", "kl"))
 
 
 def best_trial(trials: list[Trial]) -> Trial | None:

@@ -19,6 +19,7 @@ from rlhf_lightning.feedback.shards import ShardWriter, merge, remove
 from rlhf_lightning.files import readable_os_errors, write_json
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.ops.statistics import Interval, mean_interval, share_interval
+from rlhf_lightning.runtime.libraries import readable_library_errors
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.stages.training import build_trainer
 
@@ -43,7 +44,7 @@ def run(run: Run) -> float | None:
     if rank_zero_only.rank == 0:
         report_rows(data)
     began = time.perf_counter()
-    with interruptible(trainer), readable_os_errors(run.folder):
+    with interruptible(trainer), readable_os_errors(run.folder), readable_library_errors():
         trainer.predict(module, data, return_predictions=False)
     trainer.strategy.barrier()
     if not trainer.is_global_zero:

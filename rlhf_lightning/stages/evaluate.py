@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch.utils.tensorboard import SummaryWriter
 
+from rlhf_lightning.callbacks.loggers import log_table
 from rlhf_lightning.callbacks.samples import as_markdown
 from rlhf_lightning.callbacks.throughput import peak_memory_gb
 from rlhf_lightning.data.datamodules import PreferenceData
@@ -18,7 +18,7 @@ from rlhf_lightning.data.tokenize import report_rows
 from rlhf_lightning.errors import UserError, check_number
 from rlhf_lightning.evaluation.policy import Evaluation, evaluate_policy
 from rlhf_lightning.evaluation.reward_model import evaluate_reward_model
-from rlhf_lightning.evaluation.table import DIFFERENCES, HELD_OUT, as_markdown_table, show
+from rlhf_lightning.evaluation.table import DIFFERENCES, HELD_OUT, as_markdown_table, cells, show
 from rlhf_lightning.files import write_json, write_jsonl
 from rlhf_lightning.models.loading import (
     is_classifier,
@@ -38,13 +38,14 @@ def run(run: Run) -> float | None:
     for key in ("rows", "num_generations", "max_new_tokens"):
         check_number(f"evaluate.{key}", options[key], "[1, inf)", whole=True)
     check_number("evaluate.temperature", options["temperature"], "[0, inf)")
-    models = {"model": run.start} if run.start else {}
+    alone = run.settings["init_from"] or not options["models"]  # `model=` may be what a pipeline began with
+    models = {"model": run.start} if run.start and alone else {}
     models |= {name: resolve_model(str(model), cache) for name, model in options["models"].items()}
     if not models:
         raise UserError("nothing to evaluate: give init_from=<folder> or evaluate.models.<name>=<folder>")
     reward_models = {name: folder for name, folder in models.items() if is_reward_model(folder)}
     policies = {name: folder for name, folder in models.items() if name not in reward_models}
-    writer = SummaryWriter(str(run.folder / "tensorboard"))
+    loggers = run.loggers()
     table: dict[str, dict[str, Interval]] = {}
     answered: dict[str, Evaluation] = {}
     evaluated = 0
@@ -76,7 +77,8 @@ def run(run: Run) -> float | None:
             table[name], rows = answered[name].intervals(), answered[name].samples
             evaluated += len(rows)
             write_jsonl(run.folder / "samples" / f"{name}.jsonl", rows)
-            writer.add_text(f"samples/{name}", "\n\n".join(map(as_markdown, rows[:16])), 0)
+            for logger in loggers:
+                log_table(logger, f"samples/{name}", rows[:16], "\n\n".join(map(as_markdown, rows[:16])), 0)
     first = next(iter(answered), "")
     gaps = {f"{name}-{first}": answer.minus(answered[first]) for name, answer in answered.items() if name != first}
     metrics: dict[str, Any] = {"perf/peak_memory_gb": peak_memory_gb()}
@@ -85,18 +87,23 @@ def run(run: Run) -> float | None:
             metrics[f"{name}/{metric}"] = mean
             if math.isfinite(low):
                 metrics |= {f"{name}/{metric}_low": low, f"{name}/{metric}_high": high}
-            writer.add_scalar(f"{name}/{metric}", mean, 0)
-    tables = {HELD_OUT: table} | ({DIFFERENCES.format(first): gaps} if gaps else {})
-    writer.add_text("evaluation", "\n\n".join(as_markdown_table(*titled) for titled in tables.items()), 0)
-    writer.close()
+    tables = {"evaluation": (HELD_OUT, table)} | ({"differences": (DIFFERENCES.format(first), gaps)} if gaps else {})
+    means = {f"{name}/{metric}": row[metric][0] for name, row in (table | gaps).items() for metric in row}
+    for logger in loggers:
+        logger.log_metrics(means, 0)
+        for tag, titled in tables.items():
+            header, *lines = cells(titled[1])
+            lines = [dict(zip(header, line, strict=True)) for line in lines]
+            log_table(logger, tag, lines, as_markdown_table(*titled), 0)
+        logger.finalize("success")
     last = next(reversed(table))
     metrics["monitor"] = f"{last}/{monitored(table[last], run.settings['monitor'])}"
     if len(table) == 1:  # one model needs no prefix
         metrics |= {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{last}/")}
     metrics["perf/rows_per_s"] = evaluated / (time.perf_counter() - began)
     write_json(run.folder / "metrics.json", metrics)
-    for title, rows_of_models in tables.items():
-        show(title, rows_of_models)
+    for titled in tables.values():
+        show(*titled)
     Console().print(f"run         {run.folder}", soft_wrap=True)
     return metrics.get(metrics["monitor"])
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from transformers.utils import logging as hf_logging
 
-from rlhf_lightning.callbacks.tensorboard import quiet_writer_threads
+from rlhf_lightning.callbacks.loggers import quiet_writer_threads
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.stages import STAGES

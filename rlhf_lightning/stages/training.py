@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
 from rlhf_lightning.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoint, is_restoring, resumed_step
+from rlhf_lightning.callbacks.loggers import judged_by, log_settings, write_hparams
 from rlhf_lightning.callbacks.notices import Notices
 from rlhf_lightning.callbacks.progress import LineProgress, progress_bar
 from rlhf_lightning.callbacks.stop import Stop, interrupted_at_once, interruptible
-from rlhf_lightning.callbacks.tensorboard import judged_by, write_hparams
 from rlhf_lightning.callbacks.throughput import Throughput
 from rlhf_lightning.data.base import RowData
 from rlhf_lightning.data.template import Template
@@ -26,12 +29,15 @@ from rlhf_lightning.files import fingerprint, readable_os_errors, write_json
 from rlhf_lightning.models.ends import set_eos
 from rlhf_lightning.models.folder import parent_entry, write_model
 from rlhf_lightning.models.loading import load_tokenizer
+from rlhf_lightning.modules.trainer import check_precision
 from rlhf_lightning.runtime.launch import check_devices, environment
+from rlhf_lightning.runtime.libraries import readable_library_errors
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.runtime.secrets import redacted
 from rlhf_lightning.runtime.settings import flat, identity
 
 console = Console()
+EXPORTS = ("last", "best")
 
 
 def train(run: Run, folder: str, load: Callable[[], Any], **options: Any) -> float | None:
@@ -47,43 +53,100 @@ def train(run: Run, folder: str, load: Callable[[], Any], **options: Any) -> flo
 
 
 def _train(run: Run, folder: str, load: Callable[[], Any], **options: Any) -> float | None:
+    if run.settings["export"] not in EXPORTS:
+        raise UserError(f"export={run.settings['export']} is not one of: {', '.join(EXPORTS)}")
     data = run.data(folder)
-    ours = isinstance(data, RowData)
-    if ours:
+    if isinstance(data, RowData):
         data.setup("fit")
     module = run.module(load, **options)
-    # ours plan whole steps over all ranks; of another's loader Lightning gives every rank its part
-    trainer = build_trainer(run) if ours else build_trainer(run, use_distributed_sampler=True)
+    trainer = build_trainer(run)
+    data.trainer = trainer  # whose accumulation and limits decide the steps of an epoch
     announce(run, folder, data)
+    with readable_library_errors():
+        for logger in trainer.loggers:
+            log_settings(logger, hyperparameters(run))
     fit(trainer, module, data, run.checkpoint, run.folder)
+    if run.settings["export"] == "best":
+        restore_best(trainer, module, data, run.folder)
     with readable_os_errors(run.folder):
         return finish(run, folder, trainer, module, data)
 
 
-def build_trainer(run: Run, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
-    """Build the Trainer with its callbacks, logger and strategy; `callbacks` come first, `options` win."""
-    settings = run.settings
-    bar = progress_bar()
-    configured = [run.build(f"callbacks.{name}") for name, node in (settings["callbacks"] or {}).items() if node]
-    if str(settings["trainer"]["precision"]) in ("16", "16-mixed", "16-true"):
-        raise UserError(
-            f"trainer.precision={settings['trainer']['precision']} overflows in RLHF losses; use bf16-mixed"
-        )
-    check_devices(settings["trainer"])
-    steps = settings["val_every_n_steps"]
+def hyperparameters(run: Run) -> dict[str, Any]:
+    """Return the settings that decide the result, flat, with environment variables by name."""
+    return {key: value for key, value in flat(identity(redacted(run.cfg))).items() if not key.endswith("_")}
+
+
+def build_trainer(run: Run, callbacks: Sequence[Callback] = ()) -> Trainer:
+    """Build the Trainer with its callbacks, loggers and strategy; `callbacks` come first."""
+    settings, arguments = run.settings, run.settings["trainer"]
+    configured = run.callbacks()
+    check_arguments(arguments)
+    check_devices(arguments)
+    if run.settings["export"] == "best" and not best_checkpoints(configured):
+        raise UserError("export=best needs a ModelCheckpoint with a monitor, which says what is best: callbacks=best")
+    ours = arguments["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in configured)
+    bar = progress_bar() if ours else None
+    options: dict[str, Any] = {"enable_progress_bar": bar is None or not isinstance(bar, LineProgress)}
+    if arguments["enable_progress_bar"] is False:
+        options["enable_progress_bar"] = False
+    if arguments["enable_checkpointing"] is None:
+        options["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in configured)
+    if steps := settings["val_every_n_steps"]:
+        if arguments["val_check_interval"] is not None:
+            raise UserError("val_every_n_steps and trainer.val_check_interval say the same; give one of them")
+        options["val_check_interval"] = steps * arguments["accumulate_grad_batches"]
+        options["check_val_every_n_epoch"] = None
     return run.build(
         "trainer",
-        callbacks=[*callbacks, Stop(), *configured, bar, Notices()],
-        logger=run.build("logger") if settings["logger"] else False,
+        callbacks=[*callbacks, Stop(), *configured, *([bar] if bar else []), Notices()],
+        logger=run.loggers() or False,
         strategy=settings["strategy"] if isinstance(settings["strategy"], str) else run.build("strategy"),
         plugins=[AtomicCheckpointIO(), *environment()],
-        enable_progress_bar=not isinstance(bar, LineProgress),
-        val_check_interval=steps * settings["trainer"]["accumulate_grad_batches"] if steps else None,
-        check_val_every_n_epoch=None if steps else 1,
         # elsewhere Lightning would continue a checkpoint of SLURM's that lies there
-        default_root_dir=settings["trainer"].get("default_root_dir") or run.folder,
+        default_root_dir=arguments["default_root_dir"] or run.folder,
         **options,
     )
+
+
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Raise a UserError for a value of one of the Trainer's arguments of which Lightning says less, or nothing."""
+    check_precision(arguments["precision"])
+    for name, value in arguments.items():
+        if isinstance(value, str) and name.startswith(("limit_", "min_", "max_")) and name != "max_time":
+            raise UserError(f"trainer.{name}={value!r} is not a number")
+    if isinstance(time := arguments["max_time"], int | float):
+        raise UserError(f"trainer.max_time={time} is not a duration DD:HH:MM:SS, such as 00:01:30:00")
+    if arguments["limit_train_batches"] == 0:
+        raise UserError("trainer.limit_train_batches=0 trains nothing")
+    if arguments["barebones"]:
+        raise UserError("trainer.barebones=true leaves out loggers, checkpoints and progress, which a run here writes")
+
+
+def best_checkpoints(callbacks: Iterable[Callback]) -> list[ModelCheckpoint]:
+    """Return the callbacks that keep a best checkpoint."""
+    return [callback for callback in callbacks if isinstance(callback, ModelCheckpoint) and callback.monitor]
+
+
+def restore_best(trainer: Trainer, module: Any, data: Any, folder: Path) -> None:
+    """Give the module the weights of the best checkpoint and validate them, unless the last ones are better."""
+    kept = next(iter(best_checkpoints(trainer.callbacks)), None)  # type: ignore[attr-defined]
+    if kept is None:  # fast_dev_run leaves it out
+        return
+    name, last = str(kept.monitor), trainer.callback_metrics.get(str(kept.monitor))
+    better = torch.lt if kept.mode == "min" else torch.gt
+    score = kept.best_model_score
+    if not kept.best_model_path or score is None or (last is not None and bool(better(last.cpu(), score.cpu()))):
+        if trainer.is_global_zero:
+            console.print(f"the last weights are the best by {name}", soft_wrap=True)
+        return
+    if "val" not in getattr(data, "rows", {"val": None}):
+        raise UserError("export=best validates the weights it writes: give data.val")
+    # their average is in the checkpoint, and they would put the last one in its place
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+    validate(trainer, module, data, folder, kept.best_model_path)
+    if trainer.is_global_zero:
+        console.print(f"exported    {kept.best_model_path}, {name} {float(score):.4g}", soft_wrap=True)
 
 
 def announce(run: Run, folder: str, data: Any) -> None:
@@ -104,7 +167,7 @@ def announce(run: Run, folder: str, data: Any) -> None:
 def fit(trainer: Trainer, module: LightningModule, data: Any, checkpoint: Path | None, folder: Path) -> None:
     """Train, then validate unless the last step was validated; `folder` is what the Trainer writes into."""
     try:
-        with interruptible(trainer), readable_os_errors(folder):
+        with interruptible(trainer), readable_os_errors(folder), readable_library_errors():
             trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint else None)
     except UserError:
         raise
@@ -114,10 +177,15 @@ def fit(trainer: Trainer, module: LightningModule, data: Any, checkpoint: Path |
         reason = " ".join((str(error) or type(error).__name__).split())[:200]
         raise UserError(f"the checkpoint {checkpoint} is not of this run: {reason}") from error
     if "val" in getattr(data, "rows", {}) and module.validated_at != trainer.global_step:  # type: ignore[attr-defined]
-        metrics = dict(trainer.callback_metrics)
-        with interruptible(trainer), readable_os_errors(folder):
-            trainer.validate(module, data, verbose=False)
-        trainer.callback_metrics.update({k: v for k, v in metrics.items() if k not in trainer.callback_metrics})
+        validate(trainer, module, data, folder)
+
+
+def validate(trainer: Trainer, module: Any, data: Any, folder: Path, checkpoint: str | None = None) -> None:
+    """Validate the module, with the weights of a checkpoint if there is one, and keep the metrics of training."""
+    metrics = dict(trainer.callback_metrics)
+    with interruptible(trainer), readable_os_errors(folder), readable_library_errors():
+        trainer.validate(module, data, ckpt_path=checkpoint, verbose=False)
+    trainer.callback_metrics.update({k: v for k, v in metrics.items() if k not in trainer.callback_metrics})
 
 
 def finish(run: Run, folder: str, trainer: Trainer, module: Any, data: Any) -> float | None:
@@ -138,9 +206,7 @@ def finish(run: Run, folder: str, trainer: Trainer, module: Any, data: Any) -> f
     if monitor is None:
         hint = nearest(requested, metrics)
         console.print(f"monitor={requested} was not logged.{hint}", style="yellow", soft_wrap=True)
-    shown = identity(redacted(run.cfg))
-    hparams = {key: value for key, value in flat(shown).items() if not key.endswith("_")}
-    write_hparams(trainer, hparams, monitor, objective or 0.0)
+    write_hparams(trainer, hyperparameters(run), monitor, objective or 0.0)
     parents = [("init", folder), *(parent for parent in run.parents if parent[0] != "init")]
     manifest = {
         "stage": run.stage.name,
@@ -163,5 +229,6 @@ def finish(run: Run, folder: str, trainer: Trainer, module: Any, data: Any) -> f
         table.add_row(name, f"{value:.4g}")
     console.print(table)
     console.print(f"model       {run.folder / 'model'}", soft_wrap=True)
-    console.print(f"tensorboard --logdir {run.folder}", soft_wrap=True)
+    if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+        console.print(f"tensorboard --logdir {run.folder}", soft_wrap=True)
     return objective

@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlhf_lightning import DPO, PPO, SFT, DemonstrationData, PreferenceData, PromptData, RewardModel
+from rlhf_lightning.callbacks.loggers import write_hparams
 from rlhf_lightning.callbacks.samples import Samples
-from rlhf_lightning.callbacks.tensorboard import write_hparams
 from rlhf_lightning.callbacks.throughput import Throughput
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.tiny import build_tiny
@@ -26,7 +26,7 @@ from tests.helpers.lightning import quiet_lightning
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 DATA = {"sft": DemonstrationData, "reward": PreferenceData, "dpo": PreferenceData, "ppo": PromptData}
 EVALUATED = {"reward", "kl", "length", "ended_with_eos", "accuracy"}  # beside those of the world
-ELSEWHERE = {"global_step", "monitor", "evaluation"}  # in metrics.json, or written by the evaluate stage
+ELSEWHERE = {"global_step", "monitor", "evaluation", "differences"}  # in metrics.json, or written by the evaluate stage
 
 
 def glossary() -> list[str]:

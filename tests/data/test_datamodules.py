@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
 
 from rlhf_lightning import DemonstrationData, PreferenceData, PromptData
 from rlhf_lightning.data.planning import MicroBatch
@@ -49,7 +50,8 @@ def test_a_pair_that_differs_only_behind_the_cut_is_a_bad_row(tokenizer: Any, tm
 
 
 def test_a_step_smaller_than_its_microbatches_is_refused(tokenizer: Any, tmp_path: Path) -> None:
-    data = DemonstrationData(tokenizer, demonstrations(4), batch_size=2, accumulate=3, cache_dir=tmp_path)
+    data = DemonstrationData(tokenizer, demonstrations(4), batch_size=2, cache_dir=tmp_path)
+    data.trainer = Trainer(accumulate_grad_batches=3, accelerator="cpu", logger=False, enable_progress_bar=False)
     data.setup()
     with pytest.raises(UserError, match=r"data\.batch_size=2 rows cannot fill 3 microbatches per step"):
         data.train_dataloader()

@@ -30,11 +30,23 @@ def rows(count: int) -> list[dict[str, Any]]:
     return [{"prompt": f"say {i}", "response": "red " * (i % 5 + 1)} for i in range(count)]
 
 
-def loader(tokenizer: Any, train: Any, steps: int = 100, rank: int = 0, world_size: int = 1, **options: Any) -> Any:
+def loader(
+    tokenizer: Any,
+    train: Any,
+    steps: int = 100,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulate: int = 1,
+    limit: int | float = 1.0,
+    **options: Any,
+) -> Any:
     data = DemonstrationData(tokenizer, train, **{"batch_size": 4, "window": 8, **options})
     kwargs = {"num_replicas": world_size, "rank": rank}
     strategy = SimpleNamespace(distributed_sampler_kwargs=kwargs)
-    data.trainer = SimpleNamespace(max_steps=steps, strategy=strategy, limit_val_batches=1)  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        max_steps=steps, strategy=strategy, limit_train_batches=limit, overfit_batches=0, loggers=[], current_epoch=0,
+        accumulate_grad_batches=accumulate, reload_dataloaders_every_n_epochs=0,
+    )  # fmt: skip
     data.setup()
     return data.train_dataloader(), data
 

@@ -49,9 +49,7 @@ def test_the_schedule_sees_optimizer_updates(
         seen.append(total)
         return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
 
-    data = DemonstrationData(
-        load_tokenizer(folder), demonstrations(16), batch_size=4, accumulate=accumulate, cache_dir=tmp_path
-    )
+    data = DemonstrationData(load_tokenizer(folder), demonstrations(16), batch_size=4, cache_dir=tmp_path)
     module = SFT(partial(load_causal_lm, folder), sgd(), schedule)
     from lightning.pytorch import Trainer
 
@@ -142,7 +140,7 @@ def test_parts_of_a_step_of_unequal_size_do_not_change_it(tmp_path: Path, stage:
     before = torch.cat([p.detach().flatten() for p in load().parameters()])
     found = []
     for accumulate in (1, 2, 4):
-        data = read(load_tokenizer(folder), rows, batch_size=5, accumulate=accumulate, cache_dir=tmp_path)
+        data = read(load_tokenizer(folder), rows, batch_size=5, cache_dir=tmp_path)
         module = stage(load, sgd(1.0))
         fit(module, data, 1, accumulate)
         found.append(torch.cat([p.detach().flatten() for p in module.parameters()]) - before)

@@ -33,7 +33,7 @@ STAGES: dict[str, tuple[Callable[..., Any], Callable[..., Any], type[Any], dict[
 def learned(stage: str, folder: str, tmp_path: Path, accumulate: int = 1, ranks: int = 1) -> dict[str, Tensor]:
     """Return how far one step of plain gradient descent moved each weight, in float64."""
     make, load, data_module, options = STAGES[stage]
-    data = data_module(load_tokenizer(folder), ROWS, batch_size=8, accumulate=accumulate, cache_dir=tmp_path)
+    data = data_module(load_tokenizer(folder), ROWS, batch_size=8, cache_dir=tmp_path)
     module = make(partial(load, folder, dtype="float64"), sgd(1.0), **options)
     kept = tmp_path / f"{stage}-{accumulate}-{ranks}.pt"
     more = {"devices": 2, "strategy": "ddp_fork"} if ranks > 1 else {}

@@ -52,9 +52,7 @@ def both(
     """Return our curve and TRL's over the same rows, after comparing the tokens and what is learned of them."""
     reader = tokenizer(folder)
     reader.chat_template = template or reader.chat_template
-    data = DemonstrationData(
-        reader, rows, batch_size=batch, cache_dir=folder, accumulate=accumulate, turns=turns, row_tokens=64
-    )
+    data = DemonstrationData(reader, rows, batch_size=batch, cache_dir=folder, turns=turns, row_tokens=64)
     dataset = in_our_order(data, rows)
     theirs = trl.SFTTrainer(
         load_causal_lm(start(folder)),

@@ -1,15 +1,15 @@
-"""TensorBoard's HParams tab: a run's hyperparameters and its final metric."""
+"""What a run gives its loggers beside metrics: hyperparameters, tables of text, and TensorBoard's HParams tab."""
 
 from __future__ import annotations
 
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch.utils.tensorboard.summary import hparams as summaries
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,30 @@ def quiet_writer_threads() -> None:
         log.info("TensorBoard's writer ended: %s", arguments.exc_value)
 
     threading.excepthook = hook
+
+
+def log_table(logger: Logger, name: str, rows: Sequence[Mapping[str, Any]], text: str, step: int) -> None:
+    """Give a logger a table: W&B its `rows`, TensorBoard and MLflow its `text` in Markdown; others take no text."""
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_text(name, text, step)
+    elif isinstance(logger, WandbLogger):
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        logger.log_table(name, columns, [[cell(row.get(key)) for key in columns] for row in rows], step=step)
+    elif isinstance(logger, MLFlowLogger):
+        logger.experiment.log_text(logger.run_id, text, f"{name}/step_{step:06d}.md")
+
+
+def cell(value: Any) -> Any:
+    """Return a value of one of the types that W&B compares within a column."""
+    if isinstance(value, bool) or value is None:
+        return value
+    return float(value) if isinstance(value, int | float) else str(value)
+
+
+def log_settings(logger: Logger, hparams: Mapping[str, Any]) -> None:
+    """Give a logger the hyperparameters; TensorBoard gets them at the end, see :func:`write_hparams`."""
+    if not isinstance(logger, TensorBoardLogger):
+        logger.log_hyperparams(dict(hparams))
 
 
 def summary_writer(trainer: Trainer) -> Any:

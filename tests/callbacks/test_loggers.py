@@ -18,7 +18,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from rlhf_lightning.callbacks.tensorboard import judged_by, quiet_writer_threads, write_hparams
+from rlhf_lightning.callbacks.loggers import judged_by, quiet_writer_threads, write_hparams
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import readable_os_errors
 from tests.helpers.lightning import quiet_lightning
