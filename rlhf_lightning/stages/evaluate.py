@@ -79,18 +79,9 @@ def run(run: Run) -> float | None:
             write_jsonl(run.folder / "samples" / f"{name}.jsonl", rows)
             for logger in loggers:
                 log_table(logger, f"samples/{name}", rows[:16], "\n\n".join(map(as_markdown, rows[:16])), 0)
-    first = next(iter(answered), "")
-    gaps = {f"{name}-{first}": answer.minus(answered[first]) for name, answer in answered.items() if name != first}
-    metrics: dict[str, Any] = {"perf/peak_memory_gb": peak_memory_gb()}
-    for name, row in (table | gaps).items():
-        for metric, (mean, low, high) in row.items():
-            metrics[f"{name}/{metric}"] = mean
-            if math.isfinite(low):
-                metrics |= {f"{name}/{metric}_low": low, f"{name}/{metric}_high": high}
-    tables = {"evaluation": (HELD_OUT, table)} | ({"differences": (DIFFERENCES.format(first), gaps)} if gaps else {})
-    means = {f"{name}/{metric}": row[metric][0] for name, row in (table | gaps).items() for metric in row}
+    metrics, tables = figures(table, answered)
     for logger in loggers:
-        logger.log_metrics(means, 0)
+        logger.log_metrics({name: metrics[name] for name in metrics if not name.endswith(("_low", "_high"))}, 0)
         for tag, titled in tables.items():
             header, *lines = cells(titled[1])
             lines = [dict(zip(header, line, strict=True)) for line in lines]
@@ -100,12 +91,31 @@ def run(run: Run) -> float | None:
     metrics["monitor"] = f"{last}/{monitored(table[last], run.settings['monitor'])}"
     if len(table) == 1:  # one model needs no prefix
         metrics |= {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{last}/")}
-    metrics["perf/rows_per_s"] = evaluated / (time.perf_counter() - began)
+    metrics |= {
+        "perf/peak_memory_gb": peak_memory_gb(),
+        "perf/rows_per_s": evaluated / (time.perf_counter() - began),
+    }
     write_json(run.folder / "metrics.json", metrics)
     for titled in tables.values():
         show(*titled)
     Console().print(f"run         {run.folder}", soft_wrap=True)
     return metrics.get(metrics["monitor"])
+
+
+def figures(
+    table: dict[str, dict[str, Interval]], answered: dict[str, Evaluation]
+) -> tuple[dict[str, Any], dict[str, tuple[str, dict[str, dict[str, Interval]]]]]:
+    """Return every mean and end of an interval by name, and the titled tables: models, and differences to the first."""
+    first = next(iter(answered), "")
+    gaps = {f"{name}-{first}": answer.minus(answered[first]) for name, answer in answered.items() if name != first}
+    metrics: dict[str, Any] = {}
+    for name, row in (table | gaps).items():
+        for metric, (mean, low, high) in row.items():
+            metrics[f"{name}/{metric}"] = mean
+            if math.isfinite(low):
+                metrics |= {f"{name}/{metric}_low": low, f"{name}/{metric}_high": high}
+    tables = {"evaluation": (HELD_OUT, table)} | ({"differences": (DIFFERENCES.format(first), gaps)} if gaps else {})
+    return metrics, tables
 
 
 def is_reward_model(folder: str) -> bool:
