@@ -92,7 +92,8 @@ def normalize(arguments: list[str]) -> list[str]:
         key, equals, value = argument.partition("=")
         path = "," not in value or (not several and Path(value).exists())
         if key == "model" and equals and value not in options and path:
-            normalized += ["model=hub", readable(f"model.name={value}", several)]
+            name = value if value.startswith(("'", '"')) else quoted(value)
+            normalized += ["model=hub", f"model.name={name}"]
         elif value == "null" and key in groups():
             normalized += [] if key in UNSET else [f"~{key}"]
         elif key.startswith("data.columns."):

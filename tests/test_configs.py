@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from hydra.utils import get_object
+from lightning.pytorch.callbacks import EarlyStopping
 from omegaconf import OmegaConf
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.runtime.arguments import own_arguments
 from rlhf_lightning.runtime.explain import RENAMED, explain
-from rlhf_lightning.runtime.instantiate import ALLOWED, instantiate, targets
+from rlhf_lightning.runtime.instantiate import EXTRAS, allowed_targets, instantiate, public_classes, targets
 from rlhf_lightning.runtime.settings import groups
 from rlhf_lightning.stages import STAGES
 from tests.helpers.compose import composed
@@ -36,7 +39,9 @@ def test_every_file_composes_and_binds(file: str) -> None:
     stage = [] if file.startswith(("stage/", "pipeline/", "experiment/", "sweep/")) else ["stage=sft"]
     cfg = composed(*stage, *choice(file))
     for key, target in targets(OmegaConf.to_container(cfg), ""):
-        assert target in ALLOWED, key
+        assert target in allowed_targets(), key
+        if absent(target):
+            continue
         node = OmegaConf.select(cfg, key.rpartition(".")[0])
         given = {k for k in node if not str(k).startswith("_")}
         accepted = parameters(get_object(target))
@@ -114,9 +119,66 @@ def test_old_keys_are_refused_with_the_new_name(old: str, new: str) -> None:
     assert explain(error, ["stage=ppo"]) == f"there is no key {key}: it is now {key.partition('.')[0]}.{new}"
 
 
+def absent(target: str) -> bool:
+    """Return whether a target belongs to an extra that is not installed."""
+    package = target.partition(".")[0]
+    return package in EXTRAS and importlib.util.find_spec(package) is None
+
+
 def test_every_allowed_target_exists() -> None:
-    for name in ALLOWED:
-        assert callable(get_object(name)), name
+    for name in allowed_targets():
+        assert absent(name) or callable(get_object(name)), name
+
+
+def test_public_classes_are_listed_one_by_one() -> None:
+    """What Lightning and torch publish, under both of its names; what lives beside it is not allowed."""
+    classes = public_classes()
+    assert classes["lightning.pytorch.callbacks.EarlyStopping"] is EarlyStopping
+    assert classes["lightning.pytorch.callbacks.early_stopping.EarlyStopping"] is EarlyStopping
+    assert {"torch.optim.RMSprop", "lightning.pytorch.loggers.WandbLogger"} <= classes.keys()
+    for target in (
+        "lightning.pytorch.callbacks.early_stopping.os.system",
+        "lightning.pytorch.callbacks.model_checkpoint.torch.load",
+        "lightning.pytorch.loggers.csv_logs.os",
+        "torch.optim.lr_scheduler.LambdaLR",
+        "torch.optim.adamw.torch.load",
+    ):
+        with pytest.raises(UserError, match="is not an allowed target"):
+            instantiate({"_target_": target}, "key")
+
+
+@pytest.mark.parametrize(("package", "extra"), [("bitsandbytes", "8bit"), ("wandb", "wandb"), ("mlflow", "mlflow")])
+def test_a_missing_extra_is_named(package: str, extra: str) -> None:
+    target = {
+        "bitsandbytes": "bitsandbytes.optim.AdamW8bit",
+        "wandb": "lightning.pytorch.loggers.WandbLogger",
+        "mlflow": "lightning.pytorch.loggers.MLFlowLogger",
+    }[package]
+    if not absent(package):
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(UserError, match=rf"key: {package} is not installed: pip install 'rlhf-lightning\[{extra}\]'"):
+        instantiate({"_target_": target}, "key")
+
+
+@pytest.mark.parametrize(
+    ("target", "given", "expected"),
+    [
+        ("torch.optim.AdamW", set(), {"lr", "betas", "eps", "weight_decay", "fused"}),
+        ("torch.optim.SGD", set(), {"lr"}),
+        ("torch.optim.RMSprop", {"optimizer.eps"}, {"lr", "eps"}),
+        ("torch.optim.NAdam", {"optimizer.betas"}, {"lr", "betas"}),
+    ],
+)
+def test_another_optimizer_is_not_given_what_was_written_for_adamw(target: str, given: set[str], expected: Any) -> None:
+    settings = OmegaConf.to_container(composed("stage=sft", f"optimizer._target_={target}").optimizer)
+    assert own_arguments(settings, "optimizer", "adamw", given).keys() - {"_target_", "_partial_"} == expected
+
+
+def test_a_stage_adds_nothing_that_the_chosen_optimizer_does_not_take() -> None:
+    settings = OmegaConf.to_container(composed("stage=ppo", "optimizer=sgd").optimizer)
+    assert "eps" in settings
+    kept = own_arguments(settings, "optimizer", "sgd", set())
+    assert kept.keys() - {"_target_", "_partial_"} == {"lr", "momentum", "weight_decay", "fused"}
 
 
 @pytest.mark.parametrize("stage", [name for name, stage in STAGES.items() if stage.trains])

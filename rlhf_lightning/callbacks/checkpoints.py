@@ -159,6 +159,11 @@ class StepCheckpoint(Callback):
         self.every_n_steps, self.saved_at, self.step_before = every_n_steps, 0, 0
         self.metrics: dict[str, float] = {}  # what had been logged when the checkpoint was saved
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Come after the other callbacks, whose states of the same update belong into the checkpoint."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [c for c in callbacks if c is not self] + [self]  # type: ignore[attr-defined]
+
     def state_dict(self) -> dict[str, Any]:
         return {"metrics": self.metrics}
 

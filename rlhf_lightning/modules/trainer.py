@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 
 from rlhf_lightning.data.base import RowData
 from rlhf_lightning.errors import UserError
+
+# a sharded model is refused below
+warnings.filterwarnings("ignore", ".*WeightAveraging doesn't support sharding model layers.*")
 
 HALF = ("16", "16-true", "16-mixed")
 REPLACED = {FSDPStrategy: "strategy=fsdp", DeepSpeedStrategy: "strategy=deepspeed"}

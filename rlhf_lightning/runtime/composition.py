@@ -51,6 +51,8 @@ COMMAND_LINE_ONLY = (
 )
 ADDRESSES = ("settings", "tracking_uri")
 """Arguments of loggers that say where credentials are sent, or which program is run."""
+TRACKING = "${oc.env:MLFLOW_TRACKING_URI,sqlite:///${paths.run}/mlflow.db}"
+"""What conf/logger/mlflow.yaml says: the user's own server, or a file in the run folder."""
 LOGGING_CLASSES = frozenset(
     {
         "colorlog.ColoredFormatter",
@@ -158,9 +160,9 @@ def check_command_line_only(cfg: DictConfig, given: dict[str, Any]) -> None:
     if not OmegaConf.is_config(loggers) or isinstance(given.get("logger"), dict | list):
         return
     for name, text in texts(OmegaConf.to_container(loggers, resolve=False), "logger"):
-        if set(ADDRESSES) & set(name.split(".")) and str(trusted.get(name)) != text:
+        if set(ADDRESSES) & set(name.split(".")) and text not in (str(trusted.get(name)), TRACKING):
             raise UserError(
-                f"{name} is taken from the command line or the logger's environment variables, not from a file"
+                f"{name} is taken from the command line or the logger's environment, not from a file: {text}"
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,10 @@ def explain(error: Exception, overrides: list[str]) -> str:
     text = str(error)
     if isinstance(error, OverrideParseException):
         key, _, value = str(error.override).partition("=")
-        override = f"{key}={quoted(value)}"
+        parts = [quoted(part.strip(" '\"")) for part in value.strip("[]").split(",")]
+        text_or_list = f"[{','.join(parts)}]" if value.startswith("[") else quoted(value)
         reason = text.splitlines()[0]
-        return f"{error.override}: {reason}; quote a text that has such characters, in a shell {shlex.quote(override)}"
+        return f'{error.override}: {reason}; quote texts with special characters, in a shell "{key}={text_or_list}"'
     if match := re.search(r"Could not find '([\w./-]+)'", text):
         group, _, option = match[1].partition("/")
         options = groups().get(group, [])

@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_lightning.distributed import agreed
 from rlhf_lightning.errors import UserError
@@ -26,7 +28,8 @@ class RunFolder(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         if any(override.startswith("hydra.run.dir=") for override in config.hydra.overrides.hydra):
             return  # the user's choice, and that of a process that starts this one
-        config.run_id = agreed("run_folder", lambda: reserve(config))
+        with suppress(OmegaConfBaseException):  # reported when the configuration is resolved
+            config.run_id = agreed("run_folder", lambda: reserve(config))
 
 
 def reserve(config: DictConfig) -> str:

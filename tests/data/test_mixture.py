@@ -120,7 +120,13 @@ def test_a_mixture_is_the_same_on_any_number_of_ranks_and_after_a_resume(
         )
         strategy = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": ranks, "rank": rank})
         data.trainer = SimpleNamespace(  # type: ignore[assignment]
-            strategy=strategy, loggers=[], max_steps=8, limit_val_batches=1
+            strategy=strategy,
+            loggers=[],
+            max_steps=8,
+            limit_val_batches=1,
+            limit_train_batches=1.0,
+            accumulate_grad_batches=1,
+            overfit_batches=0.0,
         )
         data.setup()
         return data.train_dataloader(), data
@@ -147,7 +153,9 @@ def test_counts_are_logged(tokenizer: Any, files: list[str], tmp_path: Path) -> 
     data = DemonstrationData(tokenizer, files[:2], weights=[3, 1], batch_size=4, cache_dir=tmp_path)
     logger = SimpleNamespace(log_metrics=lambda metrics, step: logged.update(metrics))
     strategy = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 1, "rank": 0})
-    data.trainer = SimpleNamespace(strategy=strategy, loggers=[logger])  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        strategy=strategy, loggers=[logger], limit_train_batches=1.0, accumulate_grad_batches=1, overfit_batches=0.0
+    )
     data.setup()
     data.train_dataloader()
     assert logged == {f"data/{files[0]}": 12, f"data/{files[1]}": 4}

@@ -16,6 +16,7 @@ def quiet_lightning(test: object) -> object:
         ".*Checkpoint directory.*exists and is not empty.*",
         ".*in eval mode at the start of training.*",
         ".*is smaller than the logging interval.*",
+        ".*WeightAveraging doesn't support sharding.*",
     ):
         test = pytest.mark.filterwarnings(f"ignore:{text}")(test)  # type: ignore[arg-type]
     return test
