@@ -217,7 +217,7 @@ MISTAKES = {
     "critic": (["stage=ppo", "data.train=pairs.jsonl", "init_from={sft}", "reward_from=json:dumps", "ppo.critic=rewards"], "Did you mean 'reward'?"),
     "top_p": (["stage=grpo", "data.train=pairs.jsonl", "init_from={sft}", "reward_from=json:dumps", "sampler.top_p=0.9"], "sampler.top_p=0.9: the log-probabilities in KL and ratio are those of the whole distribution"),
     "ratio": (["stage=rloo", "data.train=pairs.jsonl", "init_from={sft}", "reward_from=json:dumps", "rloo.clip_low=1.5"], "rloo.clip_low=1.5 is not a finite number in [0, 1)"),
-    "kl target": (["stage=ppo", "data.train=pairs.jsonl", "init_from={sft}", "reward_from=json:dumps", "ppo.kl_target=.inf"], "ppo.kl_target=inf is not a finite number in (0, inf)"),
+    "kl target": (["stage=ppo", "data.train=pairs.jsonl", "init_from={sft}", "reward_from=json:dumps", "ppo.kl_target=.inf"], "ppo.kl_target=.inf is not a finite number in (0, inf)"),
     "no tokens": (["stage=evaluate", "data.train=pairs.jsonl", "init_from={sft}", "evaluate.max_new_tokens=0"], "evaluate.max_new_tokens=0 is not a whole number in [1, inf)"),
     "clip": (["stage=ppo", "data.train=pairs.jsonl", "init_from={sft}", "reward_from=json:dumps", "trainer.gradient_clip_val=1"],
              "max_grad_norm"),

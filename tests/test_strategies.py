@@ -29,7 +29,13 @@ STAGES = {
     "reward": [],
     "dpo": ["dpo.beta=0.5"],
     # so few tokens a pass that the ranks need different numbers of passes, in sampling and in learning
-    "ppo": ["ppo.max_new_tokens=6", "ppo.ppo_epochs=2", "ppo.microbatch_tokens=48", "sampler.batch_tokens=48"],
+    "ppo": [
+        "ppo.max_new_tokens=6",
+        "ppo.ppo_epochs=2",
+        "ppo.microbatch_tokens=48",
+        "sampler.batch_tokens=48",
+        "ppo.critic_warmup=1",
+    ],
     "rloo": ["rloo.max_new_tokens=6", "rloo.num_generations=2"],
     "grpo": ["grpo.max_new_tokens=6", "grpo.num_generations=2", "adapter=lora"],
 }

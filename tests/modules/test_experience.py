@@ -53,10 +53,10 @@ def test_unfinished_responses_have_a_fixed_score() -> None:
 
 @quiet_lightning
 def test_the_scale_of_large_scores_keeps_its_digits() -> None:
-    """Scores of 1e6 +- 0.5: squares in float32 would give a deviation of 0 or of hundreds."""
+    """Scores of 1e7 +- 0.5: float32 has no number for their mean."""
     module = attached(missing_eos_penalty=0.0, reward_scale=True)
     rollout = two_responses(module)
-    rollout.scores = torch.tensor([1e6, 1e6 + 1])
+    rollout.scores = torch.tensor([1e7, 1e7 + 1])
     for _ in range(3):
         module.shaped_scores(rollout)
     assert module.reward_moments.std == pytest.approx(0.5, rel=1e-12)
