@@ -73,11 +73,12 @@ def our_options(spec: dict[str, Any]) -> dict[str, Any]:
         "num_generations": spec["samples"], "max_new_tokens": spec["new_tokens"], "temperature": 1.0,
         "kl_beta": spec["beta"], "missing_eos_penalty": 0.0, "max_grad_norm": 1.0, "microbatch_tokens": spec["micro"],
     }  # fmt: skip
-    if spec["kind"] == "ppo":  # our defaults are the paper's and TRL's: 4 epochs, clip 0.2, lambda 0.95, value 0.1
+    if spec["kind"] == "ppo":  # our defaults are the paper's and TRL's: 4 epochs, clip 0.2, value 0.1
         from rlhf_lightning.models.loading import load_scalar_model
 
         critic = None if spec["critic"] == "value_head" else partial(load_scalar_model, spec["reward"], trained=True)
-        return common | {"estimator": "gae", "ppo_epochs": 4, "num_minibatches": 1, "load_critic": critic}
+        theirs = {"critic_lr": spec["lr"], "critic_lam": 0.95}  # TRL's critic has the rate and lambda of its policy
+        return common | theirs | {"estimator": "gae", "ppo_epochs": 4, "num_minibatches": 1, "load_critic": critic}
     how = {"grpo": ("loss", "k3"), "rloo": ("reward", "k1")}[spec["kind"]]
     algorithm = {"estimator": spec["kind"], "kl_in": how[0], "kl_estimator": how[1], "ppo_epochs": 1}
     return common | algorithm | {"whiten_advantages": False}
