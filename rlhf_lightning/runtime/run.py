@@ -146,7 +146,7 @@ class Run:
         """
         settings = select(self.settings, key)
         if isinstance(settings, dict) and "_target_" in settings:
-            check_targets(settings, key, allowed_targets() | set(self.allow))
+            check_targets(settings, key, {*allowed_targets(), *self.allow})
             choice = HydraConfig.get().runtime.choices.get(key) if "." not in key else None
             settings = own_arguments(settings, key, choice, {o.partition("=")[0].lstrip("+") for o in task_overrides()})
         return instantiate(settings, key, self.allow, **arguments)
