@@ -43,7 +43,7 @@ class StageModule(TrainerHooks):
     Args:
         load: returns the Hugging Face model to train.
         optimizer: called with parameter groups, for example `partial(torch.optim.AdamW, lr=1e-5)`.
-        schedule: called with (optimizer, total_steps or None where only time ends the run), or None for a constant rate.
+        schedule: called with (optimizer, total_steps), None where only time ends the run; None is a constant rate.
         lora: arguments of :func:`rlhf_lightning.models.adapters.add_lora`, or None to train every weight.
     """
 
