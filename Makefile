@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTEST := -n 2 --dist loadgroup -q --hypothesis-profile=ci
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup setup-test demo check test test-fast nightly mutants bench clean
+.PHONY: help setup setup-test demo check test test-fast nightly mutants bench gpu clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ bench: $(VENV)/.bench ## benchmarks against TRL and alone (two hours): make benc
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/bigdata.py
+
+gpu: $(VENV)/.test ## what a GPU computes right and how fast, in one call of five minutes
+	cd benchmarks && ../$(BIN)/python gpu.py
 
 clean: ## remove the environment and caches, keep outputs/
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -179,3 +179,26 @@ def test_a_stage_adds_nothing_that_the_chosen_optimizer_does_not_take() -> None:
     assert "eps" in settings
     kept = own_arguments(settings, "optimizer", "sgd", set())
     assert kept.keys() - {"_target_", "_partial_"} == {"lr", "momentum", "weight_decay", "fused"}
+
+
+@pytest.mark.parametrize("stage", [name for name, stage in STAGES.items() if stage.trains])
+def test_lora_learns_at_ten_times_the_rate(stage: str) -> None:
+    """Schulman et al. 2025; the composed configuration shows it, and a rate that is given stays."""
+    full, lora = composed(f"stage={stage}").optimizer.lr, composed(f"stage={stage}", "adapter=lora").optimizer.lr
+    assert lora == pytest.approx(10 * full)
+    assert composed(f"stage={stage}", "adapter=lora", "optimizer.lr=3e-5").optimizer.lr == 3e-5
+
+
+def test_an_experiment_keeps_its_rate_with_lora() -> None:
+    assert (
+        composed("experiment=dpo_world", "adapter=lora").optimizer.lr == composed("experiment=dpo_world").optimizer.lr
+    )
+
+
+def test_an_iteration_has_64_responses() -> None:
+    sizes = {stage: composed(f"stage={stage}") for stage in ("ppo", "rloo", "grpo")}
+    assert {cfg.data.batch_size * cfg[stage].num_generations for stage, cfg in sizes.items()} == {64}
+
+
+def test_rloo_does_not_whiten_over_tokens() -> None:
+    assert composed("stage=rloo").rloo.whiten_advantages is False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,8 @@ from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.ops.groups import Group, pack
 from rlhf_lightning.runtime import memory
 from rlhf_lightning.runtime.settings import to_container
-from rlhf_lightning.stages import plan
+from rlhf_lightning.runtime.stage import Stage
+from rlhf_lightning.stages import STAGES, plan, run
 from tests.helpers.cli import rlhf
 from tests.helpers.compose import composed
 
@@ -82,6 +85,14 @@ def test_weights_gradients_and_optimizer_have_closed_forms(folder: str) -> None:
     ppo = plan.read_job(settings("stage=ppo", f"reward_from={folder}", "ppo.critic=reward"))
     assert memory.estimate(shape, ppo)["frozen models"] == 2 * size  # the reference and the reward model
     assert memory.estimate(shape, ppo)["optimizer"] == 4 * size  # of the policy and the critic
+    assert plan.read_job(settings("stage=ppo", f"reward_from={folder}")).critic  # critic=auto
+    for head in (
+        ["ppo.critic=value_head"],
+        ["adapter=lora"],
+        [f"reward_from=[{folder},{folder}]"],
+        ["reward_from=world"],
+    ):
+        assert not plan.read_job(settings("stage=ppo", f"reward_from={folder}", *head)).critic
 
 
 def test_devices_share_rows_and_sharding_shares_weights() -> None:
@@ -134,6 +145,16 @@ def test_activations_are_what_autograd_keeps() -> None:
     assert memory.estimate(shape, replace(job, checkpointing=True))["activations"] < found["activations"]
 
 
+@pytest.mark.parametrize(("references", "loss_tokens", "measured"), [(0, 28_658, 86.4), (1, 7_168, 95.6)])
+def test_mixed_precision_is_what_a_gpu_needed(references: int, loss_tokens: int, measured: float) -> None:
+    """SFT and DPO of docs/benchmarks.md on one H200, within six hundredths."""
+    shape = memory.Shape(
+        1_078_020_096, 0, hidden=2048, intermediate=5632, layers=20, key_values=1024, vocabulary=32_768
+    )
+    job = memory.Job(4, 2, tokens=28_672, loss_tokens=loss_tokens, references=references)
+    assert sum(memory.estimate(shape, job).values()) / 1e9 == pytest.approx(measured, rel=0.06)
+
+
 def test_stages_without_training_have_no_plan() -> None:
     with pytest.raises(UserError, match="not for stage=evaluate"):
         plan.run_plan(OmegaConf.create(settings("stage=evaluate", "plan=true")))
@@ -147,3 +168,23 @@ def test_the_command_prints_a_table_and_leaves_nothing(tmp_path: Path, folder: s
     assert "trainer.accumulate_grad_batches=64" in printed
     assert "this fits" in rlhf(tmp_path, *command, "plan=80").stdout
     assert not [path for path in (tmp_path / "outputs").rglob("*") if path.is_file()]
+
+
+def test_out_of_device_memory_is_one_line_with_the_keys_that_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(self: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 390 MiB. Of the allocated memory ...")
+
+    monkeypatch.setattr(Stage, "load", too_large)
+    monkeypatch.setattr(run.HydraConfig, "get", lambda: SimpleNamespace(runtime=SimpleNamespace(output_dir=".")))
+    expected = {
+        "dpo": "trainer.accumulate_grad_batches=2 (now 1)",
+        "grpo": "grpo.microbatch_tokens=2048 (now 4096) .* sampler.batch_tokens=16384 (now 32768)",
+        "candidates": "sampler.batch_tokens=16384 (now 32768)",
+    }
+    for name, hint in expected.items():
+        given = settings(f"stage={name}")
+        made = SimpleNamespace(stage=STAGES[name], settings=given, options=given[name], decide=lambda: None)
+        monkeypatch.setattr(run, "Run", lambda *_, made=made: made)
+        pattern = re.escape(hint).replace(r"\.\*", ".*")
+        with pytest.raises(UserError, match=rf"out of device memory in stage={name}: .*{pattern}.*390 MiB\.\)$"):
+            run.run_stage(composed(f"stage={name}", "data.train=rows.jsonl"))

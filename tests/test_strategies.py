@@ -29,7 +29,13 @@ STAGES = {
     "reward": [],
     "dpo": ["dpo.beta=0.5"],
     # so few tokens a pass that the ranks need different numbers of passes, in sampling and in learning
-    "ppo": ["ppo.max_new_tokens=6", "ppo.ppo_epochs=2", "ppo.microbatch_tokens=48", "sampler.batch_tokens=48"],
+    "ppo": [
+        "ppo.max_new_tokens=6",
+        "ppo.ppo_epochs=2",
+        "ppo.microbatch_tokens=48",
+        "sampler.batch_tokens=48",
+        "ppo.critic_warmup=1",
+    ],
     "rloo": ["rloo.max_new_tokens=6", "rloo.num_generations=2"],
     "grpo": ["grpo.max_new_tokens=6", "grpo.num_generations=2", "adapter=lora"],
 }
@@ -140,29 +146,37 @@ def test_what_cannot_work_says_why(folder: Path, more: list[str], message: str) 
     assert re.search(message, done.stderr), done.stderr[-2000:]
 
 
+FLAT = ["schedule=constant", "schedule.warmup=0", "callbacks.checkpoint.every_n_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def on_two(folder: Path) -> Callable[[str, int], Path]:
+    """Return what runs SFT for a number of steps on two devices under a strategy, once."""
+
+    def make(strategy: str, steps: int) -> Path:
+        two = [f"strategy={strategy}", "trainer.devices=2", *FLAT]
+        return run(folder, "sft", f"{strategy}-{steps}", *two, f"max_steps={steps}")
+
+    return cache(make)
+
+
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.nightly), "fsdp2"])
-def test_resume_on_as_many_ranks_is_exact_and_on_others_is_not(strategy: str, folder: Path) -> None:
-    flat = ["schedule=constant", "schedule.warmup=0", "callbacks.checkpoint.every_n_steps=1"]
-    two = [f"strategy={strategy}", "trainer.devices=2", *flat]
-    whole = run(folder, "sft", f"whole-{strategy}", *two)
-    half = run(folder, "sft", f"half-{strategy}", *two, "max_steps=2")
+def test_resume_on_as_many_ranks_is_exact_and_on_others_is_not(
+    strategy: str, folder: Path, on_two: Callable[[str, int], Path]
+) -> None:
+    two = [f"strategy={strategy}", "trainer.devices=2", *FLAT]
+    whole, half = on_two(strategy, 4), on_two(strategy, 2)
     again = run(folder, "sft", f"again-{strategy}", *two, f"resume={half}")
     expected, found = (load_file(r / "model" / "model.safetensors") for r in (whole, again))
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
-    one = run(folder, "sft", f"one-{strategy}", *flat, f"resume={half}")
-    for name, weight in load_file(one / "model" / "model.safetensors").items():
-        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=2e-5, msg=name)
+    one = run(folder, "sft", f"one-{strategy}", *FLAT, f"resume={half}")
+    alone = run(folder, "sft", f"alone-{strategy}", *FLAT, "max_steps=2")
+    back = run(folder, "sft", f"back-{strategy}", *two, f"resume={alone}")
+    for other in (one, back):
+        for name, weight in load_file(other / "model" / "model.safetensors").items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=2e-5, msg=name)
     assert "not bit-exact" in (one / "run.log").read_text()
     assert "not bit-exact" not in (again / "run.log").read_text()
-    back = run(
-        folder,
-        "sft",
-        f"back-{strategy}",
-        *two,
-        f"resume={run(folder, 'sft', f'alone-{strategy}', *flat, 'max_steps=2')}",
-    )
-    for name, weight in load_file(back / "model" / "model.safetensors").items():
-        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=2e-5, msg=name)
 
 
 def test_the_dropout_of_every_rank_continues(folder: Path) -> None:
@@ -195,13 +209,11 @@ def test_layers_split_over_two_devices_and_sharded_over_two(folder: Path, alone:
         torch.testing.assert_close(second[name], weight, rtol=1e-5, atol=2e-5, msg=name)
 
 
-def test_a_run_goes_on_under_another_strategy(folder: Path) -> None:
-    flat = ["schedule=constant", "schedule.warmup=0", "callbacks.checkpoint.every_n_steps=1"]
-    expected = load_file(run(folder, "sft", "whole", *flat) / "model" / "model.safetensors")
-    flat.append("trainer.devices=2")
-    half = run(folder, "sft", "half", *flat, "strategy=fsdp2", "max_steps=2")
-    split = run(folder, "sft", "split", *flat, "strategy=tensor_parallel", f"resume={half}", "max_steps=3")
-    again = run(folder, "sft", "joined", *flat, "strategy=fsdp2", f"resume={split}")
+def test_a_run_goes_on_under_another_strategy(folder: Path, on_two: Callable[[str, int], Path]) -> None:
+    expected = load_file(on_two("fsdp2", 4) / "model" / "model.safetensors")  # as one device has it: the tests above
+    two, half = [*FLAT, "trainer.devices=2"], on_two("fsdp2", 2)
+    split = run(folder, "sft", "split", *two, "strategy=tensor_parallel", f"resume={half}", "max_steps=3")
+    again = run(folder, "sft", "joined", *two, "strategy=fsdp2", f"resume={split}")
     for name, weight in load_file(again / "model" / "model.safetensors").items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=2e-5, msg=name)
 

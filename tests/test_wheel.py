@@ -32,18 +32,25 @@ def test_wheel_installs_and_runs_outside_the_checkout(tmp_path: Path) -> None:
     assert {str(f.relative_to(ROOT / "conf")) for f in (ROOT / "conf").rglob("*.yaml")} <= shipped
     assert "rlhf_lightning/world/world.yaml" in names
     # a clean environment that borrows the installed dependencies but not this project
-    run(sys.executable, "-m", "venv", "env")
+    run(sys.executable, "-m", "venv", "--without-pip", "env")
     python = str(tmp_path / "env" / "bin" / "python")
     site = subprocess.run(
         [sys.executable, "-c", "import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])"],
         text=True, capture_output=True, check=True,
     ).stdout.strip()  # fmt: skip
-    run(python, "-m", "pip", "install", "-q", "--no-deps", str(wheel))
+    run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", str(wheel))
     target = run(python, "-c", "import rlhf_lightning; print(rlhf_lightning.__file__)").strip()
     assert target.startswith(str(tmp_path / "env"))
     command = str(tmp_path / "env" / "bin" / "rlhf")
-    for stage in STAGES:
-        assert f"stage: {stage}" in run(command, f"stage={stage}", "--cfg", "job", PYTHONPATH=site)
+    assert "stage: sft" in run(command, "stage=sft", "--cfg", "job", PYTHONPATH=site)
+    compositions = "\n".join(
+        [
+            "from hydra import compose, initialize_config_module",
+            "with initialize_config_module('rlhf_lightning.conf', version_base='1.3'):",
+            f"    print([compose('rlhf', overrides=['stage=' + stage]).stage for stage in {list(STAGES)}])",
+        ]
+    )
+    assert run(python, "-c", compositions, PYTHONPATH=site).strip() == str(list(STAGES))
     run(
         command,
         "experiment=sft_world",

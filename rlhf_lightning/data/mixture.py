@@ -13,7 +13,7 @@ import torch
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.ops.groups import Group
-from rlhf_lightning.ops.seeding import generator
+from rlhf_lightning.ops.seeding import permutation
 
 
 def check_weights(weights: Any, sources: int, key: str) -> tuple[float, ...]:
@@ -60,13 +60,11 @@ def epoch_order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch
         begin, end = epoch * count, (epoch + 1) * count
         if count:
             first, last = begin // size, (end - 1) // size
-            passes = [
-                torch.randperm(size, generator=generator(seed, "pass", source, p)) for p in range(first, last + 1)
-            ]
+            passes = [permutation(size, seed, "pass", source, p) for p in range(first, last + 1)]
             parts.append(torch.cat(passes)[begin - first * size : end - first * size] + offset)
         offset += size
     rows = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
-    return rows[torch.randperm(len(rows), generator=generator(seed, "epoch", epoch))].numpy()
+    return rows[permutation(len(rows), seed, "epoch", epoch)].numpy()
 
 
 def interleaved(sources: Sequence[Callable[[], Iterator[Any]]], weights: Sequence[float]) -> Iterator[Any]:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from rlhf_lightning.ops.seeding import generator
+from rlhf_lightning.ops.seeding import generator, permutation
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class StepPlan(Sampler[MicroBatch]):
         rows = len(self.tokens)
         order = np.arange(rows)
         if self.shuffle:
-            order = torch.randperm(rows, generator=generator(self.seed, "epoch", self.epoch)).numpy()
+            order = permutation(rows, self.seed, "epoch", self.epoch).numpy()
         if self.order is not None:
             order = self.order(self.epoch)
         for step in range(self.start // self.accumulate, self.steps):

@@ -90,7 +90,7 @@ class Renderer:
                 self._serve(theirs)
             theirs.close()
             self.process = (os.getpid(), child, ours)
-            self._finalizer = weakref.finalize(self, end, *self.process)
+            self._finalizer = weakref.finalize(self, end, *self.process, kill=True)
             self._finalizer.atexit = False  # the way to it is closed then
         return self.process[2]
 

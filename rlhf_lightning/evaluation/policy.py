@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -13,7 +14,7 @@ from rlhf_lightning.data.base import RowData
 from rlhf_lightning.data.checks import ids_fit
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.answers import answer, start
-from rlhf_lightning.generation.engine import Engine
+from rlhf_lightning.generation.engine import Engine, truncation
 from rlhf_lightning.models.completion import CompletionModel, choose_layout, response_logprobs, vocabulary_size
 from rlhf_lightning.ops.groups import Group
 from rlhf_lightning.ops.kl import kl_estimate
@@ -33,6 +34,41 @@ SHARES = (
 """Metrics that are shares; their interval is Wilson's."""
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The responses of one policy to R rows with n generations each, and their values.
+
+    `columns` holds per metric one value (or None, where it does not apply) per response; `places` the row and the
+    number of the generation; `prompts` what the responses to one prompt have in common.
+    """
+
+    columns: Mapping[str, Sequence[float | None]]
+    places: Sequence[tuple[int, int]]
+    prompts: Sequence[tuple[int, ...]]
+    samples: list[dict[str, Any]]
+
+    def intervals(self) -> dict[str, Interval]:
+        """Return metric -> (mean, low, high)."""
+        return {metric: interval(metric, column, self.prompts) for metric, column in self.columns.items()}
+
+    def minus(self, other: Evaluation) -> dict[str, Interval]:
+        """Return metric -> (mean, low, high) of the difference to another policy on the same rows.
+
+        Paired: the difference is taken response by response, which both policies sampled with the same random numbers,
+        so what the prompts have in common does not widen the interval.
+        """
+        theirs = {place: number for number, place in enumerate(other.places)}
+        pairs = [(mine, theirs[place]) for mine, place in enumerate(self.places) if place in theirs]
+        found = {}
+        for metric in self.columns.keys() & other.columns.keys():
+            ours, others = self.columns[metric], other.columns[metric]
+            both = [(i, ours[i], others[j]) for i, j in pairs if ours[i] is not None and others[j] is not None]
+            if both:
+                gaps = [float(a) - float(b) for _, a, b in both]  # type: ignore[arg-type]
+                found[metric] = mean_interval(gaps, [self.prompts[i] for i, *_ in both])
+        return {metric: found[metric] for metric in self.columns if metric in found}
+
+
 def evaluate_policy(
     lm: Any,
     data: RowData,
@@ -47,8 +83,8 @@ def evaluate_policy(
     seed: int = 0,
     device: str = "cpu",
     title: str = "answers",
-) -> tuple[dict[str, Interval], list[dict[str, Any]]]:
-    """Return metric -> (mean, low, high) and the samples of one language model.
+) -> Evaluation:
+    """Return the responses of one language model and what they measure.
 
     Args:
         lm: a Hugging Face causal LM, or a peft model around one.
@@ -88,7 +124,7 @@ def evaluate_policy(
         "length": [float(len(ids)) for ids in answers.token_ids],
         "ended_with_eos": [float(done) for done in answers.finished],
     }
-    if reference is not None and temperature > 0:
+    if reference is not None and temperature > 0 and not truncation(engine):  # else samples are not the model's
         scores["kl"] = sequence_kl(lm, reference(), answers.groups(prompts), temperature, device)
     for name, reward in (rewards or {}).items():
         scores[name] = score(reward, answers.prompts, answers.texts, answers.metadata).tolist()
@@ -100,8 +136,10 @@ def evaluate_policy(
         | {name: column[i] for name, column in scores.items() if column[i] is not None and not name.startswith("gold_")}
         for i in range(len(answers.texts))
     ]
-    clusters = [tuple(group.prompt) for group in prompts for _ in range(num_generations)]
-    return {metric: interval(metric, column, clusters) for metric, column in scores.items()}, samples
+    places = [(group.index, k) for group in prompts for k in range(num_generations)]
+    return Evaluation(
+        scores, places, [tuple(group.prompt) for group in prompts for _ in range(num_generations)], samples
+    )
 
 
 def interval(metric: str, values: Sequence[float | None], prompts: Sequence[Any]) -> Interval:

@@ -22,13 +22,15 @@ COLUMNS = {
     "flattered": "flatters",
 }
 WITH_INTERVAL = ("gold", "accuracy")
+HELD_OUT = "held-out prompts"
+DIFFERENCES = "paired differences to {}"
 
 
-def show(table: dict[str, dict[str, Interval]], console: Console | None = None) -> None:
+def show(title: str, table: dict[str, dict[str, Interval]], console: Console | None = None) -> None:
     """Print `table`, model -> metric -> (mean, low, high), with the columns that any model has."""
     console = console or Console()
     header, *rows = cells(table)
-    printed = Table(title="held-out prompts", show_lines=False)
+    printed = Table(title=title, show_lines=False)
     for number, name in enumerate(header):
         printed.add_column(name, justify="right" if number else "left")
     for row in rows:
@@ -38,10 +40,10 @@ def show(table: dict[str, dict[str, Interval]], console: Console | None = None) 
     console.print(printed)
 
 
-def as_markdown_table(table: dict[str, dict[str, Interval]]) -> str:
+def as_markdown_table(title: str, table: dict[str, dict[str, Interval]]) -> str:
     """Return the same table as Markdown, for TensorBoard's text tab."""
     header, *rows = cells(table)
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+    return f"**{title}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
 def cells(table: dict[str, dict[str, Interval]]) -> list[list[str]]:

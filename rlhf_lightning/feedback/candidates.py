@@ -11,7 +11,7 @@ from torch import nn
 from rlhf_lightning.data.checks import ids_fit
 from rlhf_lightning.data.records import RowError, preference
 from rlhf_lightning.data.template import Template
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import UserError, check_number
 from rlhf_lightning.generation.answers import prompt_text
 from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.models.completion import CompletionModel
@@ -58,8 +58,9 @@ class Candidates(Generating):
             load, optimizer, schedule, lora, engine=engine, template=template, num_generations=num_generations,
             max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
         )  # fmt: skip
-        if num_generations < 0 or max_new_tokens < 1:
-            raise UserError("candidates.num_generations must not be negative, candidates.max_new_tokens at least 1")
+        check_number("candidates.num_generations", num_generations, "[0, inf)", whole=True)
+        check_number("candidates.max_new_tokens", max_new_tokens, "[1, inf)", whole=True)
+        check_number("candidates.temperature", temperature, "[0, inf)")
         if not num_generations and reward is None:
             raise UserError(
                 "candidates.num_generations=0 scores the responses of the rows: give reward_from=<what scores them>"

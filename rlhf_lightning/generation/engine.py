@@ -51,3 +51,10 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free what `start` took."""
+
+
+def truncation(engine: Any) -> str | None:
+    """Return the option by which an engine samples from a part of the distribution, such as "top_p=0.9", or None."""
+    whole = {"top_k": (0, None), "top_p": (1, None)}
+    given = {name: getattr(engine, name, None) for name in whole}
+    return next((f"{name}={value}" for name, value in given.items() if value not in whole[name]), None)

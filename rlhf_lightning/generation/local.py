@@ -16,15 +16,19 @@ from transformers import DynamicCache
 
 from rlhf_lightning.distributed import is_lost_peer
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.generation.cache import Reread, growing_cache, select_rows
+from rlhf_lightning.generation.cache import GrowingLayer, Reread, growing_cache, select_rows
 from rlhf_lightning.generation.engine import Generations
-from rlhf_lightning.models.completion import unwrap
-from rlhf_lightning.models.sharding import call, max_over_ranks
-from rlhf_lightning.ops.seeding import generator
+from rlhf_lightning.generation.static import BLOCK, StaticBatch, captured, decode, static_cache
+from rlhf_lightning.models.attention import HALF
+from rlhf_lightning.models.completion import computes_in, unwrap
+from rlhf_lightning.models.sharding import call, is_sharded, max_over_ranks
+from rlhf_lightning.ops.seeding import uniform
 
 log = logging.getLogger(__name__)
 
-_CACHED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether decoding equals a full forward pass
+# whether decoding equals a full forward pass, and whether it does so with static shapes
+_CACHED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_STATIC: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @dataclass
@@ -46,10 +50,13 @@ class LocalEngine:
     Args:
         batch_tokens: most prompt plus response tokens in a decoding batch; changes memory, not results.
         top_k, top_p: restrict the distribution (0 and 1.0 leave it whole). PPO needs it whole.
+        static: decode with static shapes (:mod:`rlhf_lightning.generation.static`); None does on an accelerator.
     """
 
-    def __init__(self, batch_tokens: int = 32_768, top_k: int = 0, top_p: float = 1.0) -> None:
-        self.batch_tokens, self.top_k, self.top_p = batch_tokens, top_k, top_p
+    def __init__(
+        self, batch_tokens: int = 32_768, top_k: int = 0, top_p: float = 1.0, static: bool | None = None
+    ) -> None:
+        self.batch_tokens, self.top_k, self.top_p, self.static = batch_tokens, top_k, top_p, static
         self.close()
 
     def start(self, lm: nn.Module, eos_ids: Iterable[int]) -> None:
@@ -85,6 +92,7 @@ class LocalEngine:
         self.lm.eval()
         try:
             self._choose_cache()
+            self._choose_static()
             batches = self._batches(prompts, n, max_new_tokens)
             for number in range(max_over_ranks(self.lm, len(batches))):
                 if number >= len(batches):  # other ranks have one more batch, and forward passes are collective
@@ -92,11 +100,7 @@ class LocalEngine:
                     continue
                 batch = batches[number]
                 uniforms = torch.stack(
-                    [
-                        torch.rand(max_new_tokens, generator=generator(*seed_parts, ids[p], k))
-                        for p in batch
-                        for k in range(n)
-                    ]
+                    [uniform(max_new_tokens, *seed_parts, ids[p], k) for p in batch for k in range(n)]
                 )
                 self._decode([prompts[p] for p in batch], batch, n, uniforms, temperature, responses, finished)
                 if progress:
@@ -124,13 +128,81 @@ class LocalEngine:
                     raise
                 gap, problem = math.inf, f"{type(error).__name__}: {str(error)[:120]}"
             inner = unwrap(self.lm)
-            if gap <= (1e-2 if inner.dtype in (torch.float32, torch.float64) else 0.5):
+            if gap <= (0.5 if computes_in(self.lm) in HALF else 1e-2):
                 if not cached:
                     log.warning("%s is sampled without a cache, which is slow: %s", type(inner).__name__, reason)
                 return
             reason = reason or problem
         del _CACHED[self.lm]
         raise UserError(f"{type(inner).__name__} cannot be sampled from ({reason})")
+
+    def _choose_static(self) -> None:
+        """Use static shapes where they are asked for, the model's cache allows them, and they change nothing."""
+        wanted = unwrap(self.lm).device.type == "cuda" if self.static is None else self.static
+        if not wanted or not _CACHED[self.lm] or is_sharded(self.lm):
+            _STATIC[self.lm] = False
+        elif not _STATIC.get(self.lm, False):
+            try:
+                gap = self._static_gap()
+                problem = f"log-probabilities are off by {gap:.2g}"
+            except (IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                gap, problem = math.inf, f"{type(error).__name__}: {str(error)[:120]}"
+            _STATIC[self.lm] = gap <= (0.5 if computes_in(self.lm) in HALF else 1e-2)
+            if not _STATIC[self.lm]:
+                name = type(unwrap(self.lm)).__name__
+                log.warning("%s is sampled without static shapes, which is slow: %s", name, problem)
+
+    def _static_gap(self) -> float:
+        """Return the largest difference of log-probabilities after prefill, selecting and two steps, one replayed."""
+        inner = unwrap(self.lm)
+        vocab = inner.config.get_text_config().vocab_size
+        prompts = [[(5 * i + 3) % vocab for i in range(4)], [(3 * i + 1) % vocab for i in range(2)]]
+        logits, cache, live = self._prefill(prompts, 2, torch.arange(4), inner.device)
+        seen: list[Tensor] = []
+
+        def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
+            seen[:] = [logits]
+            return logits.argmax(-1)
+
+        draws, limits = torch.zeros(4, 4, device=inner.device), torch.full((4,), 4, device=inner.device)
+        none = torch.tensor([], dtype=torch.long, device=inner.device)
+        batch = self._static_batch(logits, cache, live, draws, limits, none, sample)
+        rows = [3, 0, 2]
+        batch = batch.select(torch.tensor(rows, device=inner.device))
+        captured(batch)()
+        gap = 0.0
+        for row, place in enumerate(rows):
+            ids = torch.tensor([[*prompts[place // 2], *batch.tokens[row, :2].tolist()]], device=inner.device)
+            expected = call(self.lm, input_ids=ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
+            gap = max(gap, (seen[0][row].float().log_softmax(-1) - expected).abs().max().item())
+        return gap
+
+    def _static_batch(
+        self,
+        logits: Tensor,
+        cache: Any,
+        live: _Live,
+        uniforms: Tensor,
+        limits: Tensor,
+        eos: Tensor,
+        sample: Callable[[Tensor, Tensor], Tensor],
+    ) -> StaticBatch:
+        """Return the sequences of a prefill with room for all tokens to come."""
+        if any(type(layer) is not GrowingLayer for layer in cache.layers):
+            raise ValueError("its cache has other layers than keys and values of all tokens")
+        past = live.mask.shape[1]
+        capacity = -(-(past + uniforms.shape[1]) // BLOCK) * BLOCK
+        mask = pad(live.mask, (0, capacity - past))
+        buffers = static_cache([(layer.keys, layer.values) for layer in cache.layers], past, capacity)
+
+        def forward(token: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+            inputs = {"input_ids": token, "attention_mask": mask, "position_ids": positions}
+            return self.lm(**inputs, cache=cache, use_cache=True).logits[:, -1]
+
+        first = sample(logits, uniforms[:, 0])
+        return StaticBatch(forward, sample, first, live.length.clone(), mask, buffers, past, uniforms, limits, eos)
 
     def _decoding_gap(self) -> float:
         """Return the largest difference of log-probabilities after prefill, repeating, selecting and two steps."""
@@ -168,7 +240,7 @@ class LocalEngine:
     def _decode(
         self,
         prompts: Sequence[Sequence[int]],
-        batch: Sequence[int],
+        places: Sequence[int],
         n: int,
         uniforms: Tensor,
         temperature: float,
@@ -177,7 +249,7 @@ class LocalEngine:
     ) -> None:
         device, max_new_tokens = unwrap(self.lm).device, uniforms.shape[1]
         eos, uniforms = self.eos.to(device), uniforms.to(device)
-        slots = torch.tensor([p * n + k for p in batch for k in range(n)])
+        slots = torch.tensor([p * n + k for p in places for k in range(n)])
         # room for the longest response every prompt may have within the context
         context = getattr(unwrap(self.lm).config.get_text_config(), "max_position_embeddings", None)
         limits = torch.tensor(
@@ -185,12 +257,37 @@ class LocalEngine:
             device=device,
         ).clamp_min(1)
         logits, cache, live = self._prefill(prompts, n, slots, device)
+
+        def sample(logits: Tensor, draws: Tensor) -> Tensor:
+            return self._sample(logits, draws, temperature)
+
+        if _STATIC[self.lm]:
+            batch = self._static_batch(logits, cache, live, uniforms, limits, eos, sample)
+            tokens, ends, ended = decode(batch)
+        else:
+            tokens, ends, ended = self._decode_plain(logits, cache, live, uniforms, limits, eos, sample)
+        found = zip(slots.tolist(), tokens.tolist(), ends.tolist(), ended.tolist(), strict=True)
+        for slot, ids, end, has_eos in found:
+            responses[slot], finished[slot] = ids[:end], has_eos
+
+    def _decode_plain(
+        self,
+        logits: Tensor,
+        cache: Any,
+        live: _Live,
+        uniforms: Tensor,
+        limits: Tensor,
+        eos: Tensor,
+        sample: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Extend the sequences token by token; those that ended leave the batch at once."""
+        slots, max_new_tokens, device = live.slot, uniforms.shape[1], uniforms.device
         tokens = torch.zeros((len(slots), max_new_tokens), dtype=torch.long, device=device)
         ends = torch.zeros(len(slots), dtype=torch.long, device=device)
         ended = torch.zeros(len(slots), dtype=torch.bool, device=device)
         rows = torch.arange(len(slots), device=device)  # live rows, as places in `tokens`
         for t in range(max_new_tokens):
-            live.token = self._sample(logits, uniforms[rows, t], temperature)
+            live.token = sample(logits, uniforms[rows, t])
             tokens[rows, t] = live.token
             ends[rows] = t + 1
             stop = torch.isin(live.token, eos)
@@ -206,9 +303,7 @@ class LocalEngine:
             logits = self._step(cache, live)
         while max_over_ranks(self.lm, 0):
             self._dummy_forward()
-        for place, slot in enumerate(slots.tolist()):
-            responses[slot] = tokens[place, : int(ends[place])].tolist()
-            finished[slot] = bool(ended[place])
+        return tokens, ends, ended
 
     def _match_collectives(self) -> None:
         """Make dummy forward passes for a batch that only other ranks have."""

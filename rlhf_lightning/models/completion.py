@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.attention import GROUP_SDPA, find_runs, runs_mask
+from rlhf_lightning.models.attention import GROUP_SDPA, HALF, runs_mask
 from rlhf_lightning.ops.groups import Group, GroupBatch, Layout, microbatches, pack
 from rlhf_lightning.ops.logprobs import token_logprobs
 from rlhf_lightning.ops.masking import group_attention_mask
+from rlhf_lightning.ops.runs import find_runs
 
 SHORTEST = 64
 
@@ -38,12 +39,20 @@ def vocabulary_size(model: nn.Module) -> int:
     return cast(nn.Embedding, unwrap(model).get_input_embeddings()).weight.shape[0]
 
 
-def hidden_states(model: nn.Module, batch: GroupBatch, shortest: int = SHORTEST) -> Tensor:
+def computes_in(model: nn.Module) -> torch.dtype:
+    """Return the precision of a model's matrix products: that of its weights, or of autocast around the call."""
+    inner = unwrap(model)
+    if torch.is_autocast_enabled(inner.device.type):
+        return torch.get_autocast_dtype(inner.device.type)
+    return inner.dtype
+
+
+def hidden_states(model: nn.Module, batch: GroupBatch, by_runs: bool | None = None) -> Tensor:
     """Return the last hidden states (R * L, D) of the decoder below the head of `model`.
 
-    On a CPU, packed rows are read as one row without padding whose attention is computed run by run, unless a response
-    with its share of the prompt has fewer than `shortest` tokens: then a dense mask is faster. On an
-    accelerator fewer, larger matrix products are faster.
+    Packed rows are read as one row without padding whose attention is computed by runs (`by_runs`), or with a dense
+    mask. By default by runs, except where that is slower: on a CPU when a response with its share of the prompt has
+    fewer than 64 tokens, on an accelerator in full precision, which varlen attention does not compute.
     """
     inner = unwrap(model)
 
@@ -53,13 +62,14 @@ def hidden_states(model: nn.Module, batch: GroupBatch, shortest: int = SHORTEST)
 
     if batch.padded:
         return read(batch.input_ids, batch.position_ids, (batch.group_ids >= 0).long())
-    on_cpu = batch.input_ids.device.type == "cpu"  # checked first: counting tokens would synchronize an accelerator
-    if on_cpu and inner.config._attn_implementation == GROUP_SDPA and batch.tokens >= shortest * batch.sequences:
-        real = (batch.group_ids >= 0).flatten().nonzero().squeeze(1)
-        attention = runs_mask(find_runs(batch.group_ids, batch.response_ids), real.device)
-        ids, positions = (x.flatten()[real][None] for x in (batch.input_ids, batch.position_ids))
-        hidden = read(ids, positions, attention)
-        return hidden.new_zeros(batch.input_ids.numel(), hidden.shape[-1]).index_copy(0, real, hidden)
+    if by_runs is None:
+        on_cpu = batch.input_ids.device.type == "cpu"  # checked first: counting tokens would synchronize an accelerator
+        by_runs = batch.tokens >= SHORTEST * batch.sequences if on_cpu else computes_in(model) in HALF
+    if by_runs and inner.config._attn_implementation == GROUP_SDPA:
+        runs = batch.runs or find_runs(batch.group_ids, batch.response_ids)
+        ids, positions = (x.flatten()[runs.real][None] for x in (batch.input_ids, batch.position_ids))
+        hidden = read(ids, positions, runs_mask(runs, ids.device))
+        return hidden.new_zeros(batch.input_ids.numel(), hidden.shape[-1]).index_copy(0, runs.real, hidden)
     return read(batch.input_ids, batch.position_ids, group_attention_mask(batch.group_ids, batch.response_ids))
 
 
@@ -199,7 +209,7 @@ def check_head(model: nn.Module, tokens: list[int]) -> None:
     logprobs = CompletionModel(model).head(hidden_states(model, batch)).float().log_softmax(-1)
     model.train(training)
     gap = (logprobs - expected).abs().max().item()
-    if gap > (1e-3 if inner.dtype in (torch.float32, torch.float64) else 0.2):
+    if gap > (0.2 if computes_in(model) in HALF else 1e-3):
         raise UserError(
             f"{type(inner).__name__} computes its logits in a way that is not supported: log-probabilities would be "
             f"wrong by {gap:.2g}"
@@ -228,25 +238,33 @@ def choose_layout(model: nn.Module) -> tuple[Layout, str | None]:
     ]
     training = model.training
     model.eval()
+
+    def states(layout: Layout, by_runs: bool = False) -> Tensor:
+        batch = pack(probes, layout=layout).to(inner.device)
+        return hidden_states(model, batch, by_runs)[batch.source].float()
+
+    def gap(by_runs: bool) -> float:
+        return ((states("packed", by_runs) - padded).abs().max() / padded.abs().max().clamp_min(1e-6)).item()
+
+    tolerance = 6e-2 if computes_in(model) in HALF else 1e-3
+    failures = (TypeError, ValueError, RuntimeError, NotImplementedError)
     try:
         with torch.no_grad():
-            packed, by_runs, padded = (
-                hidden_states(model, b.to(inner.device), shortest)[b.source.to(inner.device)].float()
-                for b, shortest in (
-                    (pack(probes, layout="packed"), SHORTEST),
-                    (pack(probes, layout="packed"), 0),
-                    (pack(probes, layout="padded"), SHORTEST),
-                )
-            )
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+            padded = states("padded")
+            if not gap(by_runs=False) <= tolerance:
+                return "padded", "it ignores the group attention mask or the position ids"
+            if inner.config._attn_implementation == GROUP_SDPA:
+                try:
+                    wrong = not gap(by_runs=True) <= tolerance
+                except failures:
+                    wrong = True
+                if wrong:  # the dense mask is right
+                    inner.set_attn_implementation("sdpa")
+    except failures as error:
         return (
             "padded",
             f"it does not take a group attention mask ({type(error).__name__}: {str(error)[:120]})",
         )
     finally:
         model.train(training)
-    scale = padded.abs().max().clamp_min(1e-6)
-    tolerance = 1e-3 if inner.dtype in (torch.float32, torch.float64) else 6e-2
-    if max((hidden - padded).abs().max().item() for hidden in (packed, by_runs)) / scale.item() > tolerance:
-        return "padded", "it ignores the group attention mask or the position ids"
     return "packed", None

@@ -28,7 +28,7 @@ from rlhf_lightning.models.adapter_folder import is_classifier_adapter, merge_ad
 from rlhf_lightning.models.attention import GROUP_SDPA, group_sdpa
 from rlhf_lightning.models.folder import ADAPTER_CONFIG, adapter_chain, holder
 from rlhf_lightning.models.untrusted import check_folder, check_gguf
-from rlhf_lightning.ops.seeding import generator
+from rlhf_lightning.ops.seeding import normal
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -158,7 +158,7 @@ def load_scalar_model(
         raise UserError(f"{name}: the architecture {type(model).__name__} has no linear score head")
     if not is_reward:
         with torch.no_grad():
-            noise = torch.randn(head.weight.shape, generator=generator(seed, "reward head"))
+            noise = normal(head.weight.numel(), seed, "reward head").view_as(head.weight)
             head.weight.copy_(noise / math.sqrt(head.in_features + 1))
     return _prepare(model, gradient_checkpointing, compile)
 

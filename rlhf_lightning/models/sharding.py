@@ -63,6 +63,11 @@ def parallelize(lm: Any, mesh: Any) -> None:
     parallelize_module(lm.base_model, mesh, {name: styles[kind]() for name, kind in plan.items()})
 
 
+def is_sharded(lm: nn.Module) -> bool:
+    """Return whether the forward passes of `lm` are collective."""
+    return lm in _SHARDED
+
+
 def call(lm: nn.Module, **inputs: Any) -> Any:
     """Return the forward output of a causal LM, through the module that gathers its weights where it is sharded."""
     sharded = _SHARDED.get(lm)

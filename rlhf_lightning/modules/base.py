@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -72,10 +73,18 @@ class StageModule(TrainerHooks):
         model: Any = self.load()
         if self.lora is not None:
             model = add_lora(model, **self.lora)
-        self.layout, reason = choose_layout(model)
+        with self.run_precision():
+            self.layout, reason = choose_layout(model)
         if reason:
             log.warning("prompts are not shared and rows are padded for this model: %s", reason)
         return model
+
+    def run_precision(self) -> Any:
+        """Return the context in which the Trainer computes, autocast for mixed precision."""
+        try:
+            return self.trainer.precision_plugin.forward_context()
+        except RuntimeError:  # not attached to a Trainer
+            return nullcontext()
 
     def on_fit_start(self) -> None:
         """Check the rows before the first step: a wrong mask or tokenizer would otherwise show only in the result."""
@@ -320,12 +329,18 @@ class StageModule(TrainerHooks):
         self.log_dict(means, sync_dist=split == "val")  # equal on all ranks already; without it Lightning warns
         return means
 
-    def clip(self, limit: float | None) -> Tensor:
+    def clip(self, limit: float | None, parameters: Iterable[nn.Parameter] | None = None) -> Tensor:
         """Scale the gradients to a total norm of at most `limit` (None or 0: do not clip); return the norm before.
 
         Lightning's own clipping refuses fused optimizers under mixed precision, and the norm is logged anyway.
+
+        Args:
+            parameters: those whose gradients are clipped together; None is all of the module's.
         """
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        given = self.parameters() if parameters is None else parameters
+        gradients = [p.grad for p in given if p.grad is not None]
+        if not gradients:
+            return torch.zeros(())
         norm = total_norm(gradients)
         if not torch.isfinite(norm):
             raise UserError(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.errors import UserError, nearest
+from rlhf_lightning.errors import UserError, check_number, nearest
 from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.models.adapters import adapter_off
 from rlhf_lightning.models.completion import CompletionModel
@@ -23,17 +23,23 @@ from rlhf_lightning.ops.losses import PREFERENCE_LOSSES, PreferenceLoss, prefere
 from rlhf_lightning.ops.ranking import ranked_pairs
 
 REFERENCES = ("auto", "live", "cached", "adapter_off")
+BETAS: dict[PreferenceLoss, float] = {"sigmoid": 0.1, "robust": 0.1, "ipo": 0.5, "simpo": 2.0}
+"""Default beta. The last two weigh log-probabilities per token, which are smaller than sums by the length. IPO's goal
+is 1 / (2 beta) nats per token; SimPO's beta is 2 to 2.5 (arXiv 2405.14734)."""
+SIMPO_MARGIN = 0.5
+"""Default of SimPO's gamma, as a share of beta (arXiv 2405.14734)."""
 
 
 class DPO(StageModule):
     """L = mean over pairs of -log sigma(beta [(log pi/pi_ref)(y_w) - (log pi/pi_ref)(y_l)]), or a variant of it.
 
     Args:
-        beta: weight of the implicit KL to the reference; larger stays closer to it.
+        beta: weight of the implicit KL to the reference; larger stays closer to it. None is that of the loss:
+            0.1 (sigmoid, robust), 0.5 (ipo), 2 (simpo).
         loss: sigmoid, ipo, robust, or simpo, see :func:`rlhf_lightning.ops.losses.preference_loss`.
         label_smoothing: assumed share of wrong labels: conservative DPO with "sigmoid", unbiased with "robust".
         length_normalized: average log-probabilities over a response instead of summing them; always so for ipo, simpo.
-        target_margin: SimPO's gamma.
+        target_margin: SimPO's gamma; None is beta / 2 for simpo.
         sft_coef: weight of an SFT loss on the best response (RPO, arXiv 2404.19733).
         reference: "live" keeps a frozen copy of the start weights, "cached" reads its log-probabilities from disk
             (computed once, by content), "adapter_off" switches LoRA off; "auto" is adapter_off with LoRA, else live.
@@ -50,11 +56,11 @@ class DPO(StageModule):
         schedule: MakeSchedule | None = None,
         lora: dict[str, Any] | None = None,
         *,
-        beta: float = 0.1,
+        beta: float | None = None,
         loss: PreferenceLoss = "sigmoid",
         label_smoothing: float = 0.0,
         length_normalized: bool = False,
-        target_margin: float = 0.0,
+        target_margin: float | None = None,
         sft_coef: float = 0.0,
         reference: Literal["auto", "live", "cached", "adapter_off"] = "auto",
     ) -> None:
@@ -62,8 +68,13 @@ class DPO(StageModule):
         for key, value, options in (("loss", loss, PREFERENCE_LOSSES), ("reference", reference, REFERENCES)):
             if value not in options:
                 raise UserError(f"dpo.{key}={value!r} is not one of {', '.join(options)}.{nearest(value, options)}")
-        if beta <= 0 or not 0 <= label_smoothing < 0.5:
-            raise UserError(f"dpo.beta={beta} must be above 0 and dpo.label_smoothing={label_smoothing} in [0, 0.5)")
+        beta = BETAS[loss] if beta is None else beta
+        check_number("dpo.beta", beta, "(0, inf)")
+        if target_margin is None:
+            target_margin = SIMPO_MARGIN * beta if loss == "simpo" else 0.0
+        check_number("dpo.target_margin", target_margin, "[0, inf)")
+        check_number("dpo.label_smoothing", label_smoothing, "[0, 0.5)")
+        check_number("dpo.sft_coef", sft_coef, "[0, inf)")
         if label_smoothing and loss in ("ipo", "simpo"):
             raise UserError(f"dpo.label_smoothing is for dpo.loss=sigmoid and robust; {loss} does not use it")
         if target_margin and loss != "simpo":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from rlhf_lightning.data.template import Template
 from rlhf_lightning.distributed import data_ranks
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.answers import Answers, answer, start
-from rlhf_lightning.generation.engine import Engine
+from rlhf_lightning.generation.engine import Engine, truncation
 from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.models.adapters import adapter_off
 from rlhf_lightning.models.completion import CompletionModel
@@ -24,7 +24,9 @@ from rlhf_lightning.models.sharding import max_over_ranks
 from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, StageModule
 from rlhf_lightning.modules.invariants import apart, is_exact
 from rlhf_lightning.modules.rollout import Rollout
+from rlhf_lightning.ops.advantages import moments
 from rlhf_lightning.ops.groups import GroupBatch, GroupList
+from rlhf_lightning.ops.statistics import RunningMoments
 from rlhf_lightning.rewards.scoring import Reward, score, to_device
 
 
@@ -74,10 +76,12 @@ class Generating(StageModule):
         return template
 
     def pack(self, batch: Any) -> GroupList:
-        """Return a batch of prompts; the demonstrations mixed in are packed."""
+        """Return a batch of prompts, and in its `ptx` the demonstrations mixed in, as groups."""
         prompts = self.group_list(batch)
+        if isinstance(prompts.ptx, GroupBatch):
+            raise UserError("the demonstrations in ptx are spread over updates: give them as groups, not packed")
         if prompts.ptx is not None:
-            prompts.ptx = super().pack(prompts.ptx)
+            prompts.ptx = super().group_list(prompts.ptx)
         return prompts
 
     def group_list(self, batch: Any) -> GroupList:
@@ -123,6 +127,8 @@ class Online(Generating):
         gold: the true reward where it is known; only logged.
         microbatch_tokens: tokens per forward pass; changes memory, not results.
         missing_eos_penalty: subtracted from the score of a response that did not end with EOS.
+        missing_eos_score: the score of such a response, in place of the reward's opinion of a cut text less the
+            penalty (-1 in arXiv 2403.17031); None is off.
         reward_clip: clip scores to +- this; reward_scale: divide scores by their running standard deviation.
         Others: see :class:`Generating`.
     """
@@ -145,6 +151,7 @@ class Online(Generating):
         temperature: float = 1.0,
         microbatch_tokens: int = 4096,
         missing_eos_penalty: float = 1.0,
+        missing_eos_score: float | None = None,
         reward_clip: float | None = None,
         reward_scale: bool = False,
         seed: int = 0,
@@ -154,10 +161,15 @@ class Online(Generating):
             max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
         )  # fmt: skip
         self.reward, self.gold, self.microbatch_tokens = reward, gold, microbatch_tokens
-        self.missing_eos_penalty = missing_eos_penalty
+        if part := truncation(self.engine):
+            raise UserError(
+                f"sampler.{part}: the log-probabilities in KL and ratio are those of the whole distribution, so online "
+                "methods sample from the whole one; leave sampler.top_k at 0 and sampler.top_p at 1"
+            )
+        self.missing_eos_penalty, self.missing_eos_score = missing_eos_penalty, missing_eos_score
         self.reward_clip, self.reward_scale = reward_clip, reward_scale
         self.iteration, self.episodes = 0, 0
-        self.reward_moments = [0.0, 0.0, 0.0]  # count, sum, squares of all scores so far
+        self.reward_moments = RunningMoments()
         self.samples_seen: list[dict[str, Any]] = []  # the last rollout as text
         self.rollout_size = (0, 0)  # responses and tokens of the last rollout, for the throughput callback
         self.reference: Frozen[CompletionModel] | None = None
@@ -240,16 +252,37 @@ class Online(Generating):
             )
 
     def shaped_scores(self, rollout: Rollout) -> Tensor:
-        """Return the scores (S,) after scaling, clipping and the penalty for a missing EOS."""
-        scores = rollout.scores
+        """Return the scores (S,) after scaling, clipping, and the penalty or the fixed score of a missing EOS."""
+        scores, finished = rollout.scores, rollout.finished
         if self.reward_scale:
-            sums = self.reduce(torch.stack([torch.tensor(float(len(scores))), scores.sum(), (scores**2).sum()]))
-            self.reward_moments = [old + new for old, new in zip(self.reward_moments, sums.tolist(), strict=True)]
-            count, total, squares = self.reward_moments
-            scores = scores / max(math.sqrt(max(squares / count - (total / count) ** 2, 0.0)), 1e-4)
+            judged = finished if self.missing_eos_score is not None else torch.ones_like(finished)
+            count = self.reduce(judged.sum().double()[None]).item()
+            mean, variance = moments(scores.double(), judged, self.reduce)
+            self.reward_moments.add(count, mean.item(), variance.item())
+            # scores that are all equal have no scale
+            scores = scores / (self.reward_moments.std if self.reward_moments.std > 1e-4 else 1.0)
         if self.reward_clip is not None:
             scores = scores.clamp(-self.reward_clip, self.reward_clip)
-        return scores - self.missing_eos_penalty * (~rollout.finished)
+        if self.missing_eos_score is not None:
+            return torch.where(finished, scores, self.missing_eos_score)
+        return scores - self.missing_eos_penalty * (~finished)
+
+    def outcomes(self, rollout: Rollout) -> dict[str, float]:
+        """Return means over the responses of all ranks: rewards, KL and lengths; count the responses."""
+        tokens = rollout.tokens
+        outcome = {
+            "reward/proxy": rollout.scores,
+            "reward/total": tokens["rewards"].sum(1),
+            "kl/reference": tokens["kl"].sum(1),
+            "rollout/length": rollout.mask.sum(1),
+            "rollout/ended_with_eos": rollout.finished,
+        }
+        if rollout.gold is not None:
+            outcome["reward/gold"] = rollout.gold
+        means = {name: self.mean(values.to(self.device).float()) for name, values in outcome.items()}
+        spread = self.mean((rollout.scores.to(self.device) - means["reward/proxy"]) ** 2)
+        self.episodes += int(self.reduce(torch.tensor([float(len(rollout.mask))])).item())
+        return means | {"reward/proxy_std": math.sqrt(spread), "rollout/episodes": float(self.episodes)}
 
     @torch.no_grad()
     def validation_step(self, batch: GroupList, batch_idx: int) -> None:
@@ -275,10 +308,10 @@ class Online(Generating):
         checkpoint["online"] = {
             "iteration": self.iteration,
             "episodes": self.episodes,
-            "reward_moments": self.reward_moments,
+            "reward_moments": asdict(self.reward_moments),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["online"]
         self.iteration, self.episodes = state["iteration"], state["episodes"]
-        self.reward_moments = state["reward_moments"]
+        self.reward_moments = RunningMoments(**state["reward_moments"])

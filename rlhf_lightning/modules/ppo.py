@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from statistics import fmean as mean
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from rlhf_lightning.data.template import Template
-from rlhf_lightning.errors import UserError, nearest
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.models.completion import CompletionModel, ScalarModel, choose_layout
 from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, decay_groups
 from rlhf_lightning.modules.invariants import apart, is_exact
 from rlhf_lightning.modules.online import Online
-from rlhf_lightning.modules.rollout import Rollout
-from rlhf_lightning.ops.advantages import explained_variance, gae, grpo, rloo, whiten
-from rlhf_lightning.ops.groups import GroupBatch, GroupList
+from rlhf_lightning.modules.options import Estimator, KLIn, check_options
+from rlhf_lightning.modules.rollout import Rollout, matched_microbatches
+from rlhf_lightning.ops.advantages import discounted_returns, explained_variance, gae, grpo, moments, rloo, whiten
+from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList
 from rlhf_lightning.ops.kl import KLController, KLEstimator, kl_estimate, token_rewards
-from rlhf_lightning.ops.losses import ppo_policy_loss, ppo_value_loss
-from rlhf_lightning.ops.seeding import generator
+from rlhf_lightning.ops.losses import LossType, ppo_policy_loss, ppo_value_loss, response_weights
+from rlhf_lightning.ops.seeding import permutation
 from rlhf_lightning.rewards.scoring import Reward
 
-Estimator = Literal["gae", "rloo", "grpo"]
-KLIn = Literal["reward", "loss"]
+VALUE_HEAD_LR, CRITIC_LR = 1e-3, 1e-5
+"""Learning rates of a critic that is a linear head, which starts at zero, and of one that starts as a reward model."""
 
 
 class PPO(Online):
@@ -39,16 +40,23 @@ class PPO(Online):
         estimator: "gae" (PPO with a critic), "rloo" or "grpo" (`num_generations` responses per prompt, no critic).
         load_critic: returns a sequence classifier as critic (usually the reward model); None is a value head on the
             policy's trunk. Used by estimator "gae" only.
-        critic_lr: learning rate of the critic; None is the policy's.
+        critic_lr: learning rate of the critic; None is 1e-3 for a value head, 1e-5 for a critic model.
+        critic_warmup: iterations in which only the critic learns (arXiv 2503.01491).
         ppo_epochs, num_minibatches: passes over the rollout and updates per pass.
-        clip_low, clip_high: the ratio's range; value_clip: the value's, None is off.
+        clip_low, clip_high: the ratio's range; value_clip: the value's, in standard deviations of the iteration's
+            returns, None is off.
         vf_coef, entropy_coef, ptx_coef: weights of value loss, entropy bonus, and pretraining-mix loss (`data.ptx`).
-        gamma, lam: discount and GAE's lambda.
-        kl_beta, kl_target, kl_horizon: KL weight, and the target (nats per response) that makes it adaptive.
+        gamma, lam: discount and GAE's lambda of the advantages; critic_lam: lambda of the returns that the critic
+            learns, 1 for those of the whole response.
+        kl_beta, kl_target, kl_horizon: KL weight, and the target (nats per response) that makes it adaptive, see
+            :class:`rlhf_lightning.ops.kl.KLController`.
         kl_estimator: k1, k2 or k3; kl_in: "reward" or "loss" (GRPO).
-        whiten_advantages, whiten_rewards: normalize over all response tokens of all ranks.
+        whiten_advantages, whiten_rewards: normalize over all response tokens of all ranks; None whitens the
+            advantages of GAE only.
+        scale_rewards: divide GRPO's advantages by the standard deviation within the prompt.
+        loss_type: how the losses of tokens are averaged, see :func:`rlhf_lightning.ops.losses.response_weights`.
         target_kl: stop the PPO epochs when the policy has moved this far from the policy that generated.
-        max_grad_norm: gradient clipping.
+        max_grad_norm: clips the gradient norm of the policy, and that of the critic; 0 is off.
         Others: see :class:`Online`.
     """
 
@@ -72,17 +80,21 @@ class PPO(Online):
         temperature: float = 1.0,
         microbatch_tokens: int = 4096,
         missing_eos_penalty: float = 1.0,
+        missing_eos_score: float | None = None,
         reward_clip: float | None = None,
         reward_scale: bool = False,
         kl_beta: float = 0.05,
         kl_target: float | None = None,
-        kl_horizon: int = 10_000,
+        kl_horizon: float | None = None,
         kl_estimator: KLEstimator = "k1",
         kl_in: KLIn = "reward",
         gamma: float = 1.0,
         lam: float = 0.95,
+        critic_lam: float = 1.0,
         whiten_rewards: bool = False,
-        whiten_advantages: bool = True,
+        whiten_advantages: bool | None = None,
+        scale_rewards: bool = True,
+        loss_type: LossType = "dapo",
         ppo_epochs: int = 4,
         num_minibatches: int = 1,
         clip_low: float = 0.2,
@@ -94,37 +106,26 @@ class PPO(Online):
         target_kl: float | None = None,
         max_grad_norm: float = 1.0,
         critic_lr: float | None = None,
+        critic_warmup: int = 0,
         seed: int = 0,
     ) -> None:
+        check_options(locals())
         super().__init__(
             load, optimizer, schedule, lora, reward=reward, gold=gold, engine=engine, template=template,
             num_generations=num_generations, max_new_tokens=max_new_tokens, temperature=temperature,
-            microbatch_tokens=microbatch_tokens, missing_eos_penalty=missing_eos_penalty, reward_clip=reward_clip,
-            reward_scale=reward_scale, seed=seed,
+            microbatch_tokens=microbatch_tokens, missing_eos_penalty=missing_eos_penalty,
+            missing_eos_score=missing_eos_score, reward_clip=reward_clip, reward_scale=reward_scale, seed=seed,
         )  # fmt: skip
-        for key, value, options in (
-            ("estimator", estimator, get_args(Estimator)),
-            ("kl_estimator", kl_estimator, get_args(KLEstimator)),
-            ("kl_in", kl_in, get_args(KLIn)),
-        ):
-            if value not in options:
-                raise UserError(f"ppo.{key}={value!r} is not one of {', '.join(options)}.{nearest(value, options)}")
-        if estimator != "gae" and num_generations < 2:
-            raise UserError(
-                f"{estimator} compares responses to one prompt: num_generations={num_generations} must be at least 2"
-            )
-        if kl_in == "loss" and kl_estimator == "k1":
-            raise UserError("kl_in=loss with kl_estimator=k1 has no gradient in expectation; use k2 or k3")
-        if temperature <= 0 or min(ppo_epochs, num_minibatches, num_generations) < 1:
-            raise UserError(
-                "temperature must be above 0; num_generations, ppo_epochs and num_minibatches must be at least 1"
-            )
         self.automatic_optimization = False
-        self.estimator, self.load_critic, self.critic_lr = estimator, load_critic, critic_lr
+        self.estimator, self.load_critic = estimator, load_critic
+        own_rate = VALUE_HEAD_LR if load_critic is None else CRITIC_LR
+        self.critic_lr, self.critic_warmup = own_rate if critic_lr is None else critic_lr, critic_warmup
         self.kl = KLController(kl_beta, kl_target, kl_horizon)
         self.kl_estimator: KLEstimator = kl_estimator
-        self.kl_in, self.gamma, self.lam = kl_in, gamma, lam
-        self.whiten_rewards, self.whiten_advantages = whiten_rewards, whiten_advantages
+        self.kl_in, self.gamma, self.lam, self.critic_lam = kl_in, gamma, lam, critic_lam
+        self.whiten_rewards, self.scale_rewards = whiten_rewards, scale_rewards
+        self.whiten_advantages = estimator == "gae" if whiten_advantages is None else whiten_advantages
+        self.loss_type: LossType = loss_type
         self.ppo_epochs, self.num_minibatches = ppo_epochs, num_minibatches
         self.clip_low, self.clip_high, self.value_clip = clip_low, clip_high, value_clip
         self.vf_coef, self.entropy_coef, self.ptx_coef = vf_coef, entropy_coef, ptx_coef
@@ -137,8 +138,8 @@ class PPO(Online):
         self.critic = None
         if self.estimator == "gae" and self.load_critic is not None:
             critic: Any = self.load_critic()
-            if choose_layout(critic)[0] != self.layout:
-                raise UserError("the critic and the policy need the same token layout; use ppo.critic=value_head")
+            if choose_layout(critic)[0] == "padded":  # which the policy computes correctly as well
+                self.layout = "padded"
             self.critic = self.split(ScalarModel(critic))
 
     def build_policy(self) -> CompletionModel:
@@ -146,9 +147,18 @@ class PPO(Online):
         return CompletionModel(self.build(), value_head=self.estimator == "gae" and self.load_critic is None)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        rate = {} if self.critic_lr is None else {"lr": self.critic_lr}
-        critics = [part for part in (self.policy.value_head, self.critic) if part is not None]
-        return decay_groups(self.policy.lm) + [group for part in critics for group in decay_groups(part, **rate)]
+        critic = decay_groups(self.critics, lr=self.critic_lr)
+        return decay_groups(self.policy.lm) + critic
+
+    @property
+    def critics(self) -> nn.ModuleList:
+        """The critic's own layers: the value head, or the critic model; empty without a critic."""
+        return nn.ModuleList([part for part in (self.policy.value_head, self.critic) if part is not None])
+
+    @property
+    def only_critic(self) -> bool:
+        """Whether this iteration trains the critic and leaves the policy as it is."""
+        return self.iteration < self.critic_warmup
 
     def updates_per_batch(self) -> int:
         return self.ppo_epochs * self.num_minibatches
@@ -157,10 +167,12 @@ class PPO(Online):
         rollout = self.rollout(batch)  # 1. responses and their scores
         self.logprobs(rollout)  # 2. log-probs of policy and reference, and values
         metrics = self.rewards(rollout)  # 3. KL and reward per token
-        self.advantages(rollout)  # 4. advantages and returns
-        metrics |= self.update(rollout, batch.ptx)  # type: ignore[arg-type]  # 5. PPO epochs over the rollout
+        metrics |= self.advantages(rollout)  # 4. advantages and returns
+        ptx = batch.ptx.groups if isinstance(batch.ptx, GroupList) else []
+        metrics |= self.update(rollout, ptx)  # 5. PPO epochs over the rollout
         responses = self.reduce(torch.tensor([float(len(rollout.mask))])).item()
-        self.kl.update(metrics["kl/reference"], int(responses))
+        if not self.only_critic:
+            self.kl.update(metrics["kl/reference"], int(responses))
         self.iteration += 1
         self.log_dict(metrics)
 
@@ -187,72 +199,59 @@ class PPO(Online):
         tokens["rewards"] = token_rewards(scores, tokens["kl"], mask, beta)
         if self.estimator == "gae" and self.whiten_rewards:
             tokens["rewards"] = whiten(tokens["rewards"], mask, shift_mean=False, reduce=self.reduce)
-        outcome = {
-            "reward/proxy": rollout.scores,
-            "reward/total": tokens["rewards"].sum(1),
-            "kl/reference": tokens["kl"].sum(1),
-            "rollout/length": mask.sum(1),
-            "rollout/ended_with_eos": rollout.finished,
-        }
-        if rollout.gold is not None:
-            outcome["reward/gold"] = rollout.gold
-        means = {name: self.mean(values.to(self.device).float()) for name, values in outcome.items()}
-        spread = self.mean((rollout.scores.to(self.device) - means["reward/proxy"]) ** 2)
-        self.episodes += int(self.reduce(torch.tensor([float(len(mask))])).item())
-        return means | {
-            "reward/proxy_std": math.sqrt(spread),
-            "kl/beta": self.kl.beta,
-            "rollout/episodes": float(self.episodes),
-        }
+        return self.outcomes(rollout) | {"kl/beta": self.kl.beta}
 
     @torch.no_grad()
-    def advantages(self, rollout: Rollout) -> None:
-        """Fill in advantages, and returns where there is a critic."""
+    def advantages(self, rollout: Rollout) -> dict[str, float]:
+        """Fill in advantages, and returns where there is a critic; return how well it predicted the outcomes."""
         mask, tokens = rollout.mask, rollout.tokens
+        metrics: dict[str, float] = {}
         if self.estimator == "gae":
-            tokens["advantages"], tokens["returns"] = gae(
-                tokens["rewards"], tokens["values"], mask, self.gamma, self.lam
-            )
+            rewards, values = tokens["rewards"], tokens["values"]
+            tokens["advantages"], _ = gae(rewards, values, mask, self.gamma, self.lam)
+            _, tokens["returns"] = gae(rewards, values, mask, self.gamma, self.critic_lam)
+            if self.value_clip is not None and not self.only_critic:  # a policy that stays needs no cautious critic
+                rollout.value_clip = self.value_clip * moments(tokens["returns"], mask, self.reduce)[1].sqrt().item()
+            outcomes = discounted_returns(rewards, mask, self.gamma)
+            metrics["value/explained_variance"] = explained_variance(values, outcomes, mask, self.reduce).item()
         else:
             totals = tokens["rewards"].sum(1).view(-1, rollout.num_generations)
-            per_response = (rloo if self.estimator == "rloo" else grpo)(totals).flatten()
-            tokens["advantages"] = per_response[:, None] * mask
+            per_response = rloo(totals) if self.estimator == "rloo" else grpo(totals, self.scale_rewards)
+            tokens["advantages"] = per_response.flatten()[:, None] * mask
         if self.whiten_advantages and self.estimator != "grpo":
             tokens["advantages"] = whiten(tokens["advantages"], mask, reduce=self.reduce)
+        return metrics
 
     # ---- update ----------------------------------------------------------------------------------------------------
 
-    def update(self, rollout: Rollout, ptx: GroupBatch | None) -> dict[str, float]:
-        """Make the updates of the PPO epochs and return their mean metrics."""
-        self.phase = "updating the policy"
+    def update(self, rollout: Rollout, ptx: list[Group]) -> dict[str, float]:
+        """Make the updates of the PPO epochs, each with its part of `ptx`, and return their mean metrics."""
+        self.phase = "updating the critic" if self.only_critic else "updating the policy"
         optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
-        sums: dict[str, float] = {}
+        rows: list[dict[str, float]] = []
         ratio_min, ratio_max = 1.0, 1.0
-        updates = epochs = 0
+        epochs = 0
         # as many as the rank with the fewest prompts can fill: the ranks update together
         parts = min(self.num_minibatches, int(self.reduce(torch.tensor([float(len(rollout.groups))]), "min").item()))
         for epoch in range(self.ppo_epochs):
-            order = torch.randperm(
-                len(rollout.groups), generator=generator(self.seed, "ppo", self.iteration, epoch)
-            ).tolist()
+            order = permutation(len(rollout.groups), self.seed, "ppo", self.iteration, epoch).tolist()
             epoch_kl = 0.0
             for part in range(parts):
-                metrics, ratios = self.minibatch(rollout, order[part::parts], ptx, optimizer, first=updates == 0)
+                mix = slice_of(len(ptx), len(rows), self.ppo_epochs * parts) if self.ptx_coef else range(0)
+                metrics, ratios = self.minibatch(rollout, order[part::parts], ptx, mix, optimizer, first=not rows)
                 if schedule is not None:
                     schedule.step()
-                updates += 1
+                rows.append(metrics)
                 epoch_kl += metrics["kl/old"] / parts
                 ratio_min, ratio_max = min(ratio_min, ratios[0]), max(ratio_max, ratios[1])
-                sums = {name: sums.get(name, 0.0) + value for name, value in metrics.items()}
             epochs += 1
             if self.target_kl is not None and epoch_kl > self.target_kl:
                 break
-        metrics = {name: value / updates for name, value in sums.items()}
+        names = dict.fromkeys(name for row in rows for name in row)
+        metrics = {name: mean(row[name] for row in rows if name in row) for name in names}
         if self.estimator == "gae":
-            values, returns = rollout.tokens["values"], rollout.tokens["returns"]
-            explained = explained_variance(values, returns, rollout.mask, reduce=self.reduce)
-            metrics["value/explained_variance"] = explained.item()
+            metrics["optim/critic_lr"] = optimizer.param_groups[-1]["lr"]
         return metrics | {
             "policy/ratio_min": self.reduce(torch.tensor(ratio_min), "min").item(),
             "policy/ratio_max": self.reduce(torch.tensor(ratio_max), "max").item(),
@@ -262,37 +261,59 @@ class PPO(Online):
         }
 
     def minibatch(
-        self, rollout: Rollout, places: list[int], ptx: GroupBatch | None, optimizer: Any, first: bool
+        self, rollout: Rollout, places: list[int], ptx: list[Group], mix: range, optimizer: Any, first: bool
     ) -> tuple[dict[str, float], tuple[float, float]]:
-        """Make one update from the groups at `places`; return its metrics and the range of pi / pi_old."""
-        count = self.reduce(rollout.mask[rollout.rows(places)].sum().float()[None]).item()
-        share = self.data_ranks / count  # the strategy averages gradients over ranks
+        """Make one update from the groups at `places` and the demonstrations `mix` of `ptx`.
+
+        Returns:
+            Its metrics and the range of pi / pi_old.
+        """
+        lengths = rollout.mask.sum(1)
+        mine = lengths[rollout.rows(places)]
+        sizes = [mine.sum(), len(mine), 0 if self.only_critic else sum(ptx[i].loss_tokens for i in mix)]
+        count, responses, demonstrated = self.reduce(torch.tensor([float(size) for size in sizes])).tolist()
+        weights = response_weights(lengths, self.loss_type, count, responses, self.max_new_tokens) * self.data_ranks
         optimizer.zero_grad()
+        mixed = {"policy/ptx_loss": self.pretraining_mix(rollout, ptx, mix, demonstrated)} if demonstrated else {}
         totals: dict[str, Tensor] = {}
         ratio_min, ratio_max = 1.0, 1.0
         microbatches = list(rollout.microbatches(places))
-        mix = ptx is not None and self.ptx_coef > 0
         for number, (rows, batch, is_real) in enumerate(microbatches, start=1):
             terms, ratio = self.token_losses(rollout, rows, batch, first)
+            last = number == len(microbatches)
             if not is_real:  # a dummy forward and backward pass to match collectives
-                self.backward_part(terms["loss"].sum() * 0.0, last=number == len(microbatches) and not mix)
+                self.backward_part(terms["loss"].sum() * 0.0, last)
                 continue
             ratio_min, ratio_max = min(ratio_min, ratio.min().item()), max(ratio_max, ratio.max().item())
-            loss = terms.pop("loss").sum() * share
+            loss = (terms.pop("loss") * weights[rows].repeat_interleave(lengths[rows])).sum()
             if not torch.isfinite(loss):
                 raise UserError(f"the loss is {loss.item()} in iteration {self.iteration}; lower optimizer.lr")
-            self.backward_part(loss, last=number == len(microbatches) and not mix)
+            self.backward_part(loss, last)
             for name, values in terms.items():
                 totals[name] = totals.get(name, torch.zeros((), device=self.device)) + values.detach().sum()
-        if ptx is not None and mix:
-            logprobs = self.policy(ptx).logprobs
-            self.backward_part(-self.ptx_coef * logprobs.mean(), last=True)
-            totals["policy/ptx_loss"] = -logprobs.detach().mean() * (count / self.data_ranks)
-        norm = self.clip(self.max_grad_norm)
+        means = self.reduce(torch.stack(list(totals.values())).float()) / count
+        metrics = mixed | dict(zip(totals, means.tolist(), strict=True)) | self.clip_gradients_apart()
         optimizer.step()
-        sums = self.reduce(torch.stack(list(totals.values())).float()) / count
-        metrics = dict(zip(totals, sums.tolist(), strict=True)) | {"optim/grad_norm": norm.item()}
         return metrics, (ratio_min, ratio_max)
+
+    def pretraining_mix(self, rollout: Rollout, ptx: list[Group], mix: range, tokens: float) -> float:
+        """Add the gradient of the loss on demonstrations, the mean over their `tokens` of all ranks, and return it."""
+        total = torch.zeros((), device=self.device)
+        for _, batch, is_real in matched_microbatches(ptx, mix, self.microbatch_tokens, self.layout, rollout.rounds):
+            loss = -self.policy(batch.to(self.device)).logprobs.sum() / tokens * float(is_real)
+            self.backward_part(self.ptx_coef * self.data_ranks * loss, last=False)
+            total += loss.detach()
+        return self.reduce(total[None]).item()
+
+    def clip_gradients_apart(self) -> dict[str, float]:
+        """Clip the gradients of the policy and of the critic to `max_grad_norm` each; return the norms before."""
+        if self.only_critic:  # without a gradient the optimizer passes over them
+            for parameter in self.policy.lm.parameters():
+                parameter.grad = None
+        norms = {"optim/grad_norm": self.clip(self.max_grad_norm, self.policy.lm.parameters()).item()}
+        if self.estimator == "gae":
+            norms["optim/critic_grad_norm"] = self.clip(self.max_grad_norm, self.critics.parameters()).item()
+        return norms
 
     def backward_part(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a part of the loss; ranks reduce with the last one, as their numbers of parts differ."""
@@ -334,10 +355,11 @@ class PPO(Online):
                 values,  # type: ignore[arg-type]
                 rollout.flat("values", rows),
                 rollout.flat("returns", rows),
-                self.value_clip,
+                rollout.value_clip,
             )
             terms |= {"value/loss": value_loss, "value/clip_fraction": value_clipped.float()}
-            loss = loss + self.vf_coef * value_loss
+            # times 0 keeps the policy in the graph, whose gradients ranks wait for
+            loss = (0.0 * loss if self.only_critic else loss) + self.vf_coef * value_loss
         return terms | {"loss": loss}, (output.logprobs - old).detach().exp()
 
     def check_first_ratio(self, logprobs: Tensor, old: Tensor) -> None:
@@ -358,3 +380,8 @@ class PPO(Online):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.kl.beta = checkpoint["online"]["kl_beta"]
+
+
+def slice_of(count: int, number: int, parts: int) -> range:
+    """Return part `number` of `count` items that are spread over `parts` as evenly as possible."""
+    return range(count * number // parts, count * (number + 1) // parts)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryCalibrationError
 
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import UserError, check_number
 from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.models.completion import ScalarModel, unwrap
 from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, StageModule
@@ -49,6 +49,7 @@ class RewardModel(StageModule):
         super().__init__(load, optimizer, schedule, lora)
         if loss not in ("pairwise", "plackett_luce"):
             raise UserError(f"reward.loss={loss!r} is not one of: pairwise, plackett_luce")
+        check_number("reward.center", center, "[0, inf)")
         self.loss, self.center, self.normalize = loss, center, normalize
         # count, sum and sum of squares of the scores of all training steps, and of the last validation
         self.moments = {"train": [0.0, 0.0, 0.0], "val": [0.0, 0.0, 0.0]}
@@ -79,7 +80,8 @@ class RewardModel(StageModule):
         best = batch.ranks == 0
         self.track(split, best.sum(), chosen_score=scores[best].sum())
         self.track(split, (~best).sum(), rejected_score=scores[~best].sum())
-        self.track(split, len(scores), score_mean=scores.sum(), score_squared=(scores.double() ** 2).sum())
+        exact = scores.double()  # exported as mean and deviation, whose difference of squares needs the digits
+        self.track(split, len(scores), score_mean=exact.sum(), score_squared=(exact**2).sum())
         if split == "val":
             chance = torch.sigmoid(gaps)  # that the better response wins; both orders of a pair are counted
             ones = torch.ones_like(gaps, dtype=torch.long)

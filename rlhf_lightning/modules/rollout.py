@@ -18,6 +18,7 @@ class Rollout:
     `mask` (S, T) is True at generated tokens. Whether a response ended with EOS is stored in `finished` (S,), never
     inferred from padding. `tokens` holds named (S, T) tensors: old_logprobs, ref_logprobs, values, kl, rewards,
     advantages, returns. `rounds` maps a rank's number of microbatches to the number of forward passes it must make.
+    `value_clip` is how far a value may move from the one in `tokens` without being clipped, None for any distance.
     """
 
     groups: list[Group]
@@ -29,6 +30,7 @@ class Rollout:
     microbatch_tokens: int
     rounds: Callable[[int], int] = lambda count: count
     gold: Tensor | None = None
+    value_clip: float | None = None
     tokens: dict[str, Tensor] = field(default_factory=dict)
     mask: Tensor = field(init=False)
 
@@ -42,15 +44,11 @@ class Rollout:
         return torch.tensor([g * n + k for g in places for k in range(n)], device=self.device)
 
     def microbatches(self, places: Sequence[int]) -> Iterator[tuple[Tensor, GroupBatch, bool]]:
-        """Yield (sequence numbers, packed batch, whether it is real) of groups, each within the token budget.
-
-        `rounds` of the number of batches are made; those beyond repeat the last one and are dummy forward passes.
-        """
-        parts = token_budget([self.groups[g].tokens for g in places], self.microbatch_tokens)
-        for number in range(self.rounds(len(parts))):
-            members = [places[i] for i in parts[min(number, len(parts) - 1)]]
-            batch = pack([self.groups[g] for g in members], layout=self.layout)
-            yield self.rows(members), batch.to(self.device), number < len(parts)
+        """Yield (sequence numbers, packed batch, whether it is real) of groups, see :func:`matched_microbatches`."""
+        for members, batch, is_real in matched_microbatches(
+            self.groups, places, self.microbatch_tokens, self.layout, self.rounds
+        ):
+            yield self.rows(members), batch.to(self.device), is_real
 
     def fill(self, compute: Callable[[GroupBatch], dict[str, Tensor]]) -> None:
         """Store the named (N,) results of `compute` on every microbatch as (S, T) tensors."""
@@ -65,3 +63,24 @@ class Rollout:
     def flat(self, name: str, rows: Tensor) -> Tensor:
         """Return the values (N,) of `name` at the tokens of the sequences `rows`, in the order of a packed batch."""
         return self.tokens[name][rows][self.mask[rows]]
+
+
+def matched_microbatches(
+    groups: Sequence[Group],
+    places: Sequence[int],
+    tokens: int,
+    layout: Layout,
+    rounds: Callable[[int], int],
+) -> Iterator[tuple[list[int], GroupBatch, bool]]:
+    """Yield (members of `places`, packed batch, whether it is real), each batch within the budget of `tokens`.
+
+    `rounds` of the number of batches are made, so that ranks make equally many forward passes; those beyond repeat the
+    last batch, or the first group where there are no places, and are dummy passes.
+    """
+    parts = token_budget([groups[place].tokens for place in places], tokens)
+    real = [[places[i] for i in part] for part in parts]
+    for number in range(rounds(len(real))):
+        members = real[min(number, len(real) - 1)] if real else [0]
+        batch = [groups[g] for g in members]
+        # attention costs the length of a row for each of its tokens, and two groups in a row leave little padding
+        yield members, pack(batch, 2 * max(group.tokens for group in batch), layout=layout), number < len(real)

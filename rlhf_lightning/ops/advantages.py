@@ -43,14 +43,19 @@ def whiten(
 
     The variance is the biased one, as in the original RLHF code (Huang et al. 2023, detail on whitening).
     """
+    mean, variance = moments(values, mask, reduce)
+    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    return (whitened if shift_mean else whitened + mean) * mask
+
+
+def moments(values: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance, two scalars, of the masked values; `reduce` sums a small tensor over ranks."""
     reduce = reduce or (lambda partial: partial)
     masked = values[mask]
     count, total = reduce(torch.stack([masked.new_tensor(float(masked.numel())), masked.sum()]))
     mean = total / count.clamp_min(1)
     # a second pass over centred values: the difference of squares loses all digits when the mean is large
-    variance = reduce(((masked - mean) ** 2).sum()[None])[0] / count.clamp_min(1)
-    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
-    return (whitened if shift_mean else whitened + mean) * mask
+    return mean, reduce(((masked - mean) ** 2).sum()[None])[0] / count.clamp_min(1)
 
 
 def rloo(scores: Tensor) -> Tensor:
@@ -75,9 +80,6 @@ def explained_variance(
 
     `reduce` sums a small tensor over ranks.
     """
-    reduce = reduce or (lambda partial: partial)
-    pair = torch.stack([(returns - values)[mask], returns[mask]])
-    count = reduce(pair.new_tensor([float(pair.shape[1])]))
-    means = reduce(pair.sum(1)) / count
-    residual, variance = reduce(((pair - means[:, None]) ** 2).sum(1)) / count
+    _, residual = moments(returns - values, mask, reduce)
+    _, variance = moments(returns, mask, reduce)
     return torch.where(variance > 1e-12, 1 - residual / variance.clamp_min(1e-12), 0.0)

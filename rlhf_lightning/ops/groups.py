@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_lightning.ops.runs import Runs, find_runs
+
 Layout = Literal["packed", "padded"]
 
 
@@ -109,7 +111,8 @@ class GroupBatch:
     group, `ranks` (S,) its rank. `margins`, `labels`, `index` are (G,).
 
     `per_token` and `per_group` are the weights that make a sum over this batch's tokens or groups a mean over the
-    whole optimizer step, after Lightning's average over accumulation and ranks.
+    whole optimizer step, after Lightning's average over accumulation and ranks. `runs` are those of packed rows; None
+    where they were not looked for.
     """
 
     input_ids: Tensor
@@ -129,6 +132,7 @@ class GroupBatch:
     per_token: float
     per_group: float
     padded: bool = False
+    runs: Runs | None = None
 
     @property
     def groups(self) -> int:
@@ -143,13 +147,13 @@ class GroupBatch:
     @property
     def tokens(self) -> int:
         """The number of tokens that are not padding."""
-        return int((self.group_ids >= 0).sum())
+        return int((self.group_ids >= 0).sum()) if self.runs is None else len(self.runs.real)
 
     def to(self, device: torch.device | str, **kwargs: Any) -> GroupBatch:
         """Return the batch with every tensor on `device`."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         on_device: dict[str, Any] = {
-            k: v.to(device, **kwargs) if isinstance(v, Tensor) else v for k, v in values.items()
+            k: v.to(device, **kwargs) if isinstance(v, Tensor | Runs) else v for k, v in values.items()
         }
         return GroupBatch(**on_device)
 
@@ -248,6 +252,7 @@ class _Builder:
             per_token=1.0 / max(len(source), 1) if per_token is None else per_token,
             per_group=1.0 / len(self.groups) if per_group is None else per_group,
             padded=padded,
+            runs=None if padded else find_runs(columns[2], columns[3]),
         )
 
     def _row(self, row: int, entries: Sequence[tuple[int, int | None]]) -> tuple[list[int], ...]:

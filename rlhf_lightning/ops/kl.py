@@ -42,25 +42,26 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Tens
 class KLController:
     """The weight beta of the KL penalty: fixed, or steered towards a target.
 
-    With a `target`, beta is multiplied after every iteration by 1 + clip(kl / target - 1, -0.2, 0.2) min(n /
-    horizon, 1), where n is the number of responses (arXiv 1909.08593 eq. 4; the minimum is ours and keeps beta
-    positive).
+    With a `target`, beta is multiplied after every iteration by 1 + K clip(kl / target - 1, -0.2, 0.2) with K = 0.1
+    (arXiv 1909.08593 section 2.2). That paper's code has K = n / horizon for n responses per iteration, which reacts
+    to small batches in proportion; a `horizon` asks for it, at most 1, which keeps beta positive.
 
     Args:
         beta: start value.
         target: KL of a whole response in nats, or None for a fixed beta.
-        horizon: responses over which beta can change by about its own size.
+        horizon: responses over which beta can change by about a fifth, or None for K = 0.1 at any batch size.
     """
 
     beta: float
     target: float | None = None
-    horizon: int = 10_000
+    horizon: float | None = None
 
     def update(self, kl: float, responses: int) -> None:
         """Update beta after an iteration with mean response KL `kl` over `responses` responses."""
         if self.target is not None and math.isfinite(kl):
             error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.beta *= 1 + error * min(responses / self.horizon, 1.0)
+            gain = 0.1 if self.horizon is None else min(responses / self.horizon, 1.0)
+            self.beta *= 1 + gain * error
 
 
 def best_of_n_kl(n: int) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 PreferenceLoss = Literal["sigmoid", "ipo", "robust", "simpo"]
 PREFERENCE_LOSSES = get_args(PreferenceLoss)
+LossType = Literal["dapo", "grpo", "dr_grpo"]
 
 
 def preference_loss(
@@ -81,3 +82,19 @@ def ppo_value_loss(
         return 0.5 * unclipped, torch.zeros_like(unclipped, dtype=torch.bool)
     clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns) ** 2
     return 0.5 * torch.maximum(unclipped, clipped), clipped > unclipped
+
+
+def response_weights(lengths: Tensor, kind: LossType, tokens: float, responses: float, max_new_tokens: int) -> Tensor:
+    """Return the weight (S,) of every token of each response; the loss is the weighted sum over all tokens.
+
+    * dapo: 1 / `tokens`, the mean over the tokens of the minibatch (arXiv 2503.14476 eq. 8).
+    * grpo: 1 / (`responses` |y|), the mean over responses of the mean over their tokens (arXiv 2402.03300 eq. 3).
+    * dr_grpo: 1 / (`responses` `max_new_tokens`), a constant, so that length has no influence (arXiv 2503.20783).
+
+    Args:
+        lengths: (S,) tokens |y| of each response.
+        tokens, responses: of the whole minibatch, over all ranks.
+    """
+    if kind == "dapo":
+        return torch.full_like(lengths, 1 / tokens, dtype=torch.float32)
+    return 1 / (responses * (lengths.float() if kind == "grpo" else torch.full_like(lengths, max_new_tokens).float()))

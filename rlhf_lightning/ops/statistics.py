@@ -1,15 +1,42 @@
-"""95% intervals of means and shares."""
+"""95% intervals of means and shares, and a running standard deviation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 from scipy.special import stdtrit
 
 Z = 1.959964
 Interval = tuple[float, float, float]
 """Mean, and lower and upper end of its 95% interval; the ends are NaN where there is no interval."""
+
+
+@dataclass
+class RunningMoments:
+    """Count, mean and sum of squared deviations of all values so far.
+
+    Batches are merged by their own deviations (Chan, Golub and LeVeque 1979): the difference of sums of squares loses
+    its digits where the mean is large.
+    """
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def add(self, count: float, mean: float, variance: float) -> None:
+        """Add `count` values of this mean and biased variance."""
+        if count:
+            total, shift = self.count + count, mean - self.mean
+            self.squares += count * variance + shift**2 * self.count * count / total
+            self.mean += shift * count / total
+            self.count = total
+
+    @property
+    def std(self) -> float:
+        """The biased standard deviation; 0 before the first value."""
+        return math.sqrt(self.squares / self.count) if self.count else 0.0
 
 
 def wilson_interval(successes: float, n: float, z: float = Z) -> tuple[float, float]:

@@ -73,6 +73,7 @@ class FolderReward:
         scores = torch.zeros(len(responses))
         members = list(groups.values())
         device = next(self.model.model.parameters()).device
-        for places, batch in microbatches(packed, self.batch_tokens, self.layout):
+        row_tokens = 2 * max(group.tokens for group in packed)  # short rows cost little attention
+        for places, batch in microbatches(packed, self.batch_tokens, self.layout, row_tokens):
             scores[[member for place in places for member in members[place]]] = self.model(batch.to(device)).cpu()
         return scores

@@ -1,9 +1,12 @@
-"""Rewards: any callable `(prompts, responses, metadata) -> one number per response`."""
+"""Rewards: any callable `(prompts, responses, metadata) -> one number per response`, or a reward function of TRL's."""
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -12,7 +15,8 @@ from torch import Tensor
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.rewards.spec import parse
 
-Reward = Callable[[Sequence[str], Sequence[str], Sequence[dict[str, Any]]], Any]
+Reward = Callable[..., Any]
+"""Called by :func:`call_reward`; may be `async`."""
 
 
 class MeanReward:
@@ -27,8 +31,8 @@ class MeanReward:
             to_device(member, device)
         return self
 
-    def __call__(self, *args: Any) -> Tensor:
-        return torch.stack([torch.as_tensor(member(*args)).float() for member in self.members]).mean(0)
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
+        return torch.stack([score(member, prompts, responses, metadata) for member in self.members]).mean(0)
 
 
 def load_reward(spec: Any, dtype: str = "float32") -> Reward:
@@ -58,12 +62,54 @@ def to_device(reward: Any, device: torch.device | str) -> None:
         reward.to(device)
 
 
+def call_reward(
+    reward: Reward, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]
+) -> Any:
+    """Return what `reward` returns, called in the way that its parameters ask for; a coroutine is awaited.
+
+    A function with a parameter `completions`, or one that does not take three positional arguments, is called by
+    keyword, as TRL does: `prompts`, `completions` (also as `responses`), `metadata`, and every column of the rows as a
+    list, with None where a row lacks it. It gets those that it names, and all with `**kwargs`.
+    """
+    try:
+        signature = inspect.signature(reward)
+    except (TypeError, ValueError):  # a builtin without one
+        signature = None
+    if signature is None or _is_positional(signature):
+        returned = reward(prompts, responses, metadata)
+    else:
+        columns = dict.fromkeys(name for row in metadata for name in row)
+        given: dict[str, Any] = {name: [row.get(name) for row in metadata] for name in columns}
+        given |= {"prompts": prompts, "completions": responses}
+        named = {"responses": responses, "metadata": metadata}
+        given |= {name: value for name, value in named.items() if name in signature.parameters}
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+        returned = reward(**{name: value for name, value in given.items() if takes_all or name in signature.parameters})
+    if inspect.isawaitable(returned):
+        with ThreadPoolExecutor(1) as thread:  # a notebook's own event loop is running in this one
+            returned = thread.submit(asyncio.run, _awaited(returned)).result()
+    return returned
+
+
+def _is_positional(signature: inspect.Signature) -> bool:
+    """Return whether a function takes (prompts, responses, metadata) rather than keywords."""
+    try:
+        signature.bind((), (), ())
+    except TypeError:
+        return False
+    return "completions" not in signature.parameters
+
+
+async def _awaited(returned: Any) -> Any:
+    return await returned
+
+
 def score(
     reward: Reward, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]
 ) -> Tensor:
     """Return the rewards (S,) as float32, or raise a UserError with the response that has no finite reward."""
     try:
-        returned = reward(prompts, responses, metadata)
+        returned = call_reward(reward, prompts, responses, metadata)
     except UserError:
         raise
     except Exception as error:
@@ -71,6 +117,11 @@ def score(
         raise UserError(
             f"the reward failed at {place.filename}:{place.lineno}: {type(error).__name__}: {error}"
         ) from error
+    if isinstance(returned, Sequence) and None in returned:
+        where = list(returned).index(None)
+        raise UserError(
+            f"the reward is None for {_response(responses, prompts, where)}; every response needs a finite number"
+        )
     try:
         values = torch.as_tensor(returned).detach().float().cpu()
     except (RuntimeError, TypeError, ValueError) as error:
@@ -81,7 +132,12 @@ def score(
         )
     if not torch.isfinite(values).all():
         bad = int((~torch.isfinite(values)).nonzero()[0])
-        raise UserError(
-            f"the reward is {values[bad].item()} for the response {responses[bad][:200]!r} to {prompts[bad][:200]!r}"
-        )
+        raise UserError(f"the reward is {values[bad].item()} for {_response(responses, prompts, bad)}")
     return values
+
+
+def _response(responses: Sequence[str], prompts: Sequence[str], place: int) -> str:
+    """Return a response and its prompt for a message."""
+    if place >= len(responses):
+        return f"response {place + 1} of {len(responses)}"
+    return f"the response {responses[place][:200]!r} to {prompts[place][:200]!r}"

@@ -46,16 +46,20 @@ def estimate(shape: Shape, job: Job) -> dict[str, float]:
     """Return the bytes needed per device, by part.
 
     An activation is what eager PyTorch saves of a Llama layer for the backward pass: about 13 D + 4 F values per token
-    (norms, queries, keys, values and their output, gate, up, and their product), one D with recomputation.
+    (norms, queries, keys, values and their output, gate, up, and their product), one D with recomputation. Mixed
+    precision keeps what the two norms compute in float32, 4 D values more, and a copy of the weights.
     """
     trained = shape.lora * job.lora + shape.whole if job.lora else shape.parameters
     copies = shape.whole if job.lora else 0
     models = 2 if job.critic else 1
-    layer = 13 * shape.hidden + 4 * shape.intermediate
+    mixed = job.activation_bytes < job.weight_bytes
+    layer = (13 + 4 * mixed) * shape.hidden + 4 * shape.intermediate
     saved = (shape.hidden * shape.layers + layer) if job.checkpointing else layer * shape.layers
     chunk = min(job.loss_tokens, max(MAX_LOGITS // shape.vocabulary, 1)) if job.loss_tokens else 0
     return {
-        "weights": models * (shape.parameters + copies) * job.weight_bytes / job.shards,
+        "weights": models
+        * (shape.parameters + copies)
+        * (job.weight_bytes / job.shards + mixed * job.activation_bytes),
         "gradients": models * trained * job.weight_bytes / job.shards,
         "optimizer": models * trained * job.weight_bytes * job.moments / job.shards,
         "frozen models": (job.references / job.shards + job.rewards) * shape.parameters * job.weight_bytes,

@@ -147,8 +147,10 @@ class Run:
         settings = select(self.settings, key)
         if isinstance(settings, dict) and "_target_" in settings:
             check_targets(settings, key, {*allowed_targets(), *self.allow})
-            choice = HydraConfig.get().runtime.choices.get(key) if "." not in key else None
-            settings = own_arguments(settings, key, choice, {o.partition("=")[0].lstrip("+") for o in task_overrides()})
+            if HydraConfig.initialized():  # else there was no command, and there are no overrides
+                choice = HydraConfig.get().runtime.choices.get(key) if "." not in key else None
+                given = {o.partition("=")[0].lstrip("+") for o in task_overrides()}
+                settings = own_arguments(settings, key, choice, given)
         return instantiate(settings, key, self.allow, **arguments)
 
     def start_folder(self) -> str:

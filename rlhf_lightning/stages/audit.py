@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
 from rlhf_lightning.data.datamodules import KINDS
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import UserError, check_number
 from rlhf_lightning.evaluation.audit.model import ModelChecks
 from rlhf_lightning.evaluation.audit.report import audit
 from rlhf_lightning.models.loading import load_causal_lm
@@ -19,6 +19,9 @@ from rlhf_lightning.runtime.run import Run
 def run(run: Run) -> float:
     """Check model, data and reward; raise a UserError when a check failed."""
     folder, options, settings = run.start_folder(), run.options, run.settings
+    for key in ("rows", "max_new_tokens"):
+        check_number(f"audit.{key}", options[key], "[1, inf)", whole=True)
+    check_number("audit.temperature", options["temperature"], "[0, inf)")
     data = run.data(folder, audited_data(run))
     Console().print(f"[bold]audit[/bold] of {folder}, {data.kind} of {settings['data']['train']}", soft_wrap=True)
     Console().print(f"run         {run.folder}", soft_wrap=True)

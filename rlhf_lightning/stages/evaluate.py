@@ -15,10 +15,10 @@ from rlhf_lightning.callbacks.samples import as_markdown
 from rlhf_lightning.callbacks.throughput import peak_memory_gb
 from rlhf_lightning.data.datamodules import PreferenceData
 from rlhf_lightning.data.tokenize import report_rows
-from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.policy import evaluate_policy
+from rlhf_lightning.errors import UserError, check_number
+from rlhf_lightning.evaluation.policy import Evaluation, evaluate_policy
 from rlhf_lightning.evaluation.reward_model import evaluate_reward_model
-from rlhf_lightning.evaluation.table import as_markdown_table, cells, show
+from rlhf_lightning.evaluation.table import DIFFERENCES, HELD_OUT, as_markdown_table, cells, show
 from rlhf_lightning.files import write_json, write_jsonl
 from rlhf_lightning.models.loading import (
     is_classifier,
@@ -35,8 +35,9 @@ def run(run: Run) -> float | None:
     """Evaluate each model, write metrics.json and samples, and return the monitored metric of the last one."""
     began = time.perf_counter()
     options, cache = run.options, run.settings["paths"]["cache"]
-    if options["rows"] < 1 or options["num_generations"] < 1 or options["max_new_tokens"] < 1:
-        raise UserError("evaluate.rows, evaluate.num_generations and evaluate.max_new_tokens must be at least 1")
+    for key in ("rows", "num_generations", "max_new_tokens"):
+        check_number(f"evaluate.{key}", options[key], "[1, inf)", whole=True)
+    check_number("evaluate.temperature", options["temperature"], "[0, inf)")
     alone = run.settings["init_from"] or not options["models"]  # `model=` may be what a pipeline began with
     models = {"model": run.start} if run.start and alone else {}
     models |= {name: resolve_model(str(model), cache) for name, model in options["models"].items()}
@@ -46,6 +47,7 @@ def run(run: Run) -> float | None:
     policies = {name: folder for name, folder in models.items() if name not in reward_models}
     loggers = run.loggers()
     table: dict[str, dict[str, Interval]] = {}
+    answered: dict[str, Evaluation] = {}
     evaluated = 0
     for name, folder in reward_models.items():
         table[name], pairs = evaluate_reward_model(
@@ -58,7 +60,7 @@ def run(run: Run) -> float | None:
         engine, load = run.build("sampler"), run.settings["model"]["load"]
         reference = resolve_model(str(options["reference"] or next(iter(policies.values()))), cache)
         for name, folder in policies.items():
-            table[name], rows = evaluate_policy(
+            answered[name] = evaluate_policy(
                 load_causal_lm(folder, **load),
                 prompts(run, folder),
                 engine,
@@ -72,32 +74,48 @@ def run(run: Run) -> float | None:
                 device=run.device,
                 title=f"{name}: answers",
             )
+            table[name], rows = answered[name].intervals(), answered[name].samples
             evaluated += len(rows)
             write_jsonl(run.folder / "samples" / f"{name}.jsonl", rows)
             for logger in loggers:
                 log_table(logger, f"samples/{name}", rows[:16], "\n\n".join(map(as_markdown, rows[:16])), 0)
-    metrics: dict[str, Any] = {"perf/peak_memory_gb": peak_memory_gb()}
-    for name, row in table.items():
-        for metric, (mean, low, high) in row.items():
-            metrics[f"{name}/{metric}"] = mean
-            if math.isfinite(low):
-                metrics |= {f"{name}/{metric}_low": low, f"{name}/{metric}_high": high}
-    header, *cells_of = cells(table)
+    metrics, tables = figures(table, answered)
     for logger in loggers:
-        logger.log_metrics({f"{name}/{metric}": row[metric][0] for name, row in table.items() for metric in row}, 0)
-        log_table(
-            logger, "evaluation", [dict(zip(header, c, strict=True)) for c in cells_of], as_markdown_table(table), 0
-        )
+        logger.log_metrics({name: metrics[name] for name in metrics if not name.endswith(("_low", "_high"))}, 0)
+        for tag, titled in tables.items():
+            header, *lines = cells(titled[1])
+            lines = [dict(zip(header, line, strict=True)) for line in lines]
+            log_table(logger, tag, lines, as_markdown_table(*titled), 0)
         logger.finalize("success")
     last = next(reversed(table))
     metrics["monitor"] = f"{last}/{monitored(table[last], run.settings['monitor'])}"
     if len(table) == 1:  # one model needs no prefix
         metrics |= {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{last}/")}
-    metrics["perf/rows_per_s"] = evaluated / (time.perf_counter() - began)
+    metrics |= {
+        "perf/peak_memory_gb": peak_memory_gb(),
+        "perf/rows_per_s": evaluated / (time.perf_counter() - began),
+    }
     write_json(run.folder / "metrics.json", metrics)
-    show(table)
+    for titled in tables.values():
+        show(*titled)
     Console().print(f"run         {run.folder}", soft_wrap=True)
     return metrics.get(metrics["monitor"])
+
+
+def figures(
+    table: dict[str, dict[str, Interval]], answered: dict[str, Evaluation]
+) -> tuple[dict[str, Any], dict[str, tuple[str, dict[str, dict[str, Interval]]]]]:
+    """Return every mean and end of an interval by name, and the titled tables: models, and differences to the first."""
+    first = next(iter(answered), "")
+    gaps = {f"{name}-{first}": answer.minus(answered[first]) for name, answer in answered.items() if name != first}
+    metrics: dict[str, Any] = {}
+    for name, row in (table | gaps).items():
+        for metric, (mean, low, high) in row.items():
+            metrics[f"{name}/{metric}"] = mean
+            if math.isfinite(low):
+                metrics |= {f"{name}/{metric}_low": low, f"{name}/{metric}_high": high}
+    tables = {"evaluation": (HELD_OUT, table)} | ({"differences": (DIFFERENCES.format(first), gaps)} if gaps else {})
+    return metrics, tables
 
 
 def is_reward_model(folder: str) -> bool:

@@ -11,7 +11,7 @@ from rlhf_lightning.rewards.spec import parse
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.stages.training import train
 
-CRITICS = ("value_head", "reward")
+CRITICS = ("auto", "value_head", "reward")
 
 
 def run(run: Run) -> float | None:
@@ -28,8 +28,9 @@ def run(run: Run) -> float | None:
             f"{name} accumulates and clips gradients itself: leave trainer.accumulate_grad_batches at 1, "
             f"trainer.gradient_clip_val at null; use {name}.microbatch_tokens and {name}.max_grad_norm"
         )
-    if (critic := options.pop("critic", "value_head")) != "value_head":
-        options["load_critic"] = critic_loader(critic, folder, settings["reward_from"], load)
+    if (model := critic_model(settings, folder)) is not None:
+        options["load_critic"] = partial(load_scalar_model, model, trained=True, **load)
+    options.pop("critic", None)
     return train(
         run,
         folder,
@@ -42,17 +43,37 @@ def run(run: Run) -> float | None:
     )
 
 
-def critic_loader(critic: str, policy: str, reward_from: Any, load: dict[str, Any]) -> Any:
-    """Return what loads a critic that starts as the reward model.
+def critic_model(settings: dict[str, Any], policy: str) -> str | None:
+    """Return the reward model that the critic starts as, None for a value head on the policy or no critic.
+
+    `critic=auto` is the reward model, as in InstructGPT (arXiv 2203.02155 appendix C), where it reads the policy's
+    tokens and every weight is trained; a LoRA policy gets the value head, for the memory of a second model.
+
+    Args:
+        policy: the model that is trained.
 
     Raises:
-        UserError: another value of `ppo.critic`, or a reward that is not one model with the policy's tokenizer.
+        UserError: another value of `critic`, or "reward" without one reward model that has the policy's tokenizer.
     """
+    model, name = critic_candidate(settings), settings["stage"]
+    if model is None or load_tokenizer(policy).get_vocab() == load_tokenizer(model).get_vocab():
+        return model
+    if settings[name]["critic"] == "reward":
+        raise UserError(f"{name}.critic=reward: policy and reward model have different tokenizers")
+    return None
+
+
+def critic_candidate(settings: dict[str, Any]) -> str | None:
+    """Return the reward model that the critic starts as if its tokenizer is the policy's, which is not looked at."""
+    name = settings["stage"]
+    critic = settings[name].get("critic", "value_head")
     if critic not in CRITICS:
-        raise UserError(f"ppo.critic={critic!r} is not one of {', '.join(CRITICS)}.{nearest(critic, CRITICS)}")
-    models = parse(reward_from)
-    if len(models) != 1 or not models[0].is_model:
-        raise UserError("ppo.critic=reward needs reward_from=<reward model folder>")
-    if load_tokenizer(policy).get_vocab() != load_tokenizer(models[0].name).get_vocab():
-        raise UserError("ppo.critic=reward: policy and reward model have different tokenizers")
-    return partial(load_scalar_model, models[0].name, trained=True, **load)
+        raise UserError(f"{name}.critic={critic!r} is not one of {', '.join(CRITICS)}.{nearest(critic, CRITICS)}")
+    if critic == "value_head" or (critic == "auto" and settings["adapter"]):
+        return None
+    rewards = parse(settings["reward_from"])
+    if len(rewards) == 1 and rewards[0].is_model:
+        return rewards[0].name
+    if critic == "reward":
+        raise UserError(f"{name}.critic=reward needs reward_from=<reward model folder>")
+    return None

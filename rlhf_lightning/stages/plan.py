@@ -23,6 +23,7 @@ from rlhf_lightning.runtime.memory import BYTES, GB, Job, Shape, estimate
 from rlhf_lightning.runtime.run import starting_point
 from rlhf_lightning.runtime.settings import to_container
 from rlhf_lightning.stages import STAGES
+from rlhf_lightning.stages.online import critic_candidate
 
 
 def read_shape(settings: dict[str, Any]) -> Shape:
@@ -83,7 +84,7 @@ def read_job(settings: dict[str, Any]) -> Job:
         shards=ranks if sharded(settings) else 1,
         references=int((stage.online or live) and not lora),
         rewards=len(models),
-        critic=options.get("critic") == "reward",
+        critic=stage.online and critic_candidate(settings) is not None,
     )
 
 
@@ -116,7 +117,7 @@ def remedies(job: Job, settings: dict[str, Any]) -> list[tuple[str, Job]]:
         job = replace(job, checkpointing=True)
         changes.append(("model.load.gradient_checkpointing=true", job))
     if not job.lora:
-        job = replace(job, lora=8, references=0)
+        job = replace(job, lora=8, references=0, critic=False)
         changes.append(("adapter=lora", job))
     return changes
 

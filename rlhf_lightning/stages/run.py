@@ -9,6 +9,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import disable_possible_user_warnings
@@ -36,7 +37,32 @@ def run_stage(cfg: DictConfig) -> float | None:
         Console().print(f"already done: {run.folder}")
         return finished.get(str(finished.get("monitor")))
     seed_everything(cfg.seed, workers=False, verbose=False)
-    return stage.load()(run)
+    try:
+        return stage.load()(run)
+    except torch.OutOfMemoryError as error:
+        raise UserError(out_of_memory(run, str(error))) from error
+
+
+def out_of_memory(run: Run, error: str) -> str:
+    """Return what to change when the device has too little memory."""
+    stage, name = run.stage, run.stage.name
+    changes = []
+    if stage.trains and not stage.online:
+        parts = run.settings["trainer"]["accumulate_grad_batches"]
+        changes.append(f"trainer.accumulate_grad_batches={2 * parts} (now {parts}) splits a step, same result")
+    if stage.online:
+        tokens = run.options["microbatch_tokens"]
+        changes.append(
+            f"{name}.microbatch_tokens={tokens // 2} (now {tokens}) reads fewer tokens at a time, same result"
+        )
+    if stage.trains:
+        changes.append("model.load.gradient_checkpointing=true recomputes activations")
+    if not stage.trains or stage.online:
+        tokens = run.settings["sampler"].get("batch_tokens")
+        changes += [f"sampler.batch_tokens={tokens // 2} (now {tokens}) samples fewer at a time"] if tokens else []
+    hint = "; plan=true shows what needs the memory" if stage.trains else ""
+    reason = error.partition(" Of the allocated")[0].partition(" See documentation")[0]
+    return f"out of device memory in stage={name}: {', or '.join(changes)}{hint} ({reason})"
 
 
 def quiet() -> None:

@@ -26,7 +26,7 @@ from tests.helpers.lightning import quiet_lightning
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 DATA = {"sft": DemonstrationData, "reward": PreferenceData, "dpo": PreferenceData, "ppo": PromptData}
 EVALUATED = {"reward", "kl", "length", "ended_with_eos", "accuracy"}  # beside those of the world
-ELSEWHERE = {"global_step", "monitor", "evaluation"}  # in metrics.json, or written by the evaluate stage
+ELSEWHERE = {"global_step", "monitor", "evaluation", "differences"}  # in metrics.json, or written by the evaluate stage
 
 
 def glossary() -> list[str]:

@@ -16,6 +16,7 @@ from rlhf_lightning import DemonstrationData, PromptData
 from rlhf_lightning.data.mixture import drawn, epoch_order, interleaved
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.loading import load_tokenizer
+from tests.helpers.lightning import stub_trainer
 from tests.modules.offline import start
 
 
@@ -118,10 +119,7 @@ def test_a_mixture_is_the_same_on_any_number_of_ranks_and_after_a_resume(
         data = DemonstrationData(
             tokenizer, files[:2], weights=[1, 1], batch_size=4, window=window, cache_dir=tmp_path, seed=7
         )
-        strategy = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": ranks, "rank": rank})
-        data.trainer = SimpleNamespace(  # type: ignore[assignment]
-            strategy=strategy, loggers=[], max_steps=8, limit_val_batches=1
-        )
+        data.trainer = stub_trainer(rank, ranks, max_steps=8)
         data.setup()
         return data.train_dataloader(), data
 
@@ -146,8 +144,7 @@ def test_counts_are_logged(tokenizer: Any, files: list[str], tmp_path: Path) -> 
     logged: dict[str, Any] = {}
     data = DemonstrationData(tokenizer, files[:2], weights=[3, 1], batch_size=4, cache_dir=tmp_path)
     logger = SimpleNamespace(log_metrics=lambda metrics, step: logged.update(metrics))
-    strategy = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 1, "rank": 0})
-    data.trainer = SimpleNamespace(strategy=strategy, loggers=[logger])  # type: ignore[assignment]
+    data.trainer = stub_trainer(loggers=[logger])
     data.setup()
     data.train_dataloader()
     assert logged == {f"data/{files[0]}": 12, f"data/{files[1]}": 4}

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -18,6 +17,7 @@ from rlhf_lightning.data.stream import Windows
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.loading import load_tokenizer
 from tests.helpers.cli import SMALL, newest, rlhf
+from tests.helpers.lightning import stub_trainer
 from tests.modules.offline import start
 
 
@@ -41,12 +41,8 @@ def loader(
     **options: Any,
 ) -> Any:
     data = DemonstrationData(tokenizer, train, **{"batch_size": 4, "window": 8, **options})
-    kwargs = {"num_replicas": world_size, "rank": rank}
-    strategy = SimpleNamespace(distributed_sampler_kwargs=kwargs)
-    data.trainer = SimpleNamespace(  # type: ignore[assignment]
-        max_steps=steps, strategy=strategy, limit_train_batches=limit, overfit_batches=0, loggers=[], current_epoch=0,
-        accumulate_grad_batches=accumulate, reload_dataloaders_every_n_epochs=0,
-    )  # fmt: skip
+    more = {"accumulate_grad_batches": accumulate, "limit_train_batches": limit, "max_steps": steps}
+    data.trainer = stub_trainer(rank, world_size, **more)
     data.setup()
     return data.train_dataloader(), data
 

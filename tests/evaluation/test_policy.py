@@ -15,13 +15,13 @@ from scipy.stats import t
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.policy import SHARES, interval, sequence_kl
+from rlhf_lightning.evaluation.policy import SHARES, Evaluation, interval, sequence_kl
 from rlhf_lightning.evaluation.reward_model import evaluate_reward_model
 from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.ops.groups import Group
-from rlhf_lightning.ops.statistics import wilson_interval
+from rlhf_lightning.ops.statistics import mean_interval, wilson_interval
 from rlhf_lightning.rewards.folder import FolderReward
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.stages import STAGES
@@ -132,6 +132,27 @@ def test_intervals_take_the_responses_to_one_prompt_together(compared: tuple[Pat
                 assert_wilson(low, high, mean, n / max(variance / ordinary, 1) * (1.959964 / student) ** 2)
 
 
+def test_differences_are_paired(compared: tuple[Path, float]) -> None:
+    """Response by response, clustered by prompt; narrower than the intervals of both models suggest."""
+    metrics, samples, _ = read(compared[0])
+    start, moved = samples["start"], samples["moved"]
+    for metric in ("gold", "length", "ended_with_eos"):
+        gaps = [b[metric] - a[metric] for a, b in zip(start, moved, strict=True)]
+        expected = mean_interval(gaps, [row["prompt"] for row in start])
+        found = [metrics[f"moved-start/{metric}{end}"] for end in ("", "_low", "_high")]
+        assert found == [pytest.approx(x, abs=1e-9) for x in expected]
+    assert "start-start/gold" not in metrics
+    assert "judge-start/accuracy" not in metrics
+
+
+def test_a_difference_needs_both_values() -> None:
+    """Rows that one model's context has no room for, and metrics that do not apply, are left out of the pairs."""
+    places = [(0, 0), (1, 0), (2, 0), (3, 0)]
+    ours = Evaluation({"gold": [3.0, 5.0, 8.0, None], "reward": [1.0] * 4}, places, [(1,), (2,), (3,), (4,)], [])
+    theirs = Evaluation({"gold": [0.0, 1.0, 9.0]}, [places[3], places[2], places[0]], [(4,), (3,), (1,)], [])
+    assert ours.minus(theirs) == {"gold": mean_interval([-6.0, 7.0])}  # rows 0 and 2
+
+
 def test_world_metrics_and_bookkeeping(compared: tuple[Path, float]) -> None:
     folder, returned = compared
     metrics, _, events = read(folder)
@@ -207,6 +228,14 @@ def test_gold_is_the_worlds(compared: tuple[Path, float], folders: dict[str, str
     samples = read(compared[0])[1]["moved"]
     expected = gold_reward([r["prompt"] for r in samples], [r["response"] for r in samples], metadata)
     assert [row["gold"] for row in samples] == pytest.approx(expected)
+
+
+def test_truncated_sampling_has_no_kl(folders: dict[str, str], tmp_path: Path) -> None:
+    """The mean of log(model / reference) over samples of another distribution would be no KL."""
+    evaluate(configured(tmp_path, evaluate__rows=2, sampler__top_p=0.9), tmp_path, folders["start"])
+    metrics, _, _ = read(tmp_path)
+    assert "length" in metrics
+    assert "kl" not in metrics
 
 
 def test_limit_of_rows_and_greedy_answers(folders: dict[str, str], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from rlhf_lightning.evaluation.table import COLUMNS, WITH_INTERVAL, as_markdown_table, cell, show
+from rlhf_lightning.evaluation.table import COLUMNS, HELD_OUT, WITH_INTERVAL, as_markdown_table, cell, show
 
 TABLE = {
     "sft": {"gold": (0.1, 0.05, 0.15), "length": (7.25, 7.0, 7.5), "kl": (0.0, 0.0, 0.0)},
@@ -16,7 +16,7 @@ TABLE = {
 
 def printed(width: int) -> str:
     console = Console(file=io.StringIO(), width=width)
-    show(TABLE, console)
+    show(HELD_OUT, TABLE, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -33,13 +33,15 @@ def test_rows_and_columns() -> None:
 
 def test_a_log_gets_one_line_a_model_even_with_every_column() -> None:
     console = Console(file=io.StringIO(), width=60)
-    show({name: dict.fromkeys(COLUMNS, (-0.123, -0.456, -0.789)) for name in ("sft", "ppo")}, console)
+    show(HELD_OUT, {name: dict.fromkeys(COLUMNS, (-0.123, -0.456, -0.789)) for name in ("sft", "ppo")}, console)
     lines = [line for line in console.file.getvalue().splitlines() if line.startswith("│")]  # type: ignore[attr-defined]
     assert [line.count("]") for line in lines] == [len(WITH_INTERVAL)] * 2
 
 
 def test_the_same_table_in_markdown() -> None:
-    assert as_markdown_table(TABLE).splitlines() == [
+    assert as_markdown_table(HELD_OUT, TABLE).splitlines() == [
+        "**held-out prompts**",
+        "",
         "| model | gold reward (95%) | pair accuracy | KL (nats) | tokens |",
         "| --- | --- | --- | --- | --- |",
         "| sft | 0.100 [0.050, 0.150] |  | 0.000 | 7.2 |",

@@ -17,12 +17,13 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MiniMaxConfig,
+    MistralConfig,
     Qwen3_5TextConfig,
 )
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Generations
-from rlhf_lightning.generation.local import _CACHED, LocalEngine, invert
+from rlhf_lightning.generation.local import _CACHED, _STATIC, LocalEngine, invert
 from rlhf_lightning.models.adapters import add_lora, merge_lora
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
 from tests.helpers.models import tiny_config
@@ -77,6 +78,30 @@ def test_greedy_equals_generate_on_a_real_model(stories_model: Path) -> None:
     eos = {tokenizer.eos_token_id}
     found = sampler(model, eos, 40, temperature=0)(prompts)
     assert found.responses == [reference_greedy(model.eval(), p, eos, 40) for p in prompts]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("n", [1, 3])
+def test_static_shapes_give_the_tokens_of_the_plain_loop(temperature: float, n: int) -> None:
+    """With responses that end at different steps, some at the context's end, and a batch that is halved."""
+    model = loud(max_position_embeddings=32)
+    plain, static = (
+        sampler(model, set(range(2, 64, 8)), 40, temperature, static=s)(PROMPTS, num_generations=n, seed_parts=(5,))
+        for s in (False, True)
+    )
+    assert _STATIC[model]
+    lengths = sorted(len(response) for response in plain.responses)
+    assert lengths[0] < lengths[-1] < 40
+    assert plain == static
+
+
+def test_static_shapes_are_refused_where_the_cache_holds_other_layers(caplog: pytest.LogCaptureFixture) -> None:
+    """A sliding window's cache is no buffer of all tokens."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=4)).eval()
+    plain, static = (sampler(model, EOS, 8, static=s)(PROMPTS) for s in (False, True))
+    assert plain == static
+    assert "MistralForCausalLM is sampled without static shapes" in caplog.text
 
 
 SIZES = {

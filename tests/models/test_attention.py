@@ -9,14 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from rlhf_lightning.models.attention import GROUP_SDPA, Run, find_runs, group_sdpa, runs_mask
+from rlhf_lightning.models.attention import GROUP_SDPA, group_sdpa, runs_mask, varlen
 from rlhf_lightning.models.completion import CompletionModel, choose_layout, hidden_states
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.ops.groups import Group, pack
 from rlhf_lightning.ops.masking import group_attention_mask
+from rlhf_lightning.ops.runs import Run, find_runs
 from tests.helpers.models import tiny_config
 
 tokens = st.lists(st.integers(3, 63), min_size=1, max_size=5)
@@ -28,7 +30,12 @@ def test_runs_by_hand() -> None:
     groups = torch.tensor([[0] * 6 + [1] * 3 + [-1] * 2, [2] * 5 + [-1] * 6])
     responses = torch.tensor([[0, 0, 1, 2, 2, 3, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, *[0] * 6]])
     first = [Run(2), Run(1, 0, first=True), Run(2, 0), Run(1, 0), Run(1), Run(2, 4, first=True)]
-    assert find_runs(groups, responses) == [*first, Run(3), Run(2, 6, first=True)]
+    runs = find_runs(groups, responses)
+    assert runs.runs == [*first, Run(3), Run(2, 6, first=True)]
+    assert runs.real.tolist() == [*range(9), *range(11, 16)]
+    assert runs.key_tokens.tolist() == [0, 1, 2, 0, 1, 3, 4, 0, 1, 5, 6, 7, 8, 9, 10, 11, 12, 13]
+    assert (runs.query_ends.tolist(), runs.key_ends.tolist()) == ([0, 3, 5, 6, 9, 14], [0, 3, 7, 10, 13, 18])
+    assert runs.longest == (5, 5)
 
 
 @given(some_groups, st.integers(1, 60))
@@ -84,7 +91,7 @@ def test_loaded_models_use_it_and_are_saved_without_it(tmp_path: Path, monkeypat
     monkeypatch.setattr("rlhf_lightning.models.attention.scaled_dot_product_attention", counting)
     batch = pack([Group([1, 2, 3], [[4, 5], [6], [7, 8]]), Group([9], [[10, 11, 12]])], 64)
     assert batch.input_ids.shape == (1, 12)
-    found = hidden_states(model, batch, shortest=0)
+    found = hidden_states(model, batch, by_runs=True)
     assert seen == [(5, 5), (1, 4), (2, 5), (4, 4)] * 2  # of 12 x 12 pairs of tokens, in each of two layers
     model.set_attn_implementation("sdpa")
     torch.testing.assert_close(hidden_states(model, batch), found, rtol=1e-5, atol=1e-6)
@@ -107,12 +114,60 @@ def test_another_attention_may_be_asked_for(tmp_path: Path) -> None:
 
 
 def test_the_probe_reads_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model whose attention by runs were wrong would get padded rows, though the whole mask is right."""
+    """A model whose attention by runs is wrong is read with the dense mask, which is right."""
     LlamaForCausalLM(tiny_config()).save_pretrained(tmp_path)
     model = load_causal_lm(str(tmp_path))
-    assert choose_layout(model)[0] == "packed"
+    assert choose_layout(model) == ("packed", None)
+    assert model.config._attn_implementation == GROUP_SDPA
     monkeypatch.setattr(
         "rlhf_lightning.models.attention.scaled_dot_product_attention",
         lambda q, k, v, **options: 1.5 * scaled_dot_product_attention(q, k, v, **options),
     )
-    assert choose_layout(model)[0] == "padded"
+    assert choose_layout(model) == ("packed", None)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def bottom_right(
+    query: Tensor, key: Tensor, value: Tensor, query_ends: Tensor, key_ends: Tensor, *longest: int, **options: Any
+) -> Tensor:
+    """What `varlen_attn` computes on an accelerator, segment by segment in the precision given."""
+    assert options["window_size"] == (-1, 0)
+    outputs = []
+    for q, k, v in zip(
+        query.tensor_split(query_ends[1:-1].long()),
+        *(x.tensor_split(key_ends[1:-1].long()) for x in (key, value)),
+        strict=True,
+    ):
+        assert len(q) <= longest[0]
+        assert len(k) <= longest[1]
+        mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        parts = (x.transpose(0, 1)[None] for x in (q, k, v))
+        found = scaled_dot_product_attention(*parts, attn_mask=mask, scale=options["scale"])
+        outputs.append(found[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@given(some_groups, st.integers(1, 60))
+@settings(max_examples=80, deadline=None)
+def test_one_varlen_call_is_the_dense_mask(groups: list[Group], row_tokens: int) -> None:
+    """The segments of varlen attention: outputs and gradients at every token that is not padding."""
+    batch = pack(groups, row_tokens)
+    runs = batch.runs
+    assert runs is not None
+    draw = torch.Generator().manual_seed(row_tokens)
+    query, key, value = (
+        torch.randn(len(runs.real), heads, 8, generator=draw, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    )
+    group_ids, response_ids = (x.flatten()[runs.real][None] for x in (batch.group_ids, batch.response_ids))
+    parts = (x.repeat_interleave(r, 1).transpose(0, 1)[None] for x, r in ((query, 1), (key, 2), (value, 2)))
+    mask = group_attention_mask(group_ids, response_ids)
+    dense = scaled_dot_product_attention(*parts, attn_mask=mask, scale=0.3)[0].transpose(0, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlhf_lightning.models.attention.varlen_attn", bottom_right)
+        found = varlen(query, key, value, runs, 0.3)
+    torch.testing.assert_close(found, dense, rtol=0, atol=1e-12)
+    weights = torch.randn(found.shape, generator=draw, dtype=torch.float64)
+    expected = torch.autograd.grad((dense * weights).sum(), (query, key, value))
+    for a, b in zip(torch.autograd.grad((found * weights).sum(), (query, key, value)), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from rlhf_lightning.modules.ppo import PPO
 from rlhf_lightning.modules.rollout import Rollout
-from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList
+from rlhf_lightning.ops.groups import Group, GroupList
 from tests.helpers.models import tiny_config
 
 VOCAB, GOOD = 16, 7
@@ -47,7 +47,7 @@ class Ids:
 class Prompts(LightningDataModule):
     """The same `size` prompts for a given number of iterations."""
 
-    def __init__(self, iterations: int, size: int = 16, ptx: GroupBatch | None = None, val: bool = False) -> None:
+    def __init__(self, iterations: int, size: int = 16, ptx: GroupList | None = None, val: bool = False) -> None:
         super().__init__()
         self.template = Ids()
         prompts = [[1, 3 + i % 4, 5 + i % 3] for i in range(size)]
@@ -132,12 +132,14 @@ class KeepWeights(Callback):
 
 
 class Split(Prompts):
-    """Gives five prompts to the first rank and eleven to the second."""
+    """Gives five prompts to the first rank and eleven to the second, and two demonstrations and the others."""
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None
         whole, size = self.batches[0].groups, len(self.batches[0])
         ranges = [range(size)] if self.trainer.world_size == 1 else [range(5), range(5, size)]
         chosen = ranges[self.trainer.global_rank]
-        part = GroupList([whole[i] for i in chosen])
+        ptx = self.batches[0].ptx.groups if self.batches[0].ptx else []
+        mine = ptx if self.trainer.world_size == 1 else [ptx[0:3:2], [*ptx[1:3:2], *ptx[3:]]][self.trainer.global_rank]
+        part = GroupList([whole[i] for i in chosen], ptx=GroupList(mine) if ptx else None)
         return DataLoader([part] * len(self.batches), batch_size=None)  # type: ignore[arg-type]

@@ -187,7 +187,10 @@ def test_preferences_are_learned(tmp_path: Path, options: dict[str, Any]) -> Non
     ("options", "message"),
     [
         ({"loss": "sigmiod"}, r"dpo\.loss='sigmiod' is not one of .*sigmoid"),
-        ({"beta": 0.0}, "must be above 0"),
+        ({"beta": 0.0}, r"^dpo\.beta=0.0 is not a finite number in \(0, inf\)$"),
+        ({"beta": float("nan")}, r"^dpo\.beta=nan "),
+        ({"loss": "simpo", "target_margin": -1.0}, r"^dpo\.target_margin=-1.0 "),
+        ({"sft_coef": -0.1}, r"^dpo\.sft_coef=-0.1 "),
         ({"label_smoothing": 0.5}, r"in \[0, 0\.5\)"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "ipo does not use it"),
         ({"target_margin": 1.0}, r"target_margin is SimPO's"),
@@ -197,3 +200,14 @@ def test_preferences_are_learned(tmp_path: Path, options: dict[str, Any]) -> Non
 def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         DPO(lm, sgd(), **options)
+
+
+@pytest.mark.parametrize(
+    ("loss", "beta", "margin"), [("sigmoid", 0.1, 0.0), ("robust", 0.1, 0.0), ("ipo", 0.5, 0.0), ("simpo", 2.0, 1.0)]
+)
+def test_beta_and_margin_have_the_scale_of_their_loss(loss: Any, beta: float, margin: float) -> None:
+    module = DPO(lm, sgd(), loss=loss)
+    assert (module.beta, module.target_margin) == (beta, margin)
+    assert DPO(lm, sgd(), loss="simpo", beta=2.5).target_margin == 1.25
+    given = DPO(lm, sgd(), loss="simpo", beta=2.5, target_margin=0.0)
+    assert (given.beta, given.target_margin) == (2.5, 0.0)

@@ -14,6 +14,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Generations
 from rlhf_lightning.modules.ppo import PPO
 from rlhf_lightning.modules.rollout import Rollout
+from rlhf_lightning.ops.statistics import RunningMoments
 from tests.helpers.lightning import quiet_lightning
 from tests.modules.bandit import (
     Prompts,
@@ -32,9 +33,41 @@ def test_scores_are_scaled_then_clipped_then_penalized() -> None:
     rollout = two_responses(module)
     shaped = module.shaped_scores(rollout)  # deviation of (1, -2) is 1.5
     assert shaped.tolist() == pytest.approx([1 / 1.5, -1.0 - 0.25])
-    assert module.reward_moments == [2.0, -1.0, 5.0]
+    assert module.reward_moments == RunningMoments(2.0, -0.5, 4.5)
     module.shaped_scores(rollout)
-    assert module.reward_moments == [4.0, -2.0, 10.0]
+    assert module.reward_moments == RunningMoments(4.0, -0.5, 9.0)
+
+
+@quiet_lightning
+def test_unfinished_responses_have_a_fixed_score() -> None:
+    """Neither the reward's opinion of a cut text nor the penalty enters, not even through the scale."""
+    module = attached(missing_eos_penalty=5.0, missing_eos_score=-1.0, reward_scale=True, reward_clip=0.5)
+    rollout = two_responses(module, finished=(True, False))
+    rollout.scores = torch.tensor([3.0, 1e6])
+    assert module.shaped_scores(rollout).tolist() == [0.5, -1.0]  # the only score has no deviation, and is clipped
+    rollout.finished = torch.tensor([True, True])
+    rollout.scores = torch.tensor([5.0, 7.0])
+    module.shaped_scores(rollout)
+    assert module.reward_moments == RunningMoments(3.0, 5.0, 8.0)
+
+
+@quiet_lightning
+def test_the_scale_of_large_scores_keeps_its_digits() -> None:
+    """Scores of 1e7 +- 0.5: float32 has no number for their mean."""
+    module = attached(missing_eos_penalty=0.0, reward_scale=True)
+    rollout = two_responses(module)
+    rollout.scores = torch.tensor([1e7, 1e7 + 1])
+    for _ in range(3):
+        module.shaped_scores(rollout)
+    assert module.reward_moments.std == pytest.approx(0.5, rel=1e-12)
+
+
+@quiet_lightning
+def test_equal_scores_are_not_scaled() -> None:
+    module = attached(missing_eos_penalty=0.0, reward_scale=True)
+    rollout = two_responses(module)
+    rollout.scores = torch.tensor([2.0, 2.0])
+    assert module.shaped_scores(rollout).tolist() == [2.0, 2.0]
 
 
 @quiet_lightning

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -13,8 +14,11 @@ import torch
 from lightning.pytorch import Trainer
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.generation.local import LocalEngine
+from rlhf_lightning.modules.options import COUNTS, RANGES
+from rlhf_lightning.modules.ppo import PPO
 from rlhf_lightning.modules.schedules import schedule
-from rlhf_lightning.ops.groups import Group, pack
+from rlhf_lightning.ops.groups import Group, GroupList
 from tests.helpers.lightning import quiet_lightning
 from tests.modules.bandit import (
     GOOD,
@@ -23,6 +27,7 @@ from tests.modules.bandit import (
     Split,
     attached,
     build,
+    config,
     fit,
     load,
     load_critic,
@@ -131,7 +136,7 @@ def test_gae_is_wired_to_scores_kl_and_values() -> None:
     module = attached(kl_beta=0.5, gamma=1.0, lam=0.5, whiten_advantages=False, missing_eos_penalty=3.0)
     rollout = two_responses(module)
     metrics = module.rewards(rollout)
-    module.advantages(rollout)
+    explained = module.advantages(rollout)["value/explained_variance"]
     # kl = old - ref: [1, -0.5] and [0, 2, 0]; the score, less 3 where there is no end, comes with the last token
     rewards = [[-0.5, 0.25 + 1.0], [0.0, -1.0, -2.0 - 3.0]]
     last = [rewards[0][1] - 0.25, rewards[1][2] + 1.0]  # delta at the last token
@@ -140,8 +145,12 @@ def test_gae_is_wired_to_scores_kl_and_values() -> None:
     start = rewards[1][0] + 1.0 - 0.0 + 0.5 * middle
     expected = torch.tensor([[first, last[0], 0.0], [start, middle, last[1]]])
     torch.testing.assert_close(rollout.tokens["advantages"], expected)
-    values = torch.tensor([[0.5, 0.25, 0.0], [0.0, 1.0, -1.0]])
-    torch.testing.assert_close(rollout.tokens["returns"], expected + values)
+    # the critic learns the sums of the rewards to come, which are what it is judged by
+    returns = torch.tensor([[0.75, 1.25, 0.0], [-6.0, -6.0, -5.0]])
+    torch.testing.assert_close(rollout.tokens["returns"], returns)
+    sums, values = returns[rollout.mask], torch.tensor([0.5, 0.25, 0.0, 1.0, -1.0])
+    assert explained == pytest.approx((1 - (sums - values).var() / sums.var()).item(), abs=1e-6)
+    assert rollout.value_clip == pytest.approx(0.2 * sums.std(correction=0).item())
     assert metrics["reward/proxy"] == pytest.approx(-0.5)
     assert metrics["reward/proxy_std"] == pytest.approx(1.5)
     assert metrics["reward/total"] == pytest.approx((0.75 - 6.0) / 2)
@@ -227,11 +236,79 @@ def test_adaptive_beta_follows_the_kl() -> None:
 
 @quiet_lightning
 def test_pretraining_mix_keeps_its_text_likely() -> None:
-    ptx = pack([Group([1], [[9, 10, 11, 2]])])
+    ptx = GroupList([Group([1], [[9, 10, 11, 2]])] * 4)
     rows = fit(build(ptx_coef=1.0), Prompts(12, ptx=ptx)).rows
     assert rows[-1]["policy/ptx_loss"] < 0.5 * rows[0]["policy/ptx_loss"]
     with pytest.raises(KeyError):
         fit(build(), Prompts(1, ptx=ptx)).rows[0]["policy/ptx_loss"]
+    with pytest.raises(UserError, match="give them as groups, not packed"):
+        fit(build(), Prompts(1, ptx=ptx.pack()))  # type: ignore[arg-type]
+
+
+@quiet_lightning
+def test_a_demonstration_of_the_mix_is_read_once_an_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten over four updates, in microbatches within the token budget."""
+    demonstrations = [Group([1, 3], [[8, 9 + i % 4, 2]], index=100 + i) for i in range(10)]
+    module, read = build(ptx_coef=1.0, ppo_epochs=2, num_minibatches=2, microbatch_tokens=11), []
+    module.configure_model()
+    forward = module.policy.forward
+
+    def watched(batch: Any, *rest: Any, **options: Any) -> Any:
+        if batch.index[0] >= 100:
+            read.append(batch.index.tolist())
+        return forward(batch, *rest, **options)
+
+    monkeypatch.setattr(module.policy, "forward", watched)
+    fit(module, Prompts(1, ptx=GroupList(demonstrations)))
+    assert sorted(i for part in read for i in part) == list(range(100, 110))
+    assert max(map(len, read)) == 2  # 5 tokens each
+
+
+@quiet_lightning
+def test_a_policy_stays_while_its_critic_begins() -> None:
+    for options in ({}, {"load_critic": load_critic}):
+        module = build(critic_warmup=2, critic_lr=1e-2, kl_target=1e-4, **options)
+        module.make_optimizer = partial(torch.optim.AdamW, lr=3e-2, weight_decay=0.1)
+        module.configure_model()
+        policy, critic = (
+            {k: v.clone() for k, v in part.state_dict().items()} for part in (module.policy.lm, module.critics)
+        )
+        rows = fit(module, Prompts(2)).rows
+        assert all(torch.equal(v, policy[k]) for k, v in module.policy.lm.state_dict().items())
+        assert not all(torch.equal(v, critic[k]) for k, v in module.critics.state_dict().items())
+        assert [row["kl/beta"] for row in rows] == pytest.approx([0.05, 0.05])
+        assert rows[-1]["optim/grad_norm"] == 0
+        moved = fit(build(critic_warmup=1, critic_lr=1e-2, **options), Prompts(3)).rows[-1]
+        assert moved["kl/reference"] > 1e-3
+
+
+@quiet_lightning
+def test_both_rates_follow_the_schedule() -> None:
+    module = build(lr=1.0e-3, critic_lr=4.0e-2, ppo_epochs=2)
+    module.make_schedule = partial(schedule, shape="linear", final=0.0)
+    rows = fit(module, Prompts(2)).rows
+    assert [row["optim/lr"] for row in rows] == pytest.approx([0.5e-3, 0.0])
+    assert [row["optim/critic_lr"] for row in rows] == pytest.approx([2.0e-2, 0.0])
+
+
+def test_a_critic_has_a_rate_of_its_kind() -> None:
+    assert build().critic_lr == 1e-3
+    assert build(load_critic=load_critic).critic_lr == 1e-5
+    assert build(load_critic=load_critic, critic_lr=0.5).critic_lr == 0.5
+
+
+@quiet_lightning
+def test_a_padded_critic_makes_the_rollout_padded() -> None:
+    from transformers import MistralConfig, MistralForSequenceClassification
+
+    def windowed() -> Any:
+        torch.manual_seed(4)
+        options = config(num_labels=1).to_dict() | {"sliding_window": 2, "model_type": "mistral"}
+        return MistralForSequenceClassification(MistralConfig(**options))
+
+    module = build(load_critic=windowed)
+    assert math.isfinite(fit(module, Prompts(1)).rows[0]["value/loss"])
+    assert module.layout == "padded"
 
 
 @quiet_lightning
@@ -242,18 +319,22 @@ def test_gradients_are_clipped() -> None:
     before = [p.detach().clone() for p in module.parameters()]
     row = fit(module, Prompts(1)).rows[0]
     moved = math.sqrt(sum(((p - old) ** 2).sum().item() for p, old in zip(module.parameters(), before, strict=True)))
-    assert row["optim/grad_norm"] > 1e-2
-    assert moved == pytest.approx(1e-3, rel=1e-2)
+    assert min(row["optim/grad_norm"], row["optim/critic_grad_norm"]) > 1e-2
+    assert moved == pytest.approx(1e-3 * math.hypot(1, module.critic_lr), rel=1e-2)  # each is clipped alone
 
 
 @pytest.mark.dist
 @pytest.mark.slow
+@pytest.mark.parametrize("critic", [load_critic, pytest.param(None, marks=pytest.mark.nightly)])
 @quiet_lightning
-def test_two_ranks_learn_what_one_does(tmp_path: Path) -> None:
+def test_two_ranks_learn_what_one_does(tmp_path: Path, critic: Any) -> None:
     """Ranks with different numbers of tokens and microbatches neither wait for each other nor change the result."""
-    kept = []
+    kept, ptx = [], GroupList([Group([1, 3], [[8 + i, *range(3, 4 + i), 2]]) for i in range(5)])
     for ranks in (1, 2):
-        module = build(microbatch_tokens=12, ppo_epochs=2, whiten_rewards=True, reward_scale=True)
+        module = build(
+            microbatch_tokens=12, ppo_epochs=2, whiten_rewards=True, reward_scale=True, load_critic=critic,
+            critic_lr=0.05, critic_warmup=1, ptx_coef=0.5,
+        )  # fmt: skip
         module.make_optimizer = partial(torch.optim.SGD, lr=0.1)
         path = tmp_path / f"{ranks}.pt"
         trainer = Trainer(
@@ -261,7 +342,7 @@ def test_two_ranks_learn_what_one_does(tmp_path: Path) -> None:
             callbacks=[KeepWeights(path)], logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, limit_val_batches=0, use_distributed_sampler=False,
         )  # fmt: skip
-        trainer.fit(module, Split(2))
+        trainer.fit(module, Split(3, ptx=ptx))
         kept.append(torch.load(path, weights_only=True))
     for name, tensor in kept[0].items():
         torch.testing.assert_close(kept[1][name], tensor, atol=1e-6, rtol=0, msg=name)
@@ -296,11 +377,35 @@ def test_gradient_that_is_not_finite_never_reaches_the_weights() -> None:
         ({"estimator": "rloo"}, "num_generations=1 must be at least 2"),
         ({"estimator": "grpo", "num_generations": 1}, "num_generations=1 must be at least 2"),
         ({"kl_in": "loss"}, "no gradient in expectation"),
-        ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"ppo_epochs": 0}, "at least 1"),
-        ({"num_minibatches": 0}, "at least 1"),
+        ({"loss_type": "bnpo"}, "dapo, grpo, dr_grpo"),
+        ({"estimator": "rloo", "num_generations": 2, "critic_warmup": 1}, "rloo has no critic"),
+        ({"temperature": 0.0}, r"^ppo\.temperature=0.0 is not a finite number in \(0, inf\)$"),
+        ({"ppo_epochs": 0}, r"^ppo\.ppo_epochs=0 is not a whole number in \[1, inf\)$"),
+        ({"num_minibatches": 1.5}, r"^ppo\.num_minibatches=1.5 is not a whole number in"),
+        ({"max_new_tokens": 0}, r"^ppo\.max_new_tokens=0 is not a whole number in"),
+        ({"clip_low": 1.0}, r"^ppo\.clip_low=1.0 is not a finite number in \[0, 1\)$"),
+        ({"clip_low": -0.1}, r"^ppo\.clip_low=-0.1 "),
+        ({"clip_high": math.inf}, r"^ppo\.clip_high=inf "),
+        ({"kl_target": 0.0}, r"^ppo\.kl_target=0.0 is not a finite number in \(0, inf\)$"),
+        ({"kl_target": math.nan}, r"^ppo\.kl_target=nan "),
+        ({"kl_horizon": -1}, r"^ppo\.kl_horizon=-1 "),
+        ({"estimator": "grpo", "num_generations": 2, "kl_beta": -0.1}, r"^grpo\.kl_beta=-0.1 "),
+        ({"gamma": 1.1}, r"^ppo\.gamma=1.1 is not a finite number in \[0, 1\]$"),
+        ({"critic_lam": "high"}, r"^ppo\.critic_lam=high "),
+        ({"value_clip": 0}, r"^ppo\.value_clip=0 "),
+        ({"max_grad_norm": True}, r"^ppo\.max_grad_norm=True "),
+        ({"engine": LocalEngine(top_p=0.9)}, r"^sampler\.top_p=0.9: "),
+        ({"engine": LocalEngine(top_k=5), "estimator": "grpo", "num_generations": 2}, r"^sampler\.top_k=5: "),
     ],
 )
 def test_impossible_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(**options)
+
+
+def test_every_option_that_is_a_number_has_a_range() -> None:
+    numbers = {
+        name for name, p in inspect.signature(PPO).parameters.items()
+        if isinstance(p.default, int | float) and not isinstance(p.default, bool)
+    }  # fmt: skip
+    assert numbers - {"seed"} <= RANGES.keys() | COUNTS.keys()

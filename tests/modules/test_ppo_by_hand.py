@@ -19,30 +19,47 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.generation.engine import Generations
-from rlhf_lightning.ops.groups import Group, pack
+from rlhf_lightning.ops.groups import Group, GroupList
 from tests.helpers.lightning import quiet_lightning
 from tests.modules.bandit import Prompts, build, fit, load, load_critic, weights
 
 SIZE, ITERATIONS, EOS, LR = 3, 2, 2, 0.5
-PTX = ([1, 4], [[9, 10, 11, EOS], [12, EOS]])
+PTX = [([1, 4], [[9, 10, 11, EOS], [12, EOS]]), ([1, 5], [[13, EOS]]), ([1, 6, 3], [[8, 9, 7, EOS]])]
 COMMON: dict[str, Any] = {
     "estimator": "gae", "load_critic": None, "critic_lr": None, "num_generations": 2, "ppo_epochs": 2, "num_minibatches": 1,
     "temperature": 0.7, "microbatch_tokens": 4096, "clip_low": 0.05, "clip_high": 0.1, "value_clip": 0.1, "gamma": 0.9,
-    "lam": 0.8, "vf_coef": 0.3, "entropy_coef": 0.2, "ptx_coef": 0.0, "kl_beta": 0.1, "kl_target": None, "kl_horizon": 40,
+    "lam": 0.8, "critic_lam": 0.6, "critic_warmup": 0, "vf_coef": 0.3, "entropy_coef": 0.2, "ptx_coef": 0.0, "kl_beta": 0.1, "kl_target": None, "kl_horizon": 40,
     "kl_estimator": "k1", "kl_in": "reward", "whiten_advantages": True, "whiten_rewards": False, "reward_scale": False,
-    "reward_clip": None, "missing_eos_penalty": 0.5, "max_grad_norm": 1e9,
+    "reward_clip": None, "missing_eos_penalty": 0.5, "missing_eos_score": None, "max_grad_norm": 1e9,
+    "loss_type": "dapo", "scale_rewards": True, "max_new_tokens": 4,
 }  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
-    "ppo with a value head": {"ptx_coef": 0.25, "kl_target": 0.5, "max_grad_norm": 0.3},
+    "ppo with a value head": {"ptx_coef": 0.25, "kl_target": 0.5, "max_grad_norm": 0.3, "critic_lr": 0.5},
+    "ppo whose critic begins": {"ptx_coef": 0.25, "kl_target": 0.5, "critic_warmup": 1, "critic_lr": 0.2},
+    "ppo whose critic model begins": {
+        "load_critic": load_critic, "critic_lr": 0.2, "critic_warmup": 1, "microbatch_tokens": 12,
+    },
     "ppo with a critic": {
         "load_critic": load_critic, "critic_lr": 0.1, "whiten_rewards": True, "reward_scale": True, "reward_clip": 0.8,
-        "kl_estimator": "k3", "microbatch_tokens": 12,
+        "kl_estimator": "k3", "microbatch_tokens": 12, "missing_eos_score": -0.4,
     },
-    "ppo without clipping of values": {"load_critic": load_critic, "value_clip": None, "temperature": 1.0},
-    "ppo in num_minibatches": {"num_minibatches": 2, "ppo_epochs": 1},
-    "rloo": {"estimator": "rloo", "num_generations": 3, "kl_estimator": "k2", "ptx_coef": 2.0},
-    "grpo, k2 in the loss": {"estimator": "grpo", "kl_in": "loss", "kl_estimator": "k2", "kl_target": 1e-4},
+    "ppo without clipping of values": {
+        "load_critic": load_critic, "value_clip": None, "temperature": 1.0, "critic_lr": 0.3, "max_grad_norm": 0.3,
+    },
+    "ppo in num_minibatches": {"num_minibatches": 2, "ppo_epochs": 1, "critic_lr": 0.5, "kl_target": 0.5, "kl_horizon": None},
+    "rloo": {
+        "estimator": "rloo", "num_generations": 3, "kl_estimator": "k2", "ptx_coef": 2.0, "microbatch_tokens": 12,
+        "whiten_advantages": None,
+    },
+    "grpo, k2 in the loss": {
+        "estimator": "grpo", "kl_in": "loss", "kl_estimator": "k2", "kl_target": 1e-4, "loss_type": "grpo",
+        "microbatch_tokens": 12,
+    },
     "grpo, k3 in the loss": {"estimator": "grpo", "kl_in": "loss", "kl_estimator": "k3", "kl_beta": 0.5},
+    "dr. grpo": {
+        "estimator": "grpo", "loss_type": "dr_grpo", "scale_rewards": False, "kl_beta": 0.0, "max_new_tokens": 6,
+        "microbatch_tokens": 12,
+    },
 }  # fmt: skip
 
 
@@ -102,13 +119,14 @@ class ByHand:
         valued = self.critic or self.head
         groups: list[dict[str, Any]] = [{"params": [*self.policy.parameters()]}]
         if valued is not None:
-            groups += [{"params": [*valued.parameters()], "lr": options["critic_lr"] or LR}]
+            groups += [{"params": [*valued.parameters()], "lr": options["critic_lr"]}]
         if self.head is not None:
             torch.nn.init.zeros_(self.head.weight)
             torch.nn.init.zeros_(self.head.bias)
-        self.trained = [p for group in groups for p in group["params"]]
+        self.trained = [group["params"] for group in groups]
         self.optimizer = torch.optim.SGD(groups, lr=LR)
         self.beta, self.scores, self.episodes, self.updates = options["kl_beta"], [], 0, 0
+        self.warming = options["critic_warmup"]  # iterations left in which the critic learns alone
 
     def tokens(self, lm: Any, prompt: list[int], y: list[int], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return log-probabilities, entropies and hidden states of the positions that predict `y`, each (T,)."""
@@ -132,33 +150,37 @@ class ByHand:
 
     def shaped(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
         scores = [score(y) for _, y in pairs]
+        fixed = self.o["missing_eos_score"]
         if self.o["reward_scale"]:
-            self.scores += scores
+            self.scores += [s for s, (_, y) in zip(scores, pairs, strict=True) if fixed is None or y[-1] == EOS]
             deviation = torch.tensor(self.scores).double().std(correction=0).item()
             scores = [s / deviation for s in scores]
         if (limit := self.o["reward_clip"]) is not None:
             scores = [min(max(s, -limit), limit) for s in scores]
+        if fixed is not None:
+            return [s if y[-1] == EOS else fixed for s, (_, y) in zip(scores, pairs, strict=True)]
         return [s - self.o["missing_eos_penalty"] * (y[-1] != EOS) for s, (_, y) in zip(scores, pairs, strict=True)]
 
-    def gae(self, rewards: Tensor, values: Tensor) -> Tensor:
+    def gae(self, rewards: Tensor, values: Tensor, lam: float) -> Tensor:
         delta = rewards + self.o["gamma"] * torch.cat([values[1:], values.new_zeros(1)]) - values
-        decay = self.o["gamma"] * self.o["lam"]
+        decay = self.o["gamma"] * lam
         return torch.stack([sum(decay**i * d for i, d in enumerate(delta[t:])) for t in range(len(delta))])
 
-    def advantages(self, rewards: list[Tensor], values: list[Tensor]) -> Tensor:
+    def advantages(self, rewards: list[Tensor], values: list[Tensor], lam: float) -> Tensor:
         lengths = [len(r) for r in rewards]
         if self.o["estimator"] == "gae":
             if self.o["whiten_rewards"]:
                 flat = torch.cat(rewards)
                 rewards = list((whiten(flat) + flat.mean()).split(lengths))
-            return torch.cat([self.gae(r, v) for r, v in zip(rewards, values, strict=True)])
+            return torch.cat([self.gae(r, v, lam) for r, v in zip(rewards, values, strict=True)])
         n, totals, advantages = self.o["num_generations"], [r.sum() for r in rewards], []
         for i, total in enumerate(totals):
             prompt = torch.stack(totals[i // n * n : i // n * n + n])
             if self.o["estimator"] == "rloo":
                 advantages.append(total - (prompt.sum() - total) / (n - 1))
             else:
-                advantages.append((total - prompt.mean()) / (prompt.std() + 1e-4))
+                scale = prompt.std() + 1e-4 if self.o["scale_rewards"] else 1.0
+                advantages.append((total - prompt.mean()) / scale)
         return torch.cat([a.expand(length) for a, length in zip(advantages, lengths, strict=True)])
 
     def iteration(self, pairs: list[tuple[list[int], list[int]]], updates: list[list[int]]) -> dict[str, float]:
@@ -186,64 +208,86 @@ class ByHand:
             "rollout/episodes": self.episodes,
             "optim/lr": LR,
         }
-        advantages, values = self.advantages(rewards, old_values), torch.cat(old_values)
-        returns = advantages + values
+        advantages, values = self.advantages(rewards, old_values, o["lam"]), torch.cat(old_values)
+        returns = self.advantages(rewards, old_values, o["critic_lam"]) + values
+        self.limit = math.inf  # how far a value may move
         if o["estimator"] == "gae":
-            metrics["value/explained_variance"] = (1 - (returns - values).var() / returns.var()).item()
-        if o["whiten_advantages"] and o["estimator"] != "grpo":
-            advantages = whiten(advantages)
+            outcomes = self.advantages(rewards, [torch.zeros(len(v)) for v in old_values], 1.0)
+            metrics["value/explained_variance"] = (1 - (outcomes - values).var() / outcomes.var()).item()
+            metrics["optim/critic_lr"] = o["critic_lr"]
+            if o["value_clip"] is not None and not self.warming:
+                self.limit = o["value_clip"] * returns.std(correction=0).item()
+        if o["whiten_advantages"]:
+            advantages = whiten(advantages) if o["estimator"] != "grpo" else advantages
         lengths = [len(y) for _, y in pairs]
         columns = [old, ref, advantages.split(lengths), old_values, returns.split(lengths)]
         rows, ratios = [], []
-        for chosen in updates:
+        for number, chosen in enumerate(updates):
+            ptx = PTX[len(PTX) * number // len(updates) : len(PTX) * (number + 1) // len(updates)]
             responses = [i for i in range(len(pairs)) if i // o["num_generations"] in chosen]
             part = [torch.cat([column[i] for i in responses]) for column in columns]
-            row, ratio = self.update([pairs[i] for i in responses], *part)
+            row, ratio = self.update([pairs[i] for i in responses], ptx, *part)
             rows.append(row)
             ratios.append(ratio)
         self.updates += len(rows)
-        metrics |= {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        for name in {name for row in rows for name in row}:
+            logged = [row[name] for row in rows if name in row]
+            metrics[name] = sum(logged) / len(logged)
         metrics |= {"ppo/updates": self.updates, "ppo/epochs": o["ppo_epochs"]}
         metrics |= {
             "policy/ratio_min": torch.cat(ratios).min().item(),
             "policy/ratio_max": torch.cat(ratios).max().item(),
         }
-        if o["kl_target"] is not None:
+        if o["kl_target"] is not None and not self.warming:
             error = min(max(kl / o["kl_target"] - 1, -0.2), 0.2)
-            self.beta *= 1 + error * len(pairs) / o["kl_horizon"]
+            self.beta *= 1 + error * (len(pairs) / o["kl_horizon"] if o["kl_horizon"] else 0.1)
+        self.warming = max(self.warming - 1, 0)
         return metrics
 
+    def mean(self, pairs: Any, losses: Tensor) -> Tensor:
+        """Return the mean over tokens, or over responses of their means, or of their sums by the longest possible."""
+        parts = losses.split([len(y) for _, y in pairs])
+        if self.o["loss_type"] == "dapo":
+            return losses.mean()
+        longest = self.o["max_new_tokens"]
+        means = [part.mean() if self.o["loss_type"] == "grpo" else part.sum() / longest for part in parts]
+        return torch.stack(means).mean()
+
     def update(
-        self, pairs: Any, old: Tensor, ref: Tensor, advantages: Tensor, old_values: Tensor, returns: Tensor
+        self, pairs: Any, ptx: Any, old: Tensor, ref: Tensor, advantages: Tensor, old_values: Tensor, returns: Tensor
     ) -> tuple[dict[str, float], Tensor]:
         """Make one update and return its metrics and ratios."""
         o = self.o
         new, entropy, values = (torch.cat(column) for column in self.read(pairs, self.policy))
         ratio = (new - old).exp()
         plain, clipped = ratio * advantages, ratio.clamp(1 - o["clip_low"], 1 + o["clip_high"]) * advantages
-        policy_loss = -torch.minimum(plain, clipped).mean()
-        loss = policy_loss - o["entropy_coef"] * entropy.mean()
-        row = {"policy/loss": policy_loss, "policy/clip_fraction": (clipped < plain).double().mean()}
+        losses = -torch.minimum(plain, clipped)
+        row = {"policy/loss": losses.mean(), "policy/clip_fraction": (clipped < plain).double().mean()}
         row |= {"policy/entropy": entropy.mean(), "kl/old": k("k3", old, new).mean()}
+        losses = losses - o["entropy_coef"] * entropy
         if o["kl_in"] == "loss":
-            loss = loss + self.beta * k(o["kl_estimator"], new, ref).mean()
+            losses = losses + self.beta * k(o["kl_estimator"], new, ref)
+        loss = torch.zeros(()) if self.warming else self.mean(pairs, losses)
         if o["estimator"] == "gae":
             errors = (values - returns) ** 2
-            limit = math.inf if o["value_clip"] is None else o["value_clip"]
-            limited = (old_values + (values - old_values).clamp(-limit, limit) - returns) ** 2
-            more = limited > errors if o["value_clip"] is not None else torch.zeros(len(errors))
+            limited = (old_values + (values - old_values).clamp(-self.limit, self.limit) - returns) ** 2
+            more = limited > errors + 1e-9  # without a limit rounding makes a difference
             row |= {
                 "value/loss": torch.maximum(errors, limited).mean() / 2,
                 "value/clip_fraction": more.double().mean(),
             }
             loss = loss + o["vf_coef"] * row["value/loss"]
-        if o["ptx_coef"]:
-            text = torch.cat([self.tokens(self.policy, PTX[0], y, 1.0)[0] for y in PTX[1]])
+        if o["ptx_coef"] and ptx and not self.warming:
+            text = torch.cat([self.tokens(self.policy, prompt, y, 1.0)[0] for prompt, ys in ptx for y in ys])
             row["policy/ptx_loss"] = -text.mean()
             loss = loss - o["ptx_coef"] * text.mean()
         self.optimizer.zero_grad()
         loss.backward()
-        row["optim/grad_norm"] = torch.nn.utils.clip_grad_norm_(self.trained, o["max_grad_norm"])
+        if self.warming:
+            for parameter in self.policy.parameters():
+                parameter.grad = None
+        for name, trained in zip(("optim/grad_norm", "optim/critic_grad_norm"), self.trained, strict=False):
+            row[name] = torch.nn.utils.clip_grad_norm_(trained, o["max_grad_norm"])
         self.optimizer.step()
         return {name: value.item() for name, value in row.items()}, ratio.detach()
 
@@ -275,7 +319,8 @@ def test_a_run_by_hand(name: str) -> None:
     options, script = COMMON | RUNS[name], Script()
     module = build(reward=by_ids, gold=by_length, engine=script, **options)
     module.make_optimizer = partial(torch.optim.SGD, lr=LR)  # Adam would magnify rounding
-    history = fit(module, Prompts(ITERATIONS, SIZE, pack([Group(*PTX)]) if options["ptx_coef"] else None, val=True))
+    ptx = GroupList([Group(*text) for text in PTX]) if options["ptx_coef"] else None
+    history = fit(module, Prompts(ITERATIONS, SIZE, ptx, val=True))
     hand = ByHand(options)
     assert len(script.rollouts) == ITERATIONS + 1
     for row, pairs in zip(history.rows, script.rollouts[:-1], strict=True):

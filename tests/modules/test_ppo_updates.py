@@ -27,7 +27,7 @@ def test_whitened_rewards_keep_their_mean() -> None:
 
 @quiet_lightning
 def test_loss_of_a_token_by_hand() -> None:
-    """At ratio 1 the policy's part is -A; the new values are 0 and may leave the rollout's by 0.2 only."""
+    """At ratio 1 the policy's part is -A; the new values are 0 and may leave the rollout's by `value_clip` only."""
     module = attached(vf_coef=0.5, entropy_coef=0.25, kl_beta=0.1, kl_in="loss", kl_estimator="k2")
     rollout = two_responses(module)
     ((rows, batch, _),) = rollout.microbatches([0])
@@ -37,6 +37,7 @@ def test_loss_of_a_token_by_hand() -> None:
     rollout.tokens["ref_logprobs"] = rollout.tokens["old_logprobs"] - 2.0
     rollout.tokens["advantages"] = torch.tensor([[1.0, -2.0, 0.0], [3.0, 0.5, 0.0]])
     rollout.tokens["returns"] = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 1.0, 0.0]])
+    rollout.value_clip = 0.2
     terms, ratio = module.token_losses(rollout, rows, batch, first=True)
     # values 0.5, 0.25 and 0, 1, -1: clipped they are 0.3, 0.05 and 0, 0.8, -0.8
     value = torch.tensor([1.0, 0.05**2, 1.0, 1.0, 0.8**2]) / 2
@@ -49,7 +50,8 @@ def test_loss_of_a_token_by_hand() -> None:
 @quiet_lightning
 def test_every_update_starts_without_a_gradient() -> None:
     """Weights that do not move give every update of the same rollout the same gradient."""
-    once, thrice = (fit(build(lr=0.0, ppo_epochs=n, max_grad_norm=1e9), Prompts(1)).rows[0] for n in (1, 3))
+    options = {"lr": 0.0, "critic_lr": 0.0, "max_grad_norm": 1e9}
+    once, thrice = (fit(build(ppo_epochs=n, **options), Prompts(1)).rows[0] for n in (1, 3))
     assert thrice["optim/grad_norm"] == pytest.approx(once["optim/grad_norm"], rel=1e-4)
 
 

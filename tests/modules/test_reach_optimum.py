@@ -78,26 +78,29 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rloo": {"estimator": "rloo", "num_generations": 8},
     "grpo": {"estimator": "grpo", "num_generations": 64},
 }
+# responses of an iteration, iterations, and how far from the optimum it may end: measured 0.017 for RLOO, a beta that
+# is wrong by a tenth 0.034. GRPO divides by a standard deviation that vanishes at the optimum: measured 0.07
+SIZES = {"ppo": (1024, 150, 2e-2), "rloo": (512, 100, 3e-2), "grpo": (1024, 150, 0.1)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method", [*(pytest.param(name, marks=pytest.mark.nightly) for name in ("ppo", "rloo")), "grpo"]
+    "method", ["rloo", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("ppo", "grpo"))]
 )
 @quiet_lightning
 def test_sampled_methods_reach_the_optimum(method: str) -> None:
-    options, iterations = OPTIONS[method], 150
+    options, (size, iterations, limit) = OPTIONS[method], SIZES[method]
     module = PPO(
         load, partial(torch.optim.Adam, lr=3e-3), partial(schedule, shape="cosine", final=0.01), reward=table, kl_beta=BETA,
-        max_new_tokens=3, missing_eos_penalty=0.0, microbatch_tokens=10**6, **{"ppo_epochs": 2} | options,
+        max_new_tokens=3, missing_eos_penalty=0.0, microbatch_tokens=250, **{"ppo_epochs": 2} | options,
     )  # fmt: skip
-    bandit.fit(module, Same(iterations, 1024 // options.get("num_generations", 1)))
+    bandit.fit(module, Same(iterations, size // options.get("num_generations", 1)))
     best, start = optimum(), distribution(load()).exp()
     found = distribution(module.policy.lm).exp()
     apart = 0.5 * (found - best).abs().sum().item()
     print(method, apart)
     assert 0.5 * (start - best).abs().sum().item() > 0.4
-    assert apart < 2e-2
+    assert apart < limit
 
 
 class Once(LightningDataModule):
@@ -105,7 +108,8 @@ class Once(LightningDataModule):
 
     def __init__(self, groups: list[Group], steps: int) -> None:
         super().__init__()
-        self.rows, self.batch, self.steps_per_epoch = {}, pack(groups, 512), steps
+        self.rows, self.steps_per_epoch = {}, steps
+        self.batch = pack(groups, 64)  # attention in short rows costs a fraction of that in long ones
 
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader([self.batch] * self.steps_per_epoch, batch_size=None)  # type: ignore[arg-type]

@@ -143,6 +143,20 @@ def test_plackett_luce_does_not_drop_what_a_row_says(extra: dict[str, float]) ->
         module.training_step(pack([Group([1, 5], [[8, 2], [9, 2]], **extra)]), 0)  # type: ignore[arg-type]
 
 
+@quiet_lightning
+def test_statistics_of_scores_far_from_zero_are_exact() -> None:
+    """Scores of 1e4 +- 0.5: a mean of float32 sums would leave no digit of their deviation."""
+    module = RewardModel(classifier, sgd(lr=0.0), center=0.0)
+    module.configure_model()
+    scores = 1e4 + torch.arange(8).float() / 8
+    module.scorer.forward = lambda batch: scores[: batch.sequences]  # type: ignore[method-assign,assignment]
+    module.losses(pack([Group([1, 5], [[8, 2], [9, 2]]) for _ in range(4)]), "train")
+    totals, counts = (torch.stack(x).tolist() for x in zip(*module._sums["train"].values(), strict=True))
+    names = list(module._sums["train"])
+    mean, square = (totals[names.index(name)] / counts[names.index(name)] for name in ("score_mean", "score_squared"))
+    assert square - mean**2 == pytest.approx(scores.double().var(correction=0).item(), rel=1e-6)
+
+
 def test_unknown_loss_is_refused() -> None:
     with pytest.raises(UserError, match=r"reward\.loss='listwise' is not one of"):
         RewardModel(classifier, sgd(), loss="listwise")  # type: ignore[arg-type]

@@ -108,8 +108,17 @@ def test_fixed_weight_stays() -> None:
 )
 def test_adaptive_weight_moves_by_the_clipped_relative_error(kl: float, factor: float) -> None:
     """Ziegler's settings: target 6, horizon 10,000; 512 responses move beta by at most 0.2 * 512 / 10,000."""
-    controller = KLController(0.15, target=6.0)
+    controller = KLController(0.15, target=6.0, horizon=10_000)
     controller.update(kl, 512)
+    assert controller.beta == pytest.approx(0.15 * factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("responses", [8, 512])
+@pytest.mark.parametrize(("kl", "factor"), [(6.0, 1.0), (6.6, 1.01), (5.4, 0.99), (60.0, 1.02), (0.0, 0.98)])
+def test_without_a_horizon_the_weight_moves_at_any_batch_size(kl: float, factor: float, responses: int) -> None:
+    """The paper's K = 0.1: eight responses of ten thousand would move beta by 0.016% an iteration, which is nothing."""
+    controller = KLController(0.15, target=6.0)
+    controller.update(kl, responses)
     assert controller.beta == pytest.approx(0.15 * factor, rel=1e-12)
 
 

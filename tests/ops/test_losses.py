@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf_lightning.ops.losses import PREFERENCE_LOSSES, ppo_policy_loss, ppo_value_loss, preference_loss
+from rlhf_lightning.ops.losses import (
+    PREFERENCE_LOSSES,
+    ppo_policy_loss,
+    ppo_value_loss,
+    preference_loss,
+    response_weights,
+)
 
 finite = st.floats(-20, 20, allow_nan=False)
 
@@ -186,3 +193,16 @@ def test_value_loss_without_clip_is_half_the_squared_error() -> None:
     loss, clipped = ppo_value_loss(f64(1, 5), f64(0, 0), f64(3, 5), clip=None)
     assert_equal(loss, [2.0, 0.0])
     assert not clipped.any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("dapo", [0.1] * 3),  # 1 / 10 tokens
+        ("grpo", [1 / 6, 1 / 9, 1 / 15]),  # 1 / (3 responses x 2, 3 and 5 tokens)
+        ("dr_grpo", [1 / 24] * 3),  # 1 / (3 x 8)
+    ],
+)
+def test_weights_of_the_tokens_of_a_response(kind: Any, expected: list[float]) -> None:
+    weights = response_weights(torch.tensor([2, 3, 5]), kind, tokens=10, responses=3, max_new_tokens=8)
+    torch.testing.assert_close(weights, torch.tensor(expected))

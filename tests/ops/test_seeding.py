@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_lightning.ops.seeding import derive_seed, generator
+from rlhf_lightning.ops.seeding import derive_seed, generator, normal, permutation, uniform
 
 
 def test_seed_is_stable() -> None:
@@ -23,3 +23,11 @@ def test_generator_draws_the_same_whatever_the_global_state() -> None:
     torch.manual_seed(99)
     assert torch.equal(torch.rand(3, generator=generator(0, "x")), first)
     assert not torch.equal(torch.rand(3, generator=generator(1, "x")), first)
+
+
+def test_draws_are_made_on_the_cpu_whatever_the_default_device_is() -> None:
+    """Lightning builds a model with the accelerator as default device, which no CPU generator fills."""
+    for draw in (normal, uniform, permutation):
+        expected = draw(5, 0, "x")
+        with torch.device("meta"):
+            assert torch.equal(draw(5, 0, "x"), expected)

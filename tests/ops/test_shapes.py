@@ -35,6 +35,7 @@ SHAPES: dict[str, tuple[tuple[Any, ...], Any]] = {
     # function: its arguments, and the shape of what it returns
     "gae": ((TABLE, TABLE, MASK), [(S, T), (S, T)]),
     "discounted_returns": ((TABLE, MASK), (S, T)),
+    "moments": ((TABLE, MASK), [(), ()]),
     "whiten": ((TABLE, MASK), (S, T)),
     "rloo": ((SCORES,), (P, N_SAMPLES)),
     "grpo": ((SCORES,), (P, N_SAMPLES)),
@@ -48,6 +49,7 @@ SHAPES: dict[str, tuple[tuple[Any, ...], Any]] = {
     "preference_loss": ((PAIRS, 0.1), (P,)),
     "ppo_policy_loss": ((FLAT, FLAT, FLAT), [(N,), (N,)]),
     "ppo_value_loss": ((FLAT, FLAT, FLAT), [(N,), (N,)]),
+    "response_weights": ((MASK.sum(1), "grpo", 9.0, 3.0, 8), (S,)),
     "group_attention_mask": ((ROWS, ROWS), (R, 1, L, L)),
     "bradley_terry": ((PAIRS, PAIRS), (P,)),
     "ranked_pairs": ((RANKS, GROUP_OF), [(6,), (6,)]),
@@ -55,6 +57,9 @@ SHAPES: dict[str, tuple[tuple[Any, ...], Any]] = {
     "pairwise_ranking": ((RANKS.float(), RANKS, GROUP_OF, PAIRS, PAIRS), [(P,), (6,)]),
     "plackett_luce": ((RANKS.float(), RANKS, GROUP_OF, P), (P,)),
     "centering": ((RANKS.float(), GROUP_OF, P), (P,)),
+    "permutation": ((N, 0), (N,)),
+    "uniform": ((N, 0), (N,)),
+    "normal": ((N, 0), (N,)),
 }
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,7 +107,8 @@ def test_mistakes_in_the_name(spec: str, message: str, module: str) -> None:
         (3.0, r"shape \(\) for 2 responses"),
         ([1.0, float("nan")], "the reward is nan for the response 'second' to 'q2'"),
         ([float("-inf"), 0.0], "the reward is -inf for the response 'first' to 'q1'"),
-        ([1.0, None], "2 responses"),
+        ([1.0, None], "the reward is None for the response 'second' to 'q2'; every response needs a finite number"),
+        (("x", 2.0, None), "the reward is None for response 3 of 2"),
         (["good", "bad"], "2 responses"),
         (None, "2 responses"),
     ],
@@ -112,6 +116,71 @@ def test_mistakes_in_the_name(spec: str, message: str, module: str) -> None:
 def test_what_is_no_number_is_refused(returned: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         score(lambda *_: returned, ["q1", "q2"], ["first", "second"], [{}, {}])
+
+
+def trl(prompts: list[str], completions: list[str], **kwargs: Any) -> list[float]:
+    return [len(text) + n for text, n in zip(completions, kwargs["n"], strict=True)]
+
+
+def trl_with_a_column(completions: list[str], n: list[float], **kwargs: Any) -> list[float]:
+    return [len(text) + x for text, x in zip(completions, n, strict=True)]
+
+
+def trl_without_others(prompts: list[str], completions: list[str], n: list[float]) -> list[float]:
+    return [len(text) + x for text, x in zip(completions, n, strict=True)]
+
+
+def keywords(prompts: list[str], responses: list[str], **kwargs: Any) -> list[float]:
+    return [len(text) + n for text, n in zip(responses, kwargs["n"], strict=True)]
+
+
+def only_keywords(*, responses: list[str], metadata: list[dict[str, float]]) -> list[float]:
+    return [len(text) + row["n"] for text, row in zip(responses, metadata, strict=True)]
+
+
+def any_positional(*args: Any) -> list[float]:
+    return [len(text) + row["n"] for text, row in zip(args[1], args[2], strict=True)]
+
+
+class Judge:
+    async def __call__(self, prompts: list[str], completions: list[str], **kwargs: Any) -> list[float]:
+        await asyncio.sleep(0)
+        return trl(prompts, completions, **kwargs)
+
+
+STYLES = [trl, trl_with_a_column, trl_without_others, keywords, only_keywords, any_positional, Judge(), partial(trl)]
+
+
+@pytest.mark.parametrize("reward", STYLES, ids=lambda reward: getattr(reward, "__name__", type(reward).__name__))
+def test_rewards_are_called_as_their_parameters_ask(reward: Any) -> None:
+    rows = [{"n": 0.5}, {"n": 10.0, "other": "x"}]
+    for kind in (reward, load_reward([reward, reward])):
+        assert score(kind, ["q1", "q2"], ["a", "bb"], rows).tolist() == [1.5, 12.0]
+
+
+def test_a_row_without_a_column_has_none_there() -> None:
+    seen: list[Any] = []
+
+    def reward(completions: list[str], **kwargs: Any) -> list[float]:
+        seen.append(kwargs)
+        return [0.0] * len(completions)
+
+    score(reward, ["q1", "q2"], ["a", "b"], [{"x": 1}, {"y": 2}])
+    assert seen == [{"prompts": ["q1", "q2"], "x": [1, None], "y": [None, 2]}]
+
+
+def test_an_async_reward_inside_a_running_loop() -> None:
+    async def notebook() -> list[float]:
+        return score(Judge(), ["q"], ["abc"], [{"n": 1.0}]).tolist()
+
+    assert asyncio.run(notebook()) == [4.0]
+
+
+def test_a_member_that_fails_is_told() -> None:
+    with pytest.raises(UserError, match="the reward is nan for the response 'b' to 'q2'"):
+        score(
+            load_reward([exact_answer, lambda *_: [0.0, float("nan")]]), ["q1", "q2"], ["a", "b"], [{"answer": 1}] * 2
+        )
 
 
 def test_integers_and_tensors_with_a_graph_are_accepted() -> None:

@@ -1,0 +1,51 @@
+"""What the options of PPO, RLOO and GRPO may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from rlhf_lightning.errors import UserError, check_number, nearest
+from rlhf_lightning.ops.kl import KLEstimator
+from rlhf_lightning.ops.losses import LossType
+
+Estimator = Literal["gae", "rloo", "grpo"]
+KLIn = Literal["reward", "loss"]
+CHOICES = {
+    "estimator": get_args(Estimator), "kl_estimator": get_args(KLEstimator), "kl_in": get_args(KLIn),
+    "loss_type": get_args(LossType),
+}  # fmt: skip
+RANGES = {
+    "temperature": "(0, inf)", "microbatch_tokens": "[1, inf)", "missing_eos_penalty": "(-inf, inf)",
+    "missing_eos_score": "(-inf, inf)", "reward_clip": "(0, inf)", "kl_beta": "[0, inf)", "kl_target": "(0, inf)",
+    "kl_horizon": "(0, inf)", "gamma": "[0, 1]", "lam": "[0, 1]", "critic_lam": "[0, 1]", "clip_low": "[0, 1)",
+    "clip_high": "[0, inf)", "value_clip": "(0, inf)", "vf_coef": "[0, inf)", "entropy_coef": "[0, inf)",
+    "ptx_coef": "[0, inf)", "target_kl": "(0, inf)", "max_grad_norm": "[0, inf)", "critic_lr": "[0, inf)",
+}  # fmt: skip
+COUNTS = {
+    "num_generations": "[1, inf)", "max_new_tokens": "[1, inf)", "ppo_epochs": "[1, inf)",
+    "num_minibatches": "[1, inf)", "critic_warmup": "[0, inf)",
+}  # fmt: skip
+
+
+def check_options(given: Mapping[str, Any]) -> None:
+    """Raise a UserError for an option outside its range, or for options that exclude each other."""
+    estimator = given["estimator"]
+    stage = {"gae": "ppo"}.get(estimator, estimator) if estimator in CHOICES["estimator"] else "ppo"
+    for key, options in CHOICES.items():
+        if given[key] not in options:
+            hint = nearest(given[key], options)
+            raise UserError(f"{stage}.{key}={given[key]!r} is not one of {', '.join(options)}.{hint}")
+    for table, whole in ((RANGES, False), (COUNTS, True)):
+        for key, interval in table.items():
+            if given[key] is not None:
+                check_number(f"{stage}.{key}", given[key], interval, whole)
+    if estimator != "gae" and given["num_generations"] < 2:
+        raise UserError(
+            f"{estimator} compares responses to one prompt: num_generations={given['num_generations']} must be at "
+            "least 2"
+        )
+    if estimator != "gae" and given["critic_warmup"]:
+        raise UserError(f"critic_warmup={given['critic_warmup']} is of PPO; {estimator} has no critic")
+    if given["kl_in"] == "loss" and given["kl_estimator"] == "k1":
+        raise UserError("kl_in=loss with kl_estimator=k1 has no gradient in expectation; use k2 or k3")
