@@ -8,8 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+from omegaconf import OmegaConf
 
 from rlhf_lightning.__main__ import normalize
+from rlhf_lightning.runtime.explain import explain
+from rlhf_lightning.runtime.run_folder import reserve
 from tests.helpers.cli import SMALL, newest, rlhf
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cli")]
@@ -265,6 +270,50 @@ def test_model_names_are_short_for_the_hub_option() -> None:
     assert once == ["stage=sft", "model=hub", "model.name='./a b'", "data.train=x"]
     assert normalize(once) == once
     assert normalize(["model=smollm2"]) == ["model=smollm2"]
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ("init_from=./lr=1e-4/m", "./lr=1e-4/m"),
+        ("init_from=./Ünïcode/m", "./Ünïcode/m"),
+        ("init_from=a (b) {d} & # 'g'", "a (b) {d} & # 'g'"),
+        ("model=./x=1/it's", "./x=1/it's"),
+        ("+data.columns.prompt=Frage=ü", "Frage=ü"),
+        ("name=plain", "plain"),
+        ("max_steps=3", 3),
+        ("data.train=[a,b]", ["a", "b"]),
+    ],
+)
+def test_values_that_hydra_does_not_read_are_quoted(given: str, value: object) -> None:
+    once = normalize([given])
+    assert normalize(once) == once
+    assert OverridesParser.create().parse_override(once[-1]).value() == value
+
+
+def test_a_sweep_over_such_values_has_as_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, swept = normalize(["-m", "init_from=./lr=1/m,./lr=2/m,./m"])
+    assert swept == "init_from='./lr=1/m','./lr=2/m',./m"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b").mkdir()
+    assert normalize(["init_from=a,b"]) == ["init_from='a,b'"]  # a folder of this name
+    assert normalize(["init_from=a,c"]) == ["init_from=a,c"]
+    assert normalize(["logger=null", "debug=null"]) == ["~logger"]
+
+
+def test_a_list_that_cannot_be_read_is_shown_quoted() -> None:
+    with pytest.raises(OverrideParseException) as raised:
+        OverridesParser.create().parse_overrides(["data.train=[a=1,b]"])
+    assert "\"data.train=['a=1','b']\"" in explain(raised.value, [])
+
+
+def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
+    settings = {"run_id": "now", "hydra": {"run": {"dir": f"{tmp_path}/sft/${{run_id}}"}}}
+    names = [reserve(OmegaConf.create(settings)) for _ in range(3)]
+    assert names == ["now", "now_2", "now_3"]
+    assert {place.name for place in (tmp_path / "sft").iterdir()} == set(names)
+    fixed = OmegaConf.create({"run_id": "now", "hydra": {"run": {"dir": f"{tmp_path}/sft/now"}}})
+    reserve(fixed)  # the user's folder, which `claim` judges
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_another_optimizer_is_not_given_what_was_written_for_adamw(target: str, 
 
 
 def test_a_stage_adds_nothing_that_the_chosen_optimizer_does_not_take() -> None:
-    settings = OmegaConf.to_container(composed("stage=ppo", "optimizer=sgd").optimizer)
+    settings: Any = OmegaConf.to_container(composed("stage=ppo", "optimizer=sgd").optimizer)
     assert "eps" in settings
     kept = own_arguments(settings, "optimizer", "sgd", set())
     assert kept.keys() - {"_target_", "_partial_"} == {"lr", "momentum", "weight_decay", "fused"}

@@ -286,6 +286,9 @@ SETTINGS: dict[str, Case] = {
     "configuration of a run": (run_with_config, "not an allowed target"),
     "tag of Python": (
         lambda p: p.experiment(f"name: !!python/object/apply:pathlib.Path.touch ['{p.marker}']\n"), "cannot be composed"),
+    "address of a logger": (
+        lambda p: p.experiment("logger:\n  x: {_target_: lightning.pytorch.loggers.MLFlowLogger, tracking_uri: 'http://x'}\n"),
+        "logger.x.tracking_uri is taken from the command line"),
     "unknown resolver": (lambda p: p.experiment("name: ${python:exit}\n"), "Unsupported interpolation type python"),
     "kernel of the hub": (lambda p: ["model.load.attn_implementation=evil/kernel"], "is code from the hub"),
 }  # fmt: skip

@@ -51,7 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_page_and_the_configuration_name_every_argument_of_the_trainer() -> None:
     arguments = set(inspect.signature(Trainer).parameters)
-    listed = {re.match(r"\+?(?:trainer\.)?(\w+)", example)[1] for example, _, _ in FLAGS}
+    listed = {name for example, _, _ in FLAGS for name in re.findall(r"^\+?(?:trainer\.)?(\w+)", example)}
     assert listed == arguments
     groups = {"callbacks", "logger", "plugins", "strategy"}
     assert set(composed("stage=sft").trainer) == (arguments - groups) | {"_target_"}

@@ -127,7 +127,8 @@ def table(folder: Path) -> list[dict[str, str]]:
 
 @pytest.mark.slow
 def test_a_failed_trial_is_recorded_and_a_second_start_skips_what_is_done(rows: Path) -> None:
-    done, folder = sweep(rows, "fails", "optimizer.lr=1e-3,1e30,1e-2")
+    done, folder = sweep(rows, "fails", "optimizer.lr=1e-3,1e30,1e-2", code=1)
+    assert done.stderr.splitlines()[-1] == "rlhf: 1 of 3 trials failed: 1"
     found = table(folder)
     assert [row["status"].partition(":")[0] for row in found] == ["done", "failed", "done"]
     assert "not finite" in done.stderr
@@ -135,7 +136,7 @@ def test_a_failed_trial_is_recorded_and_a_second_start_skips_what_is_done(rows: 
     assert len(losses) == 2
     assert (folder / "best").resolve().name == ("0" if losses[0] < losses[1] else "2")
     written = [(folder / n / "metrics.json").stat().st_mtime_ns for n in "02"]
-    again, same = sweep(rows, "fails", "optimizer.lr=1e-3,1e30,1e-2")
+    again, same = sweep(rows, "fails", "optimizer.lr=1e-3,1e30,1e-2", code=1)
     assert same == folder
     assert again.stdout.count("already done") == 2
     assert [row["trial"] for row in table(folder)] == ["0", "1", "2"]
@@ -177,7 +178,7 @@ def test_optuna_goes_on_after_a_failed_trial(rows: Path) -> None:
     _, folder = sweep(
         rows, "random", "hydra/sweeper=optuna", "hydra/sweeper/sampler=random", "hydra.sweeper.sampler.seed=0",
         "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1", "hydra.sweeper.max_failure_rate=1.0",
-        "hydra.sweeper.direction=minimize", "optimizer.lr=choice(1e-3,1e30)",
+        "hydra.sweeper.direction=minimize", "optimizer.lr=choice(1e-3,1e30)", code=1,
     )  # fmt: skip
     assert [row["status"].partition(":")[0] for row in table(folder)] == ["failed", "done"]
 

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import TorchCheckpointIO
 
+from rlhf_lightning.callbacks.stop import Stop
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import atomic_path, regular
 
@@ -178,8 +179,10 @@ class StepCheckpoint(Callback):
     ) -> None:
         if trainer.global_step == self.step_before:
             return  # inside an accumulation window, whose gradients a checkpoint does not hold
-        updates = trainer.global_step - self.saved_at
-        if updates and (trainer.should_stop or (self.every_n_steps and updates >= self.every_n_steps)):
+        updates, callbacks = trainer.global_step - self.saved_at, trainer.callbacks  # type: ignore[attr-defined]
+        # not one that another callback ends, which would train on when it is resumed
+        interrupted = trainer.should_stop and any(isinstance(c, Stop) and c.received is not None for c in callbacks)
+        if updates and (interrupted or (self.every_n_steps and updates >= self.every_n_steps)):
             self.save(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

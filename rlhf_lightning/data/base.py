@@ -206,6 +206,7 @@ class RowData(LightningDataModule):
         """Optimizer steps of one pass over the training rows; over windows, of the run."""
         if self.windows is None:
             return self._plan(limit=self.limit).steps
+        assert self.trainer is not None
         return min(self.trainer.max_steps, ceil(limited(self._window_batches(), self.limit) / self.accumulate))
 
     def _window_batches(self) -> int:
@@ -215,7 +216,7 @@ class RowData(LightningDataModule):
     def _plan(self, rows: Rows | None = None, limit: int | float = 1.0) -> StepPlan:
         rank, world_size = self._ranks()
         rows = self.rows["train"] if rows is None else rows
-        in_order = self.trainer is not None and self.trainer.overfit_batches > 0  # the same rows in every epoch
+        in_order = getattr(self.trainer, "overfit_batches", 0) > 0  # the same rows in every epoch
         order = None
         if isinstance(rows, JoinedRows) and rows.weights and not in_order:
             order = partial(epoch_order, rows.sizes, rows.weights, self.seed)
@@ -243,7 +244,7 @@ class RowData(LightningDataModule):
             for logger in self.trainer.loggers:
                 logger.log_metrics({f"data/{name}": n for name, n in self.rows["train"].drawn().items()}, step=0)
         if self.windows is not None:
-            if self.trainer is not None and self.trainer.reload_dataloaders_every_n_epochs:
+            if getattr(self.trainer, "reload_dataloaders_every_n_epochs", 0):
                 raise UserError(
                     "data.window goes on through its rows without epochs; leave out reload_dataloaders_every_n_epochs"
                 )

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", ".*overridden `on_before_batch_transfer` in `LightningModule`.*")
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
-MakeSchedule = Callable[[Optimizer, int], Any]
+MakeSchedule = Callable[[Optimizer, Any], Any]
 
 
 class StageModule(TrainerHooks):
@@ -44,7 +44,7 @@ class StageModule(TrainerHooks):
     Args:
         load: returns the Hugging Face model to train.
         optimizer: called with parameter groups, for example `partial(torch.optim.AdamW, lr=1e-5)`.
-        schedule: called with (optimizer, total_steps), or None for a constant rate.
+        schedule: called with (optimizer, total_steps), None where only time ends the run; None is a constant rate.
         lora: arguments of :func:`rlhf_lightning.models.adapters.add_lora`, or None to train every weight.
     """
 

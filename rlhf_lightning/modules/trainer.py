@@ -6,7 +6,7 @@ import warnings
 from functools import partial
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     GradientAccumulationScheduler,
@@ -79,8 +79,13 @@ class TrainerHooks(LightningModule):
     flops_per_batch: int | None = None  # unknown; ThroughputMonitor warns where there is no such attribute
     prepared = False  # whether `on_fit_start` has run, which validation alone needs as well
 
-    def setup(self, stage: str) -> None:
+    def configure_callbacks(self) -> list[Callback]:
+        """Check the Trainer: this is the first hook, before the callbacks copy or change the model."""
         check_trainer(self.trainer, self)
+        return []
+
+    def setup(self, stage: str) -> None:
+        check_trainer(self.trainer, self)  # of a subclass with callbacks of its own
         if stage == "predict" and type(self).predict_step is TrainerHooks.predict_step:
             self.predict_step(None)  # before the loader is asked for
 

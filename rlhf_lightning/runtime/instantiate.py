@@ -79,9 +79,9 @@ def public_classes() -> dict[str, type]:
     return classes
 
 
-def allowed_targets() -> set[str]:
+def allowed_targets() -> Collection[str]:
     """Return every name that a configuration may give as a `_target_`."""
-    return ALLOWED | public_classes().keys()
+    return {*ALLOWED, *public_classes()}
 
 
 def resolve(target: str, key: str) -> Any:
@@ -172,7 +172,7 @@ def instantiate(settings: dict[str, Any], key: str, allow: Collection[str] = (),
     Raises:
         UserError: a target that is not allowed, or arguments the target refuses.
     """
-    check_targets(settings, key, allowed_targets() | set(allow))
+    check_targets(settings, key, {*allowed_targets(), *allow})
     check_escaped(settings, key)
     return _build({name: value for name, value in settings.items() if name not in arguments}, key, arguments)
 

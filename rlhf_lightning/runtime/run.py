@@ -146,7 +146,7 @@ class Run:
         """
         settings = select(self.settings, key)
         if isinstance(settings, dict) and "_target_" in settings:
-            check_targets(settings, key, allowed_targets() | set(self.allow))
+            check_targets(settings, key, {*allowed_targets(), *self.allow})
             if HydraConfig.initialized():  # else there was no command, and there are no overrides
                 choice = HydraConfig.get().runtime.choices.get(key) if "." not in key else None
                 given = {o.partition("=")[0].lstrip("+") for o in task_overrides()}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
 from rlhf_lightning.callbacks.checkpoints import AtomicCheckpointIO
@@ -46,6 +47,8 @@ class ShardedStrategy(ModelParallelStrategy):
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         assert self.model is not None
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
+        if self.lightning_module is None or self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            return checkpoint  # only the weights are validated
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             numbers = [number for group in saved["param_groups"] for number in group["params"]]

@@ -60,7 +60,6 @@ def _train(run: Run, folder: str, load: Callable[[], Any], **options: Any) -> fl
         data.setup("fit")
     module = run.module(load, **options)
     trainer = build_trainer(run)
-    data.trainer = trainer  # whose accumulation and limits decide the steps of an epoch
     announce(run, folder, data)
     with readable_library_errors():
         for logger in trainer.loggers:

@@ -97,3 +97,25 @@ def test_token_budget_keeps_every_row_within_the_budget() -> None:
     batches = token_budget([5, 9, 2, 4, 30], 10)
     assert sorted(row for batch in batches for row in batch) == [0, 1, 2, 3, 4]
     assert [sum([5, 9, 2, 4, 30][row] for row in batch) for batch in batches] == [30, 9, 9, 2]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_step_that_a_limit_cuts_short_is_a_mean_over_the_rows_that_are_read(world_size: int) -> None:
+    """Three of the microbatches of two steps of two: the second step has half its rows, with weights for them."""
+    plans = [StepPlan(TOKENS, TOKENS, 8, 2, rank, world_size, seed=3, limit=3) for rank in range(world_size)]
+    parts = [list(plan) for plan in plans]
+    assert [len(part) for part in parts] == [3] * world_size
+    assert plans[0].steps == 2
+    whole = [list(StepPlan(TOKENS, TOKENS, 8, 2, rank, world_size, seed=3))[:2] for rank in range(world_size)]
+    assert [part[:2] for part in parts] == whole
+    last = [part[2] for part in parts]
+    rows = [row for micro in last for row in micro.rows]
+    assert {micro.per_group for micro in last} == {2 * world_size / len(rows)}
+    assert last[0].per_token == pytest.approx(2 * world_size / TOKENS[rows].sum())
+
+
+def test_a_limited_epoch_is_finished_where_the_limit_is() -> None:
+    loader = PlannedLoader(Rows(), StepPlan(TOKENS, TOKENS, 4, seed=1, limit=0.5))
+    assert loader.plan.batches == len(loader) // 2
+    loader.load_state_dict({"epoch": 2, "taken": loader.plan.batches})
+    assert (loader.plan.epoch, loader.plan.start) == (3, 0)

@@ -15,7 +15,7 @@ PEAK = 0.5
 COSINE = [1.0, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4, 0.0]  # (1 + cos(pi x)) / 2 at quarter points
 
 
-def rates(updates: int, total_steps: int, **options: Any) -> list[float]:
+def rates(updates: int, total_steps: int | None, **options: Any) -> list[float]:
     """Return the rate of each of `updates` updates as a share of the peak."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
     made = schedule(optimizer, total_steps, **options)
@@ -64,3 +64,17 @@ def test_a_run_that_is_all_warmup_or_has_no_update_has_a_rate() -> None:
 def test_unknown_shape_is_refused() -> None:
     with pytest.raises(UserError, match=r"schedule\.shape='poly' is not one of constant, linear, cosine"):
         rates(1, 1, shape="poly")
+
+
+def test_wsd_is_constant_and_then_falls_linearly_over_the_last_steps() -> None:
+    seen = rates(11, 10, shape="wsd", warmup=2, decay=0.4, final=0.2)
+    assert seen == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    with pytest.raises(UserError, match=r"schedule\.warmup=8 and schedule\.decay=0\.4 are more than the 10 updates"):
+        rates(1, 10, shape="wsd", warmup=8, decay=0.4)
+
+
+def test_without_a_number_of_updates_only_a_constant_rate_can_be_planned() -> None:
+    assert rates(3, None, shape="constant", warmup=1) == pytest.approx([0.5, 1, 1])
+    for options in ({"shape": "cosine"}, {"shape": "wsd"}, {"shape": "constant", "warmup": 0.1}):
+        with pytest.raises(UserError, match="needs the number of updates of the run"):
+            rates(1, None, **options)
