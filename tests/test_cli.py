@@ -318,7 +318,7 @@ def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "shown"),
-    [(["--help"], "experiment: "), (["stage=dpo", "--cfg", "job", "--resolve"], "beta: 0.1"), ([], "usage: rlhf ")],
+    [(["--help"], "experiment: "), (["stage=dpo", "--cfg", "job", "--resolve"], "sft_coef: 0.0"), ([], "usage: rlhf ")],
 )
 def test_what_only_shows_something_imports_nothing_heavy(arguments: list[str], shown: str, tmp_path: Path) -> None:
     heavy = {"torch", "transformers", "lightning", "numpy", "pandas", "pyarrow", "datasets", "tensorboard"}

@@ -57,19 +57,41 @@ def test_the_page_and_the_configuration_name_every_argument_of_the_trainer() -> 
     assert set(composed("stage=sft").trainer) == (arguments - groups) | {"_target_"}
 
 
+def arguments_of(*examples: str) -> list[str]:
+    """Return the command line of a short run with the examples of the page."""
+    words = [word for example in examples for word in shlex.split(example)]
+    limited = any(word.startswith(("max_steps", "trainer.max_steps")) for word in words)
+    return [*RUN, *([] if limited else ["max_steps=2"]), *words]
+
+
+def refused_or_working() -> list[Any]:
+    """Return the rows of the page; one that works alone is run at night, and all of them together below."""
+    rows = []
+    for example, kind, says in FLAGS:
+        marks = [pytest.mark.nightly] if kind == "works" else []
+        rows.append(pytest.param(example, kind, says, id=example, marks=marks))
+    return rows
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("example", "kind", "says"), FLAGS, ids=[example for example, _, _ in FLAGS])
+@pytest.mark.parametrize(("example", "kind", "says"), refused_or_working())
 def test_every_argument_works_or_is_refused_in_one_line(place: Path, example: str, kind: str, says: str) -> None:
-    words = shlex.split(example)
-    rest = (
-        []
-        if any(word.lstrip("+").startswith(("max_steps", "trainer.max_steps")) for word in words)
-        else ["max_steps=2"]
-    )
-    done = rlhf(place, *RUN, *rest, *words, f"name={abs(hash(example))}", code=0 if kind == "works" else 2)
+    name = f"name={abs(hash(example))}"
+    done = rlhf(place, *arguments_of(example), name, code=0 if kind == "works" else 2)
     if kind != "works":
         assert says in done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+ALONE = ("trainer.fast_dev_run", "trainer.overfit_batches", "trainer.accumulate", "trainer.gradient_clip_algorithm")
+
+
+@pytest.mark.slow
+def test_arguments_work_together(place: Path) -> None:
+    works = [example for example, kind, _ in FLAGS if kind == "works"]
+    rlhf(place, *arguments_of(*(example for example in works if not example.startswith(ALONE))), "name=together")
+    for example in (example for example in works if example.startswith(ALONE[:3])):
+        rlhf(place, *arguments_of(example), f"name={example.partition('=')[0]}")
 
 
 # ---- in a notebook ------------------------------------------------------------------------------------------------
@@ -244,6 +266,9 @@ def test_lr_find_sets_the_rate_of_the_next_fit(folder: str, tmp_path: Path) -> N
     assert trainer.optimizers[0].param_groups[0]["lr"] == module.lr
 
 
+NIGHTLY = (("batch", 1), ("validation", 6))
+
+
 class Killed(Exception):
     """Stands for a killed process."""
 
@@ -265,7 +290,10 @@ class Kill(Callback):
         self.die("validation", trainer)
 
 
-@pytest.mark.parametrize(("hook", "step"), [("batch", 1), ("batch", 4), ("validation", 4), ("validation", 6)])
+@pytest.mark.parametrize(
+    ("hook", "step"),
+    [("batch", 4), ("validation", 4), *(pytest.param(*more, marks=pytest.mark.nightly) for more in NIGHTLY)],
+)
 @quiet_lightning
 @pytest.mark.filterwarnings("ignore:.*WeightAveraging.*|.*Checkpoint directory.*")
 def test_a_resumed_run_has_the_same_average_best_and_patience(
@@ -318,26 +346,23 @@ def test_the_best_checkpoint_is_exported_with_its_metrics(place: Path) -> None:
     assert read_checkpoint(kept)["global_step"] == 1
 
 
-OFF = ["logger=null", "~logger", "logger=none", "callbacks=null", "schedule=null", "~schedule"]
-GROUPS = [
-    "logger=csv",
-    "logger=many",
-    "callbacks=early_stopping",
-    "callbacks=ema",
-    "callbacks=lr_monitor",
-    "schedule=wsd",
-]
-OPTIMIZERS = ["optimizer=adam", "optimizer=sgd", "optimizer=rmsprop"]
-OTHERS = ["optimizer._target_=torch.optim.NAdam", "+callbacks.x._target_=lightning.pytorch.callbacks.RichProgressBar"]
+OPTIONS = ["logger=null", "callbacks=null", "~schedule", "logger=many", "callbacks=ema"]
+AT_NIGHT = [
+    "~logger", "logger=none", "schedule=null", "logger=csv", "callbacks=early_stopping", "callbacks=lr_monitor",
+    "schedule=wsd", "optimizer=adam", "optimizer=sgd", "optimizer=rmsprop", "optimizer._target_=torch.optim.NAdam",
+    "+callbacks.x._target_=lightning.pytorch.callbacks.RichProgressBar",
+]  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choice", [*OFF, *GROUPS, *OPTIMIZERS, *OTHERS])
+@pytest.mark.parametrize(
+    "choice", [*OPTIONS, *(pytest.param(choice, marks=pytest.mark.nightly) for choice in AT_NIGHT)]
+)
 def test_every_option_trains(place: Path, choice: str) -> None:
     run = [word for word in RUN if not (choice == "callbacks=null" and word.startswith("callbacks."))]
     done = rlhf(place, *run, choice, "max_steps=2", f"name=option{abs(hash(choice))}")
-    tensorboard = choice not in (*OFF[:3], "logger=csv")
-    assert ("tensorboard --logdir" in done.stdout) == tensorboard
+    without = ("logger=null", "~logger", "logger=none", "logger=csv")
+    assert ("tensorboard --logdir" in done.stdout) == (choice not in without)
 
 
 @pytest.mark.slow

@@ -97,8 +97,9 @@ def resolve(target: str, key: str) -> Any:
     try:
         return pkgutil.resolve_name(target)
     except (ImportError, AttributeError, ValueError) as error:
-        reason = missing_extra(error) or f"_target_={target} cannot be imported: {error}"
-        raise UserError(f"{key}: {reason}") from error
+        if missing := missing_extra(error):
+            raise UserError(f"{key}: {missing}") from error
+        raise UserError(f"{key}._target_={target} cannot be imported: {error}") from error
 
 
 def missing_extra(error: BaseException) -> str | None:
