@@ -48,6 +48,7 @@ def run(run: Run) -> float | None:
     loggers = run.loggers()
     table: dict[str, dict[str, Interval]] = {}
     answered: dict[str, Evaluation] = {}
+    compared_to = ""
     evaluated = 0
     for name, folder in reward_models.items():
         table[name], pairs = evaluate_reward_model(
@@ -59,6 +60,7 @@ def run(run: Run) -> float | None:
         rewards = {name: reward for name, reward in rewards.items() if reward is not None}
         engine, load = run.build("sampler"), run.settings["model"]["load"]
         reference = resolve_model(str(options["reference"] or next(iter(policies.values()))), cache)
+        compared_to = next((name for name, folder in policies.items() if folder == reference), next(iter(policies)))
         for name, folder in policies.items():
             answered[name] = evaluate_policy(
                 load_causal_lm(folder, **load),
@@ -79,7 +81,7 @@ def run(run: Run) -> float | None:
             write_jsonl(run.folder / "samples" / f"{name}.jsonl", rows)
             for logger in loggers:
                 log_table(logger, f"samples/{name}", rows[:16], "\n\n".join(map(as_markdown, rows[:16])), 0)
-    metrics, tables = figures(table, answered)
+    metrics, tables = figures(table, answered, compared_to)
     for logger in loggers:
         logger.log_metrics({name: metrics[name] for name in metrics if not name.endswith(("_low", "_high"))}, 0)
         for tag, titled in tables.items():
@@ -103,18 +105,23 @@ def run(run: Run) -> float | None:
 
 
 def figures(
-    table: dict[str, dict[str, Interval]], answered: dict[str, Evaluation]
+    table: dict[str, dict[str, Interval]], answered: dict[str, Evaluation], compared_to: str
 ) -> tuple[dict[str, Any], dict[str, tuple[str, dict[str, dict[str, Interval]]]]]:
-    """Return every mean and end of an interval by name, and the titled tables: models, and differences to the first."""
-    first = next(iter(answered), "")
-    gaps = {f"{name}-{first}": answer.minus(answered[first]) for name, answer in answered.items() if name != first}
+    """Return every mean and end of an interval by name, and the titled tables: models, differences to one of them."""
+    gaps = {
+        f"{name}-{compared_to}": answer.minus(answered[compared_to])
+        for name, answer in answered.items()
+        if name != compared_to
+    }
     metrics: dict[str, Any] = {}
     for name, row in (table | gaps).items():
         for metric, (mean, low, high) in row.items():
             metrics[f"{name}/{metric}"] = mean
             if math.isfinite(low):
                 metrics |= {f"{name}/{metric}_low": low, f"{name}/{metric}_high": high}
-    tables = {"evaluation": (HELD_OUT, table)} | ({"differences": (DIFFERENCES.format(first), gaps)} if gaps else {})
+    tables = {"evaluation": (HELD_OUT, table)} | (
+        {"differences": (DIFFERENCES.format(compared_to), gaps)} if gaps else {}
+    )
     return metrics, tables
 
 
