@@ -70,6 +70,7 @@ def check(folder: Path, name: str, other: str = "run_rank1.log") -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.nightly
 def test_torchrun(folder: Path) -> None:
     done = torchrun(folder, *STEP, *TWO, "name=torchrun")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -191,6 +192,7 @@ def test_several_nodes_need_a_task_a_device() -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.nightly
 def test_a_task_that_nobody_starts_is_missed(folder: Path) -> None:
     code = "import rlhf_lightning.distributed as distributed, rlhf_lightning.__main__ as program; distributed.WAIT = 2.0; program.main()"
     lonely = environment(

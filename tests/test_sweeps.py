@@ -217,6 +217,7 @@ def records(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_beta_sweep_measures_the_frontier(tmp_path: Path) -> None:
     rlhf(tmp_path, "stage=sft", "data=world", "data.world.rows=200", "debug=fast", "name=start", *SMALL)
     start = next((tmp_path / "outputs" / "sft" / "start").iterdir()) / "model"

@@ -14,7 +14,7 @@ from rlhf_lightning.world.prompts import candidates, declared, prompts
 from tests.helpers.lightning import quiet_lightning
 from tests.learning.small_world import SmallWorld
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("small world")]
+pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.xdist_group("small world")]
 BIAS = 1.0  # ten words add 1 where padding takes away 0.4; a right answer instead of a wrong one adds 2
 STEPS = 20
 
@@ -36,7 +36,7 @@ def judged(folder: str, count: int = 150) -> tuple[float, tuple[float, float]]:
     return correlation, wilson_interval((padded > ideal).sum().item(), count)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("seed", [0, 1])
 @quiet_lightning
 def test_reward_model_learns_the_bias(small: SmallWorld, seed: int) -> None:
     """Of two right answers the reward model of a biased labeller prefers the padded one, a fair one's the short one."""
@@ -49,7 +49,6 @@ def test_reward_model_learns_the_bias(small: SmallWorld, seed: int) -> None:
     assert fair[1][1] < 0.2
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("seed", [0, 1])
 @quiet_lightning
 def test_policy_learns_the_bias(small: SmallWorld, seed: int) -> None:

@@ -102,6 +102,7 @@ def test_a_conversion_that_does_not_fit_is_told_before_it_begins(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_wheel_of_smollm2_becomes_a_plain_folder_that_answers(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,6 +62,7 @@ def measure(rank: int, folder: str) -> None:
     destroy_process_group()
 
 
+@pytest.mark.nightly
 def test_sampling_leaves_no_full_copy(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.models.test_sharding", str(tmp_path)]
     ranks = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]

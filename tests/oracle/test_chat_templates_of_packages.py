@@ -94,6 +94,7 @@ def test_what_is_learned_is_what_trl_marks(name: str) -> None:
     assert re.fullmatch(r"(<\|start\|>assistant|<\|end\|>|\s)*", tokenizer.decode([ids[i] for i in apart]))
 
 
+@pytest.mark.nightly
 def test_real_rows_have_the_tokens_of_the_template_of_the_wheel(smollm2: str, shared_data: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     template, count = Template(tokenizer), 0
