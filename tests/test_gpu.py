@@ -119,7 +119,7 @@ def test_sampled_tokens_are_those_of_the_cpu(temperature: float) -> None:
         engine = LocalEngine(static=static)
         engine.start(place, set(range(2, 64, 9)))
         found.append(engine.generate(prompts, 3, max_new_tokens=80, temperature=temperature))
-        assert _STATIC[place] is static
+        assert engine.use_static is static
     assert found[0] == found[1]
     assert found[0] == found[2]
     assert len({len(response) for response in found[0].responses}) > 3

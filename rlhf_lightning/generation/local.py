@@ -57,6 +57,7 @@ class LocalEngine:
         self, batch_tokens: int = 32_768, top_k: int = 0, top_p: float = 1.0, static: bool | None = None
     ) -> None:
         self.batch_tokens, self.top_k, self.top_p, self.static = batch_tokens, top_k, top_p, static
+        self.use_static = False
         self.close()
 
     def start(self, lm: nn.Module, eos_ids: Iterable[int]) -> None:
@@ -92,7 +93,7 @@ class LocalEngine:
         self.lm.eval()
         try:
             self._choose_cache()
-            self._choose_static()
+            self.use_static = self._choose_static()
             batches = self._batches(prompts, n, max_new_tokens)
             for number in range(max_over_ranks(self.lm, len(batches))):
                 if number >= len(batches):  # other ranks have one more batch, and forward passes are collective
@@ -136,12 +137,12 @@ class LocalEngine:
         del _CACHED[self.lm]
         raise UserError(f"{type(inner).__name__} cannot be sampled from ({reason})")
 
-    def _choose_static(self) -> None:
-        """Use static shapes where they are asked for, the model's cache allows them, and they change nothing."""
+    def _choose_static(self) -> bool:
+        """Return whether static shapes are asked for, the model's cache allows them, and they change nothing."""
         wanted = unwrap(self.lm).device.type == "cuda" if self.static is None else self.static
         if not wanted or not _CACHED[self.lm] or is_sharded(self.lm):
-            _STATIC[self.lm] = False
-        elif not _STATIC.get(self.lm, False):
+            return False
+        if self.lm not in _STATIC:
             try:
                 gap = self._static_gap()
                 problem = f"log-probabilities are off by {gap:.2g}"
@@ -153,6 +154,7 @@ class LocalEngine:
             if not _STATIC[self.lm]:
                 name = type(unwrap(self.lm)).__name__
                 log.warning("%s is sampled without static shapes, which is slow: %s", name, problem)
+        return _STATIC[self.lm]
 
     def _static_gap(self) -> float:
         """Return the largest difference of log-probabilities after prefill, selecting and two steps, one replayed."""
@@ -261,7 +263,7 @@ class LocalEngine:
         def sample(logits: Tensor, draws: Tensor) -> Tensor:
             return self._sample(logits, draws, temperature)
 
-        if _STATIC[self.lm]:
+        if self.use_static:
             batch = self._static_batch(logits, cache, live, uniforms, limits, eos, sample)
             tokens, ends, ended = decode(batch)
         else:

@@ -47,19 +47,19 @@ def estimate(shape: Shape, job: Job) -> dict[str, float]:
 
     An activation is what eager PyTorch saves of a Llama layer for the backward pass: about 13 D + 4 F values per token
     (norms, queries, keys, values and their output, gate, up, and their product), one D with recomputation. Mixed
-    precision keeps what the two norms compute in float32, 4 D values more, and a copy of the weights.
+    precision keeps what the two norms compute in float32, 4 D values more, and a copy of the weights (not with LoRA, not
+    sharded, where a layer is converted at a time).
     """
     trained = shape.lora * job.lora + shape.whole if job.lora else shape.parameters
     copies = shape.whole if job.lora else 0
     models = 2 if job.critic else 1
     mixed = job.activation_bytes < job.weight_bytes
+    converted = mixed * job.activation_bytes if job.shards == 1 and not job.lora else 0
     layer = (13 + 4 * mixed) * shape.hidden + 4 * shape.intermediate
     saved = (shape.hidden * shape.layers + layer) if job.checkpointing else layer * shape.layers
     chunk = min(job.loss_tokens, max(MAX_LOGITS // shape.vocabulary, 1)) if job.loss_tokens else 0
     return {
-        "weights": models
-        * (shape.parameters + copies)
-        * (job.weight_bytes / job.shards + mixed * job.activation_bytes),
+        "weights": models * (shape.parameters + copies) * (job.weight_bytes / job.shards + converted),
         "gradients": models * trained * job.weight_bytes / job.shards,
         "optimizer": models * trained * job.weight_bytes * job.moments / job.shards,
         "frozen models": (job.references / job.shards + job.rewards) * shape.parameters * job.weight_bytes,
