@@ -47,8 +47,8 @@ def estimate(shape: Shape, job: Job) -> dict[str, float]:
 
     An activation is what eager PyTorch saves of a Llama layer for the backward pass: about 13 D + 4 F values per token
     (norms, queries, keys, values and their output, gate, up, and their product), one D with recomputation. Mixed
-    precision keeps what the two norms compute in float32, 4 D values more, and a copy of the weights (not with LoRA, not
-    sharded, where a layer is converted at a time).
+    precision keeps what the two norms compute in float32, 4 D values more, and a copy of the weights (not with LoRA,
+    and not of sharded ones, of which a layer is converted at a time).
     """
     trained = shape.lora * job.lora + shape.whole if job.lora else shape.parameters
     copies = shape.whole if job.lora else 0
