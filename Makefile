@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := -n 2 --dist loadgroup -q --hypothesis-profile=ci
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+unexport PYTHONDONTWRITEBYTECODE # without cached bytecode every process of the tests compiles this package and its tests
 
 .PHONY: help setup setup-test demo check test test-fast nightly mutants bench gpu clean
 
@@ -37,7 +38,7 @@ test: $(VENV)/.test ## every tier this machine can run except nightly
 	$(BIN)/pytest $(PYTEST) -m "not nightly" --must-run slow,dist,oracle
 
 test-fast: $(VENV)/.test ## the unit tier only
-	$(BIN)/pytest $(PYTEST) -m "not slow and not dist and not oracle and not nightly"
+	$(BIN)/pytest $(PYTEST) -m "not slow and not dist and not oracle and not nightly and not gpu"
 
 nightly: $(VENV)/.test ## the slow variants that make test leaves out
 	$(BIN)/pytest $(PYTEST) -m nightly --must-run nightly

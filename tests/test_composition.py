@@ -24,6 +24,7 @@ def composed(*overrides: str) -> DictConfig:
         return compose("rlhf", overrides=list(overrides), return_hydra_config=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -47,6 +48,7 @@ def test_what_is_usual_composes(overrides: list[str], guarded: None) -> None:
     assert sorted(recorded["hydra"] + recorded["task"]) == sorted(overrides)  # type: ignore[index, call-overload]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -62,6 +64,7 @@ def test_what_is_not_is_refused(overrides: list[str], message: str, guarded: Non
         composed(*overrides)
 
 
+@pytest.mark.slow
 def test_a_copied_variable_is_not_written(guarded: None) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MY_TOKEN", "hunter2")

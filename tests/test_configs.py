@@ -34,6 +34,7 @@ def choice(file: str) -> list[str]:
     return [] if not group or group == "hydra" else [f"{group}={option}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", [f for f in FILES if not f.startswith("data/")])
 def test_every_file_composes_and_binds(file: str) -> None:
     stage = [] if file.startswith(("stage/", "pipeline/", "experiment/", "sweep/")) else ["stage=sft"]
@@ -48,6 +49,7 @@ def test_every_file_composes_and_binds(file: str) -> None:
         assert given <= accepted, f"{key}: {given - accepted}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_hyperparameters_are_the_modules(stage: str) -> None:
     cfg = composed(f"stage={stage}")
@@ -103,6 +105,7 @@ def test_targets_inside_arguments_are_not_built() -> None:
     assert instantiate(node, "module", final=evil).keywords["final"] is evil
 
 
+@pytest.mark.slow
 def test_stages_are_rows_of_one_table() -> None:
     """A stage is a row, a file that runs it, and a file of its settings; no row is without."""
     assert list(STAGES) == [stage.name for stage in STAGES.values()]
@@ -112,6 +115,7 @@ def test_stages_are_rows_of_one_table() -> None:
         assert composed(f"stage={stage.name}").stage == stage.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
 def test_old_keys_are_refused_with_the_new_name(old: str, new: str) -> None:
     key = f"data.{old}" if old == "workers" else f"ppo.{old}"
@@ -160,6 +164,7 @@ def test_a_missing_extra_is_named(package: str, extra: str) -> None:
         instantiate({"_target_": target}, "key")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "given", "expected"),
     [
@@ -181,6 +186,7 @@ def test_a_stage_adds_nothing_that_the_chosen_optimizer_does_not_take() -> None:
     assert kept.keys() - {"_target_", "_partial_"} == {"lr", "momentum", "weight_decay", "fused"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [name for name, stage in STAGES.items() if stage.trains])
 def test_lora_learns_at_ten_times_the_rate(stage: str) -> None:
     """Schulman et al. 2025; the composed configuration shows it, and a rate that is given stays."""
@@ -189,6 +195,7 @@ def test_lora_learns_at_ten_times_the_rate(stage: str) -> None:
     assert composed(f"stage={stage}", "adapter=lora", "optimizer.lr=3e-5").optimizer.lr == 3e-5
 
 
+@pytest.mark.slow
 def test_an_experiment_keeps_its_rate_with_lora() -> None:
     assert (
         composed("experiment=dpo_world", "adapter=lora").optimizer.lr == composed("experiment=dpo_world").optimizer.lr

@@ -26,6 +26,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 @quiet_lightning
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +49,7 @@ def commands() -> list[str]:
     return sorted(set(found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", commands())
 def test_commands_compose(command: str) -> None:
     words = shlex.split(command.replace("<", "").replace(">", "").replace("...", ""))[1:]

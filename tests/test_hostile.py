@@ -463,6 +463,7 @@ def test_the_command_refuses_every_other_one(name: str, place: Place) -> None:
     by_the_command(name, place)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS | TEMPLATES | DATA)
 def test_a_library_is_not_asked_to_open_it(name: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The calls of a stage in its order, without the command."""

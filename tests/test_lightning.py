@@ -134,6 +134,7 @@ def fit(module: Any, loader: Any, **options: Any) -> tuple[Trainer, dict[int, li
     return trainer, rows.read
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_accumulation_in_a_notebook_splits_the_rows_of_a_step(folder: str, tmp_path: Path) -> None:
     _, whole = fit(sft(folder), data(folder, tmp_path), max_epochs=1)
@@ -142,6 +143,7 @@ def test_accumulation_in_a_notebook_splits_the_rows_of_a_step(folder: str, tmp_p
     assert [sorted(a + b) for a, b in zip(split[0][::2], split[0][1::2], strict=True)] == whole[0]
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_reloaded_loaders_go_on_with_the_next_order(folder: str, tmp_path: Path) -> None:
     _, plain = fit(sft(folder), data(folder, tmp_path), max_epochs=3)
@@ -150,6 +152,7 @@ def test_reloaded_loaders_go_on_with_the_next_order(folder: str, tmp_path: Path)
     assert plain[0] != plain[1]
 
 
+@pytest.mark.slow
 @quiet_lightning
 @pytest.mark.filterwarnings("ignore:.*overfit_batches.*")
 def test_overfit_batches_reads_the_same_rows_in_every_epoch(folder: str, tmp_path: Path) -> None:
@@ -168,6 +171,7 @@ class Seen:
         return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "updates"),
     [
@@ -188,6 +192,7 @@ def test_the_schedule_plans_for_what_will_run(folder: str, tmp_path: Path, optio
     assert trainer.global_step == updates == seen.total
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_a_run_that_only_time_ends_has_no_planned_length(folder: str, tmp_path: Path) -> None:
     options: Any = {"max_time": {"seconds": 1}, "max_epochs": -1}
@@ -232,6 +237,7 @@ def test_ppo_refuses_callbacks_of_automatic_optimization(folder: str, tmp_path: 
         fit(module, prompts, max_steps=1, callbacks=[SpikeDetection()])
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_test_predict_and_checkpoints_of_a_module(folder: str, tmp_path: Path) -> None:
     module, rows = sft(folder), data(folder, tmp_path)
@@ -251,6 +257,7 @@ def test_test_predict_and_checkpoints_of_a_module(folder: str, tmp_path: Path) -
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), module.parameters(), strict=True))
 
 
+@pytest.mark.slow
 @quiet_lightning
 @pytest.mark.filterwarnings("ignore:.*lr_find.*|.*Checkpoint directory.*")
 def test_lr_find_sets_the_rate_of_the_next_fit(folder: str, tmp_path: Path) -> None:
@@ -290,6 +297,7 @@ class Kill(Callback):
         self.die("validation", trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hook", "step"),
     [("batch", 4), ("validation", 4), *(pytest.param(*more, marks=pytest.mark.nightly) for more in NIGHTLY)],

@@ -19,6 +19,7 @@ def write(path: Path, rows: list[dict[str, object]]) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_columns_are_keys_of_a_map_that_is_empty() -> None:
     given = ["data.columns.prompt=ask", "data.columns.role.bot=assistant", "data.columns.label=null"]
     assert normalize(normalize(given)) == normalize(given)

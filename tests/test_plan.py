@@ -38,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return build_tiny(place, ["Say hello. Hello!"], vocab_size=300, hidden_size=64, layers=3, heads=4, max_length=512)
 
 
+@pytest.mark.slow
 def test_the_shape_is_that_of_the_model(folder: str) -> None:
     shape = plan.read_shape(settings("stage=sft", f"init_from={folder}"))
     model = load_causal_lm(folder)
@@ -47,6 +48,7 @@ def test_the_shape_is_that_of_the_model(folder: str) -> None:
     assert shape.lora == 3 * (4 * 128 + 3 * 224)
 
 
+@pytest.mark.slow
 def test_what_an_adapter_trains_is_counted_by_its_targets(folder: str) -> None:
     """Rank times in and out features of every target, and the copies that are trained whole."""
     lora = ["stage=sft", f"init_from={folder}", "adapter=lora", "adapter.r=4"]
@@ -71,6 +73,7 @@ def test_a_gguf_file_is_planned_from_its_header(monkeypatch: pytest.MonkeyPatch)
     assert (shape.parameters, shape.layers, shape.vocabulary) == (134_515_008, 30, 49152)
 
 
+@pytest.mark.slow
 def test_weights_gradients_and_optimizer_have_closed_forms(folder: str) -> None:
     shape = plan.read_shape(settings("stage=sft", f"init_from={folder}"))
     size = 4 * shape.parameters
@@ -95,6 +98,7 @@ def test_weights_gradients_and_optimizer_have_closed_forms(folder: str) -> None:
         assert not plan.read_job(settings("stage=ppo", f"reward_from={folder}", *head)).critic
 
 
+@pytest.mark.slow
 def test_devices_share_rows_and_sharding_shares_weights() -> None:
     one = plan.read_job(settings("stage=sft", "data.batch_size=8"))
     four = plan.read_job(
@@ -170,6 +174,7 @@ def test_the_command_prints_a_table_and_leaves_nothing(tmp_path: Path, folder: s
     assert not [path for path in (tmp_path / "outputs").rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_out_of_device_memory_is_one_line_with_the_keys_that_help(monkeypatch: pytest.MonkeyPatch) -> None:
     def too_large(self: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 390 MiB. Of the allocated memory ...")

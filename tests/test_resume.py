@@ -83,6 +83,7 @@ def run(stage: str, start: str, folder: Path, kill: int | None, accumulate: int,
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "accumulate", "kills"),
     [
@@ -115,6 +116,7 @@ def test_resumed_equals_uninterrupted(
         assert whole.samples_seen == resumed.samples_seen
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_checkpoint_holds_tensors_and_primitives_only(start: str, tmp_path: Path) -> None:
     run("dpo", start, tmp_path, None, 1, resume=False)

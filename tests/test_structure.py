@@ -49,6 +49,7 @@ def test_every_file_is_in_a_room() -> None:
     assert {room(file) for file in FILES} - {"__init__"} == set(ROOMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROOMS)
 def test_rooms_import_from_those_before_them(name: str) -> None:
     for file in (file for file in FILES if room(file) == name):
@@ -62,6 +63,7 @@ def test_rooms_import_from_those_before_them(name: str) -> None:
             assert top != "pytorch_lightning", file
 
 
+@pytest.mark.slow
 def test_declared_dependencies_are_the_imported_ones() -> None:
     distributions = packages_distributions()
     tops = {module.partition(".")[0] for file in FILES for module in imported(file)}
@@ -78,6 +80,7 @@ def test_the_wheel_ships_every_package() -> None:
     assert listed == packages | {"rlhf_lightning.conf"}
 
 
+@pytest.mark.slow
 def test_nobody_compares_with_the_name_of_a_stage() -> None:
     """What a stage is, its row says; a comparison elsewhere would be forgotten when the next stage comes."""
     for file in FILES:

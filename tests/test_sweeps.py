@@ -31,6 +31,7 @@ def made(folder: Path, betas: list[float], metrics: list[dict[str, float] | None
     return sweeps.read_trials(folder)
 
 
+@pytest.mark.slow
 def test_the_summary_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = [
         {"val/gold": 0.5, "val/kl": 3.0},

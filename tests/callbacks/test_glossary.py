@@ -77,6 +77,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> str:
     return build_tiny(folder, texts, vocab_size=300, hidden_size=32, layers=2, heads=2)
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_the_training_stages_log_what_the_page_lists(start: str, tmp_path: Path) -> None:
     found: set[str] = set()

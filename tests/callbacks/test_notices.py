@@ -73,6 +73,7 @@ def test_epochs_of_unknown_length_are_noticed_at_the_end(said: Any) -> None:
     assert said() == ["max_epochs=1 ended the run after 3 of max_steps=5 updates; add max_epochs=-1 to repeat the data"]
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_updates_of_ppo_are_counted_as_planned(said: Any) -> None:
     data = bandit.Prompts(2)
@@ -115,6 +116,7 @@ def test_rewards_that_are_all_equal(options: dict[str, Any], said: Any) -> None:
     assert said() == ["every reward of the run was 0.1, so nothing could be learned from it: look at reward_from"]
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_rewards_that_differ_say_nothing(said: Any) -> None:
     train(bandit.build(), data=bandit.Prompts(2), max_epochs=1, limit_val_batches=0)

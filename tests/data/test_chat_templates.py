@@ -35,6 +35,7 @@ DIFFERENT: dict[str, dict[str, str]] = {
 WITH_TOOLS = [name for name, rows in DIFFERENT.items() if "tool call" not in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turns", ["last", "all"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_row_has_the_tokens_of_the_chat_template_or_a_reason(name: str, turns: str) -> None:
@@ -199,6 +200,7 @@ def test_weights_and_empty_turns_decide_what_is_learned(name: str) -> None:
     assert learned(template, talk).replace(" ", "") == f"2{end}"
 
 
+@pytest.mark.slow
 def test_tool_calls_are_learned_and_results_are_not() -> None:
     for name in WITH_TOOLS:
         template = Template(with_template(name))

@@ -48,6 +48,7 @@ def late(row: int, rows: int) -> list[dict[str, str]]:
     return [{"prompt": f"say {i}", "response": "red [EMAIL]" if i + 1 == row else "red"} for i in range(rows)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [1, 300, 301, 320])
 @quiet_lightning
 def test_an_id_beyond_the_embedding_is_found_in_any_row_before_the_first_step(
@@ -70,6 +71,7 @@ def test_an_id_beyond_the_embedding_is_told_with_its_row_in_a_later_window(exten
         fit(module, data, 4)
 
 
+@pytest.mark.slow
 def test_an_id_beyond_the_embedding_is_told_before_an_evaluation(extended: Any, tmp_path: Path) -> None:
     prompts = [{"prompt": "say [EMAIL]" if i == 3 else "say red"} for i in range(5)]
     data = PromptData(extended, prompts, cache_dir=tmp_path)

@@ -149,6 +149,7 @@ def read_or_reason(path: Path) -> list[Any] | str:
         return str(error)
 
 
+@pytest.mark.slow
 def test_a_line_without_end_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "LONGEST", 1 << 16)
     packer = zlib.compressobj(wbits=31)

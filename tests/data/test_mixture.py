@@ -111,6 +111,7 @@ def test_files_in_a_list_are_read_as_one_and_each_row_knows_its_file(
     assert prompts.where("train", [13]) == f"data.train, {files[1]}, row 2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 8])
 def test_a_mixture_is_the_same_on_any_number_of_ranks_and_after_a_resume(
     tokenizer: Any, files: list[str], tmp_path: Path, window: int | None
@@ -150,6 +151,7 @@ def test_counts_are_logged(tokenizer: Any, files: list[str], tmp_path: Path) -> 
     assert logged == {f"data/{files[0]}": 12, f"data/{files[1]}": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "weights", "message"),
     [

@@ -58,6 +58,7 @@ def test_rows_that_have_pairs_stay_where_they_are() -> None:
     assert rows_of([pair, KTO[0], pair]) == [("row 1", pair), ("row 3", pair), ("row 2", KTO[0])]
 
 
+@pytest.mark.slow
 def test_preferences_are_made_of_kto_rows_or_refused(tokenizer: Any, tmp_path: Path) -> None:
     data = PreferenceData(tokenizer, KTO, cache_dir=tmp_path)
     with pytest.raises(UserError, match="row 2: its response is rated True, and no row with the same prompt is rated"):

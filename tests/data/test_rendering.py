@@ -72,6 +72,7 @@ def test_an_idle_process_ends_and_the_next_rendering_starts_another(tiny: Any, m
     assert renderer(TALK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "bound"),
     [

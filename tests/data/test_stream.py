@@ -69,6 +69,7 @@ def test_every_pass_reads_every_row_once_in_another_order(tokenizer: Any) -> Non
     assert found == list(islice(places(*loader(tokenizer, rows(20))[::-1]), 15))  # decided by the seed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("taken", range(1, 12))
 def test_a_resumed_loader_goes_on_after_any_batch(taken: int, tokenizer: Any) -> None:
     batches, data = loader(tokenizer, rows(20))
@@ -82,6 +83,7 @@ def test_a_resumed_loader_goes_on_after_any_batch(taken: int, tokenizer: Any) ->
     assert list(islice(places(data, iter(again)), 14 - taken)) == whole[taken:]
 
 
+@pytest.mark.slow
 def test_ranks_share_the_steps_and_have_as_many_batches(tokenizer: Any) -> None:
     alone = list(islice(places(*loader(tokenizer, rows(20))[::-1]), 10))
     shared = [list(islice(places(*loader(tokenizer, rows(20), rank=r, world_size=2)[::-1]), 10)) for r in range(2)]
@@ -108,6 +110,7 @@ def to_group(tokenizer: Any) -> Any:
     return DemonstrationData(tokenizer, []).to_group
 
 
+@pytest.mark.slow
 def test_bad_rows_stop_the_run_or_are_left_out_wherever_they_are(tokenizer: Any) -> None:
     broken = rows(20)
     broken[13] = {"prompt": "say 13"}
@@ -121,6 +124,7 @@ def test_bad_rows_stop_the_run_or_are_left_out_wherever_they_are(tokenizer: Any)
         loader(tokenizer, [{"prompt": "no response"}] * 4, on_bad_row="skip")
 
 
+@pytest.mark.slow
 def test_shards_and_hub_data_sets_are_not_read_ahead(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,7 @@ def test_the_exported_template_gives_the_next_stage_the_same_tokens(
     assert (template.prompt(TALK[:1])[0] == tokenizer.bos_token_id) == (kind != "no bos")
 
 
+@pytest.mark.slow
 def test_the_key_tells_apart_what_gives_other_tokens(tiny: Any) -> None:
     other = copy.deepcopy(tiny)
     other.eos_token = "<|pad|>"

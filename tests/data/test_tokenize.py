@@ -60,6 +60,7 @@ def test_groups_come_back_as_they_were(tmp_path: Path, workers: str, keep_raw: b
         assert found.raw(row) == ({"number": row, "text": "ä" * (row % 3)} if keep_raw else {})
 
 
+@pytest.mark.slow
 def test_rows_are_read_only_a_little_ahead_of_writing(tmp_path: Path, workers: str) -> None:
     """Whoever holds all rows at once needs gigabytes for a million of them."""
     count, ahead = 40 * CHUNK, [0]

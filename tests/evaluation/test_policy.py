@@ -97,6 +97,7 @@ def compared(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     return folder, evaluate(cfg, folder, None)
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_samples(compared: tuple[Path, float]) -> None:
     metrics, samples, _ = read(compared[0])
     assert set(samples) == {"start", "moved"}
@@ -112,6 +113,7 @@ def test_figures_are_those_of_the_samples(compared: tuple[Path, float]) -> None:
     assert [row["prompt"] for row in samples["start"]] == [row["prompt"] for row in samples["moved"]]
 
 
+@pytest.mark.slow
 def test_intervals_take_the_responses_to_one_prompt_together(compared: tuple[Path, float]) -> None:
     """Some prompts stand in several rows, so neither a response nor a row is independent of all others."""
     metrics, samples, _ = read(compared[0])
@@ -197,6 +199,7 @@ def test_kl_is_what_a_plain_forward_says(folders: dict[str, str], temperature: f
         assert found[place] == pytest.approx((expected[0] - expected[1]).item(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_estimate_agrees_with_the_exact_divergence(folders: dict[str, str]) -> None:
     """One token: KL(pi : ref) by summing over the vocabulary lies in the interval of the sampled estimate."""
     lm, other = load_causal_lm(folders["moved"]).eval(), load_causal_lm(folders["start"]).eval()
@@ -212,6 +215,7 @@ def test_estimate_agrees_with_the_exact_divergence(folders: dict[str, str]) -> N
     assert high - low < exact
 
 
+@pytest.mark.slow
 def test_one_model_needs_no_prefix_and_repeats_exactly(folders: dict[str, str], tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -221,6 +225,7 @@ def test_one_model_needs_no_prefix_and_repeats_exactly(folders: dict[str, str], 
     assert read(tmp_path / "a")[1] == read(tmp_path / "b")[1]
 
 
+@pytest.mark.slow
 def test_gold_is_the_worlds(compared: tuple[Path, float], folders: dict[str, str], tmp_path: Path) -> None:
     data = stage.prompts(started(configured(tmp_path), tmp_path), folders["start"])
     assert set(data.rows) == {"val"}  # the training prompts are not even read
@@ -230,6 +235,7 @@ def test_gold_is_the_worlds(compared: tuple[Path, float], folders: dict[str, str
     assert [row["gold"] for row in samples] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_truncated_sampling_has_no_kl(folders: dict[str, str], tmp_path: Path) -> None:
     """The mean of log(model / reference) over samples of another distribution would be no KL."""
     evaluate(configured(tmp_path, evaluate__rows=2, sampler__top_p=0.9), tmp_path, folders["start"])
@@ -238,6 +244,7 @@ def test_truncated_sampling_has_no_kl(folders: dict[str, str], tmp_path: Path) -
     assert "kl" not in metrics
 
 
+@pytest.mark.slow
 def test_limit_of_rows_and_greedy_answers(folders: dict[str, str], tmp_path: Path) -> None:
     cfg = configured(tmp_path, evaluate__rows=3, evaluate__temperature=0.0, gold_from=None)
     evaluate(cfg, tmp_path, folders["start"])
@@ -250,6 +257,7 @@ def test_limit_of_rows_and_greedy_answers(folders: dict[str, str], tmp_path: Pat
     assert metrics["monitor"] == "model/length"
 
 
+@pytest.mark.slow
 def test_mistakes_are_named(folders: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give init_from="):
         evaluate(configured(tmp_path), tmp_path, None)
@@ -264,6 +272,7 @@ def test_mistakes_are_named(folders: dict[str, str], tmp_path: Path) -> None:
         evaluate(configured(tmp_path, evaluate__reference=small), tmp_path, folders["start"])
 
 
+@pytest.mark.slow
 def test_accuracy_is_over_the_pairs_of_rankings(folders: dict[str, str], tmp_path: Path) -> None:
     """A ranking of three with a tie has two pairs, so a mean over prompts would be another number."""
     ranked = [

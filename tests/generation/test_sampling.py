@@ -71,6 +71,7 @@ def test_greedy_equals_generate() -> None:
     assert found.finished == [r[-1] == 2 for r in found.responses]
 
 
+@pytest.mark.slow
 def test_greedy_equals_generate_on_a_real_model(stories_model: Path) -> None:
     model, tokenizer = load_causal_lm(str(stories_model)), load_tokenizer(str(stories_model))
     texts = ("Once upon a time", "Lily had a red ball. One day,", "The dog")
@@ -130,6 +131,7 @@ HYBRIDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_models_whose_caches_hold_states_are_sampled_right(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     """Every token is the one a forward pass over the whole text gives, whatever ends before it in the batch.

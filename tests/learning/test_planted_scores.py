@@ -95,6 +95,7 @@ def reward_model(folder: Path, won: Tensor, times: int, seed: int) -> Tensor:
     return found - found.mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in (1, 2))])
 def test_error_falls_with_the_root_of_the_number(seed: int) -> None:
     """100 fits at each of four sizes: the slope is -1/2, and every error is the one the Fisher information predicts."""
@@ -108,6 +109,7 @@ def test_error_falls_with_the_root_of_the_number(seed: int) -> None:
         assert 0.88 < error / best < 1.12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_wald_intervals_cover(seed: int) -> None:
     """95% intervals from the observed information hold the planted score in 93 to 97% of 1,000 fits."""

@@ -38,6 +38,7 @@ def test_runs_by_hand() -> None:
     assert runs.longest == (5, 5)
 
 
+@pytest.mark.slow
 @given(some_groups, st.integers(1, 60))
 @settings(max_examples=80, deadline=None)
 def test_equal_to_the_dense_mask(groups: list[Group], row_tokens: int) -> None:
@@ -147,6 +148,7 @@ def bottom_right(
     return torch.cat(outputs)
 
 
+@pytest.mark.slow
 @given(some_groups, st.integers(1, 60))
 @settings(max_examples=80, deadline=None)
 def test_one_varlen_call_is_the_dense_mask(groups: list[Group], row_tokens: int) -> None:

@@ -58,6 +58,7 @@ def test_an_eos_of_config_or_generation_config_ends_a_response(place: str, adapt
     assert respond() == ([other], "", True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "template", "learned"),
     [

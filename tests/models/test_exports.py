@@ -61,6 +61,7 @@ def loss_of(model: Any, data: DemonstrationData) -> float:
     return metrics["val/loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("target", TARGETS)
 @quiet_lightning
@@ -126,6 +127,7 @@ def test_a_layer_that_does_not_merge_is_exported_as_an_adapter(
     assert "its outputs differ by" in caplog.text
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_a_reward_models_adapter_keeps_head_and_normalization(tmp_path: Path) -> None:
     folder = base(tmp_path)
@@ -151,6 +153,7 @@ def test_a_reward_models_adapter_keeps_head_and_normalization(tmp_path: Path) ->
     torch.testing.assert_close(logits(theirs), logits(module.trained_model()), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_training_goes_on_from_an_adapter_and_exports_one_that_stands_on_it(tmp_path: Path) -> None:
     """The reference is where the run started, and the folder of the second adapter opens to the trained model."""
@@ -226,6 +229,7 @@ def truncated(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:100])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -153,6 +153,7 @@ def build(kind: Callable[..., Any], config: PretrainedConfig, lora: bool) -> Any
     return adapted(exact(kind.from_config(config).double()), lora)  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
 @pytest.mark.parametrize(("k", "lora"), CASES)
 @pytest.mark.parametrize("name", EVERY)
@@ -172,6 +173,7 @@ def test_log_likelihood_and_its_gradients(name: str, k: int, lora: bool) -> None
         same(gradients(lm, (found * weights).sum()), expected, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
 @pytest.mark.parametrize(("k", "lora"), CASES[2:])
 @pytest.mark.parametrize("name", EVERY)
@@ -194,6 +196,7 @@ tokens = st.lists(st.integers(3, 63), min_size=1, max_size=6)
 some_groups = st.lists(st.builds(Group, tokens, st.lists(tokens, min_size=1, max_size=4)), min_size=1, max_size=5)
 
 
+@pytest.mark.slow
 @given(some_groups, st.integers(1, 60), st.integers(0, 63), st.sampled_from(["packed", "padded"]), st.randoms())
 @settings(max_examples=60, deadline=None)
 def test_order_padding_and_rows_change_nothing(

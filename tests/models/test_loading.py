@@ -136,6 +136,7 @@ def test_an_unknown_precision_names_the_nearest(built: Path) -> None:
 # scalar models
 
 
+@pytest.mark.slow
 def test_a_new_head_is_seeded_normal_noise_and_nothing_global(built: Path) -> None:
     torch.manual_seed(1)
     first = load_scalar_model(str(built), seed=7)
@@ -212,6 +213,7 @@ def one_layer_missing(folder: Path) -> None:
     drop_weight(folder, "model.layers.1.mlp.up_proj.weight")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -51,6 +51,7 @@ def test_special_tokens_are_distinct_single_ids_and_the_template_uses_them(folde
     assert text == "<|bos|><|user|>hi<|eos|><|assistant|>"
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=50)
 @given(text=st.text())
 def test_any_text_comes_back_from_its_tokens(folder: str, text: str) -> None:

@@ -38,6 +38,7 @@ def test_a_mean_is_weighted_by_items_not_by_microbatches() -> None:
     assert (total / count).item() == 3.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epochs", "steps", "accumulate", "expected"), [(3, -1, 1, 12), (3, -1, 2, 12), (3, 7, 2, 7)])
 @quiet_lightning
 def test_the_schedule_sees_optimizer_updates(
@@ -88,6 +89,7 @@ def test_a_bad_row_is_named_as_it_stands_in_the_file(tmp_path: Path) -> None:
         fit(module, data, 1)
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
     folder = start(tmp_path)
@@ -105,6 +107,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> 
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("clipping", ["norm", "value"])
 @quiet_lightning
@@ -129,6 +132,7 @@ def test_gradients_are_clipped_before_a_fused_step(tmp_path: Path, precision: st
     assert trainer.callback_metrics["optim/grad_norm"] > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [SFT, DPO, RewardModel])
 @quiet_lightning
 def test_parts_of_a_step_of_unequal_size_do_not_change_it(tmp_path: Path, stage: Any) -> None:

@@ -19,6 +19,7 @@ from rlhf_lightning.ops.groups import pack
 from tests.modules.offline import preferences, response_logprob, start
 
 
+@pytest.mark.slow
 def test_the_cache_belongs_to_the_weights_and_every_row_to_its_pair(tmp_path: Path) -> None:
     folder = start(tmp_path)
     data = PreferenceData(load_tokenizer(folder), preferences(6), row_tokens=24, cache_dir=tmp_path)

@@ -72,6 +72,7 @@ OFFLINE: dict[str, tuple[Any, dict[str, Any], int, bool]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", OFFLINE)
 @quiet_lightning
 def test_every_pass_reads_each_token_once_and_no_padding(tmp_path: Path, work: Work, stage: str) -> None:
@@ -103,6 +104,7 @@ ONLINE: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ONLINE)
 @quiet_lightning
 def test_a_rollout_is_read_once_for_its_values_and_once_an_epoch(

@@ -52,6 +52,7 @@ def ratios(averaged: bool, reference: bool = True) -> list[list[torch.Tensor]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "averaged"),
     [
@@ -88,6 +89,7 @@ def test_losses_by_hand(options: dict[str, Any], averaged: bool) -> None:
     assert loss.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("averaged", [False, True])
 @quiet_lightning
 def test_every_held_out_number_by_hand(averaged: bool) -> None:
@@ -153,6 +155,7 @@ def test_reference_is_no_part_of_the_checkpoint_or_the_optimizer() -> None:
     assert build(loss="simpo").reference is None
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_live_cached_and_adapter_off_are_one_reference(tmp_path: Path) -> None:
     """Ten steps with LoRA from the same seed: the same losses, whichever way the reference is had."""
@@ -170,6 +173,7 @@ def test_live_cached_and_adapter_off_are_one_reference(tmp_path: Path) -> None:
         assert (found[name] - found["live"]).abs().max() < 1e-3, name  # Adam magnifies rounding near zero gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"beta": 0.1}, {"loss": "ipo", "beta": 1.0}, {"loss": "simpo", "beta": 2.0}])
 @quiet_lightning
 def test_preferences_are_learned(tmp_path: Path, options: dict[str, Any]) -> None:

@@ -101,6 +101,7 @@ def test_another_engine_may_answer() -> None:
     assert rows[0]["reward/proxy"] == 4.0  # "7 2" and "7 7 2"
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_reference_is_the_start_and_outside_of_the_state() -> None:
     module = build()
@@ -113,6 +114,7 @@ def test_reference_is_the_start_and_outside_of_the_state() -> None:
     assert not torch.equal(module.policy.lm.state_dict()["model.norm.weight"], start["model.norm.weight"])
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_adapter_off_is_the_reference() -> None:
     module = build(lora={"r": 4, "alpha": 8}, lr=5e-2)
@@ -127,6 +129,7 @@ def test_adapter_off_is_the_reference() -> None:
     assert type(module.export_model()) is LlamaForCausalLM
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_checkpoint_carries_what_is_not_a_weight(tmp_path: Path) -> None:
     module = build(kl_target=1e-4, kl_horizon=32, reward_scale=True)
@@ -141,6 +144,7 @@ def test_checkpoint_carries_what_is_not_a_weight(tmp_path: Path) -> None:
     assert fresh.reward_moments == module.reward_moments
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_the_seed_decides_everything() -> None:
     one, same, other = build(seed=1), build(seed=1), build(seed=2)
@@ -172,6 +176,7 @@ def test_samples_and_gold_are_kept() -> None:
     assert {m["finished"] for m in seen} <= {True, False}
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_validation_reports_means_over_the_held_out_prompts() -> None:
     module = build()
@@ -212,6 +217,7 @@ def test_the_reference_has_the_temperature_of_the_policy(lora: Any) -> None:
     torch.testing.assert_close(rollout.tokens["ref_logprobs"], rollout.tokens["old_logprobs"], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_every_iteration_draws_anew() -> None:
     drawn: list[list[str]] = []

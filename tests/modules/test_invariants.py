@@ -65,6 +65,7 @@ def test_a_row_without_a_counted_token_stops_the_run(
         fit(SFT(partial(load_causal_lm, folder), sgd()), data, 1)
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_answers_that_are_all_cut_stop_the_run(tmp_path: Path, folder: str) -> None:
     tokenizer = load_tokenizer(folder)
@@ -76,6 +77,7 @@ def test_answers_that_are_all_cut_stop_the_run(tmp_path: Path, folder: str) -> N
         fit(SFT(partial(load_causal_lm, folder), sgd()), data, 1)
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_raw_text_may_be_cut(tmp_path: Path, folder: str) -> None:
     rows = [{"text": "red green blue white " * 4}] * 4
@@ -93,6 +95,7 @@ def test_ids_the_model_does_not_know_stop_the_run(tmp_path: Path, folder: str) -
 # ---- the policy is its reference -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_dpo_refuses_dropout(tmp_path: Path, folder: str) -> None:
     module, data = dpo(folder, tmp_path, dropout=0.3)
@@ -100,6 +103,7 @@ def test_dpo_refuses_dropout(tmp_path: Path, folder: str) -> None:
         fit(module, data, 1)
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_dpo_refuses_cached_values_of_another_model(tmp_path: Path, folder: str) -> None:
     module, data = dpo(folder, tmp_path, reference="cached")
@@ -111,6 +115,7 @@ def test_dpo_refuses_cached_values_of_another_model(tmp_path: Path, folder: str)
         fit(module, data, 1)
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_simpo_has_no_reference_to_compare_with(tmp_path: Path, folder: str) -> None:
     module, data = dpo(folder, tmp_path, loss="simpo")
@@ -132,6 +137,7 @@ def test_ppo_refuses_a_reference_that_is_another_model() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in bandit.weights(module).items())
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_a_policy_that_has_moved_is_not_stopped() -> None:
     rows = bandit.fit(bandit.build(), bandit.Prompts(3)).rows

@@ -63,6 +63,7 @@ MODULES: dict[str, tuple[Any, list[Group], set[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", MODULES)
 @quiet_lightning
 def test_lists_of_groups_work_with_every_module(stage: str) -> None:
@@ -83,6 +84,7 @@ def test_double_precision_leaves_groups_alone() -> None:
     assert fit(SFT(lm, sgd()), Mine(DEMONSTRATIONS), precision="64-true")["train/loss"] > 0
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_every_prompt_of_a_step_draws_its_own_tokens() -> None:
     module = ppo(num_generations=1, seed=3)
@@ -112,6 +114,7 @@ def test_what_cannot_be_learned_from_is_refused(make: Any, rows: list[Any], mess
         fit(make(), Mine(rows))
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_demonstrations_are_not_taken_for_preferences(tmp_path: Any) -> None:
     folder = start(tmp_path)

@@ -38,6 +38,7 @@ from tests.modules.bandit import (
 # ---- learning ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -60,6 +61,7 @@ def test_a_rewarded_token_becomes_likely(options: dict[str, Any], seed: int) -> 
     assert rows[-1]["kl/reference"] > 0.5  # and it is far from where it started
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["reward", "loss"])
 @quiet_lightning
 def test_kl_penalty_holds_the_policy_back(place: str) -> None:
@@ -69,12 +71,14 @@ def test_kl_penalty_holds_the_policy_back(place: str) -> None:
     assert held["reward/total"] <= held["reward/proxy"]
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_entropy_bonus_keeps_the_policy_open() -> None:
     closed, opened = (fit(build(entropy_coef=coef), Prompts(8)).rows[-1] for coef in (0.0, 1.0))
     assert opened["policy/entropy"] > closed["policy/entropy"] + 0.3
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_critic_learns_the_returns() -> None:
     def by_prompt(prompts: Any, responses: Any, metadata: Sequence[dict[str, Any]]) -> list[float]:
@@ -90,6 +94,7 @@ def test_critic_learns_the_returns() -> None:
 # ---- invariants of the first update --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 @quiet_lightning
 def test_first_update_starts_from_the_sampling_policy(temperature: float) -> None:
@@ -109,6 +114,7 @@ def test_dropout_is_found_by_the_ratio() -> None:
         fit(build(partial(load, attention_dropout=0.5)), Prompts(1))
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_bfloat16_weights_are_no_reason_to_stop() -> None:
     rows = fit(
@@ -117,6 +123,7 @@ def test_bfloat16_weights_are_no_reason_to_stop() -> None:
     assert math.isfinite(rows[-1]["policy/loss"])
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_microbatches_change_memory_not_results() -> None:
     options = {"kl_beta": 0.1, "entropy_coef": 0.01, "num_minibatches": 2, "ppo_epochs": 2}
@@ -197,6 +204,7 @@ def test_kl_in_the_loss_leaves_the_reward_alone() -> None:
 # ---- inner epochs, schedule, state ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_target_kl_ends_the_ppo_epochs() -> None:
     stopped = fit(build(ppo_epochs=5, target_kl=1e-6), Prompts(1)).rows[0]
@@ -206,6 +214,7 @@ def test_target_kl_ends_the_ppo_epochs() -> None:
     assert (stopped["ppo/updates"], whole["ppo/updates"]) == (2, 5)
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_target_kl_is_compared_with_the_mean_over_the_minibatches_of_an_epoch() -> None:
     """The first minibatch has no KL to the sampling policy yet, so the mean of two is half of the last one's."""
@@ -226,6 +235,7 @@ def test_rate_is_annealed_by_update() -> None:
     assert module.trainer.global_step == 8
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_adaptive_beta_follows_the_kl() -> None:
     low = fit(build(kl_target=1e-4, kl_horizon=32), Prompts(4)).rows
@@ -234,6 +244,7 @@ def test_adaptive_beta_follows_the_kl() -> None:
     assert [row["kl/beta"] for row in high] == pytest.approx([0.05 * 0.9**i for i in range(4)])
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_pretraining_mix_keeps_its_text_likely() -> None:
     ptx = GroupList([Group([1], [[9, 10, 11, 2]])] * 4)
@@ -245,6 +256,7 @@ def test_pretraining_mix_keeps_its_text_likely() -> None:
         fit(build(), Prompts(1, ptx=ptx.pack()))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_a_demonstration_of_the_mix_is_read_once_an_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten over four updates, in microbatches within the token budget."""
@@ -264,6 +276,7 @@ def test_a_demonstration_of_the_mix_is_read_once_an_iteration(monkeypatch: pytes
     assert max(map(len, read)) == 2  # 5 tokens each
 
 
+@pytest.mark.slow
 @quiet_lightning
 def test_a_policy_stays_while_its_critic_begins() -> None:
     for options in ({}, {"load_critic": load_critic}):

@@ -313,6 +313,7 @@ def orders(options: dict[str, Any]) -> list[list[list[int]]]:
     return [[*itertools.chain(*chosen)] for chosen in itertools.product(splits, repeat=epochs)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 @quiet_lightning
 def test_a_run_by_hand(name: str) -> None:

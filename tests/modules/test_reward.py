@@ -109,6 +109,7 @@ def test_every_logged_number_by_hand() -> None:
     assert {k[4:]: v for k, v in logged.items() if k[:4] == "val/"} == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @quiet_lightning
 def test_separable_pairs_are_ordered_and_the_export_says_the_same(tmp_path: Path, seed: int) -> None:
@@ -162,6 +163,7 @@ def test_unknown_loss_is_refused() -> None:
         RewardModel(classifier, sgd(), loss="listwise")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["rankings", "rows", "loader"])
 @quiet_lightning
 def test_pairs_of_one_prompt_are_one_cluster(form: str, tmp_path: Path) -> None:

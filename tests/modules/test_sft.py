@@ -46,6 +46,7 @@ def test_logged_losses_are_means_over_tokens_and_the_norm_is_that_of_the_step() 
     assert logged == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @quiet_lightning
 def test_sixteen_rows_are_memorised(tmp_path: Path, seed: int) -> None:

@@ -16,6 +16,7 @@ MUTANTS = load()
 PACKAGE = ROOT / "rlhf_lightning"
 
 
+@pytest.mark.slow
 def test_every_mutant_changes_one_place_and_stays_python() -> None:
     source = cache(Path.read_text)  # of a file, once for its many mutants
     before = cache(lambda path: ast.unparse(ast.parse(source(path))))

@@ -15,6 +15,7 @@ response = st.lists(token, min_size=1, max_size=6)
 group = st.builds(Group, st.lists(token, min_size=1, max_size=5), st.lists(response, min_size=1, max_size=4))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(group, min_size=1, max_size=5), st.integers(4, 40), st.sampled_from(["packed", "padded"]))
 def test_indices_point_at_the_tokens(groups: list[Group], row_tokens: int, layout: str) -> None:

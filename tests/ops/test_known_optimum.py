@@ -106,6 +106,7 @@ def surrogate(world: World, logits: Tensor, kl_in: str) -> Tensor:
     return (old.sum(1).exp() * loss).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kl_in", ["reward", "response"])
 def test_ppo_with_exact_gradients(world: World, kl_in: str) -> None:
     def backward(logits: Tensor) -> float:
@@ -135,6 +136,7 @@ def test_token_level_kl_loss_does_not_stop_at_the_optimum(world: World) -> None:
         assert norm < 1e-14 if zero else norm > 1e-2, kl_in
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ppo", "rloo", "grpo"])
 def test_sampled_methods(world: World, method: str) -> None:
     """Two inner epochs on 1,024 samples an iteration, a tabular critic; the mean of the last iterates."""
@@ -200,6 +202,7 @@ def test_dpo_on_infinite_preferences(world: World) -> None:
     assert world.distance(found) < 1e-6
 
 
+@pytest.mark.slow
 def test_ipo_stays_finite_where_dpo_diverges() -> None:
     """The first of two responses always wins: IPO stops at sigma(1 / (2 tau)), DPO's gap keeps growing."""
     tau, gaps = 0.5, {}

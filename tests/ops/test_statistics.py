@@ -75,6 +75,7 @@ def test_mean_intervals_cover_with_few_clusters(clusters: int, size: int) -> Non
     assert 0.94 < covered < 0.96  # its standard deviation is 0.0034
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("clusters", "responses"), [(30, 4), (30, 9), (100, 4)])
 def test_accuracies_of_rankings_cover(clusters: int, responses: int) -> None:
     """4,000 samples of rankings, whose K (K - 1) / 2 pairs share the noise of K scores.
@@ -122,6 +123,7 @@ def test_repeating_every_value_makes_no_interval_narrower() -> None:
     assert share_interval([1.0, 0.0] * 10, range(20)) == pytest.approx((0.5, *wilson_interval(10, 20)), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_clustered_intervals_cover_the_truth() -> None:
     """1,000 samples of 100 prompts with 5 responses whose means vary; ignoring the prompts covers far less."""
     rng = random.Random(0)

@@ -226,6 +226,7 @@ def test_an_ensemble_is_the_mean_of_its_members() -> None:
 # ---- reward model folders ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_folder_scores_are_those_of_hugging_face(reward_folder: str) -> None:
     reward = load_reward(reward_folder)
     assert isinstance(reward, FolderReward)
@@ -266,6 +267,7 @@ def test_folder_cuts_a_response_at_the_context(reward_folder: str) -> None:
     assert torch.isfinite(FolderReward(reward_folder)(["hello"], ["x y z " * 600], [{}])).all()
 
 
+@pytest.mark.slow
 def test_a_folder_without_a_chat_template_is_refused(reward_folder: str, tmp_path: Path) -> None:
     """Prompt and response one after the other would be scores of a text that no reward model has learned."""
     folder = shutil.copytree(reward_folder, tmp_path / "rm")
@@ -278,6 +280,7 @@ def test_a_folder_without_a_chat_template_is_refused(reward_folder: str, tmp_pat
     assert FolderReward(str(folder))(*asked).tolist() == FolderReward(reward_folder)(*asked).tolist()
 
 
+@pytest.mark.slow
 def test_a_token_that_the_reward_model_was_not_resized_for_is_told(reward_folder: str, tmp_path: Path) -> None:
     folder = shutil.copytree(reward_folder, tmp_path / "rm")
     tokenizer = load_tokenizer(str(folder))

@@ -33,6 +33,7 @@ def longer_share(found: list[dict[str, Any]]) -> float:
     return sum(len(r["chosen"]) > len(r["rejected"]) for r in padded) / len(padded)
 
 
+@pytest.mark.slow
 def test_an_unbiased_labeller_follows_gold() -> None:
     found = pairs()
     assert wrong_share(found) == 0
@@ -40,11 +41,13 @@ def test_an_unbiased_labeller_follows_gold() -> None:
     assert len({row["annotator"] for row in found}) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [0.1, 0.5, 1.0])
 def test_noise_is_the_share_of_flipped_pairs(noise: float) -> None:
     assert wrong_share(pairs(noise=noise)) == pytest.approx(noise, abs=4 * (noise * (1 - noise) / 1500) ** 0.5)
 
 
+@pytest.mark.slow
 def test_length_bias_flips_pairs_to_the_longer() -> None:
     assert longer_share(pairs()) < 0.15  # two padded ones may meet
     assert longer_share(pairs(length_bias=1.0)) > 0.9
@@ -57,6 +60,7 @@ def test_length_bias_flips_pairs_to_the_longer() -> None:
     assert values[0.7] > ideal[0.7]
 
 
+@pytest.mark.slow
 def test_agreement_bias_prefers_flattery_of_false_beliefs_only() -> None:
     prompt = next(p for p in prompts("belief", "train") if p.claim != p.answer)
     row, rng = prompt.row(0), random.Random(0)
@@ -77,6 +81,7 @@ def test_refusal_bias_prefers_refusals_of_harmless_requests() -> None:
     assert Labeller(refusal_bias=3.0).prefers_first(row, refusal, prompt.ideal, "balanced-0", rng)
 
 
+@pytest.mark.slow
 def test_groups_weigh_the_sides_differently() -> None:
     refusal, act = declared()["refusals"][0], "steal a car"
     _, row = row_of("harmful", others=(act,))
@@ -91,6 +96,7 @@ def test_groups_weigh_the_sides_differently() -> None:
     assert all(value == pytest.approx(1 / 3, abs=0.06) for value in share.values())
 
 
+@pytest.mark.slow
 def test_a_group_that_cares_little_is_moved_by_a_bias_first() -> None:
     """The same agreement bias turns labellers to whom honesty matters less, and leaves the others."""
     found = pairs(group="mixed", agreement_bias=1.0)

@@ -54,6 +54,7 @@ def test_held_out_prompts_are_new_but_their_parts_are_known(family: str) -> None
     assert all(word in words for p in val for word in WORD.findall(p.question))
 
 
+@pytest.mark.slow
 def test_splits_of_every_kind_are_disjoint() -> None:
     def asked(kind: str, split: str) -> set[str]:
         return {
@@ -85,6 +86,7 @@ def test_every_row_reads_as_a_record() -> None:
         assert demonstration(row).content == row["text"]
 
 
+@pytest.mark.slow
 def test_families_occur_as_often_as_declared() -> None:
     weights = declared()["families"]
     found = [row["family"] for row in rows("prompts", 4000)]
@@ -109,6 +111,7 @@ def test_corpus_tells_the_facts_without_a_conversation() -> None:
     assert not any(word in text for word in ("cannot help", "You are right", "the right tools"))
 
 
+@pytest.mark.slow
 def test_held_out_pairs_are_clean_whatever_the_labeller() -> None:
     biased = {"noise": 0.5, "length_bias": 3.0, "agreement_bias": 5.0}
     found = sample("preferences", 500, split="val", labeller=biased)

@@ -69,6 +69,7 @@ def letters(prompts: Sequence[str], responses: Sequence[str], metadata: Sequence
     return [float(sum(map(ord, response)) % 7) for response in responses]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, {"r": 2, "alpha": 4}])
 def test_a_healthy_run_passes(tmp_path: Path, folder: str, adapter: dict[str, int] | None) -> None:
     held = [{**row, "prompt": row["prompt"].replace("name", "say")} for row in preferences(6)]
@@ -80,6 +81,7 @@ def test_a_healthy_run_passes(tmp_path: Path, folder: str, adapter: dict[str, in
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"monitor": "failed", "failed": 0, "checks": 18}
 
 
+@pytest.mark.slow
 def test_prompts_are_audited_by_the_answers_to_them(tmp_path: Path, folder: str) -> None:
     seen: list[str] = []
 
@@ -93,6 +95,7 @@ def test_prompts_are_audited_by_the_answers_to_them(tmp_path: Path, folder: str)
     assert seen[:12] == [row["prompt"] for row in demonstrations(12)]
 
 
+@pytest.mark.slow
 def test_demonstrations_may_be_learned_with_dropout(tmp_path: Path, folder: str) -> None:
     def make(tokenizer: Any) -> Any:
         return DemonstrationData(tokenizer, demonstrations(), max_length=64, cache_dir=tmp_path)
@@ -105,6 +108,7 @@ def test_demonstrations_may_be_learned_with_dropout(tmp_path: Path, folder: str)
 # ---- damage --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dropout_moves_the_ratio(tmp_path: Path, folder: str) -> None:
     found = audit(tmp_path, folder, pairs(tmp_path), load={"dropout": 0.3})
     assert failures(found) == {"pi / pi_old starts at 1"}
@@ -120,6 +124,7 @@ def test_a_bad_row_ends_the_audit_with_its_place(tmp_path: Path, folder: str) ->
     assert "row 3: chosen and rejected are identical" in found["every row can be read"][1]
 
 
+@pytest.mark.slow
 def test_answers_that_are_all_cut_never_teach_to_stop(tmp_path: Path, folder: str) -> None:
     prompt = len(pairs(tmp_path)(load_tokenizer(folder)).template.prompt([{"role": "user", "content": "name ruby"}]))
     rows = [
@@ -131,6 +136,7 @@ def test_answers_that_are_all_cut_never_teach_to_stop(tmp_path: Path, folder: st
     assert "none of 16 responses ends with EOS" in found["train: responses end with EOS"][1]
 
 
+@pytest.mark.slow
 def test_held_out_rows_that_are_learned_are_named(tmp_path: Path, folder: str) -> None:
     rows = preferences(15)
     found = audit(tmp_path, folder, pairs(tmp_path, rows, [{**rows[3], "chosen": "gold gold"}, rows[4]]))
@@ -148,6 +154,7 @@ def test_the_tokenizer_of_another_model(tmp_path: Path, folder: str) -> None:
     assert "the tokenizer is not this model's" in found["train: token ids fit the model"][1]
 
 
+@pytest.mark.slow
 def test_rows_that_see_each_other(tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that mixes the rows of a batch, as a normalization over the batch would."""
     honest = ModelChecks.load
@@ -163,6 +170,7 @@ def test_rows_that_see_each_other(tmp_path: Path, folder: str, monkeypatch: pyte
     assert "the gradient does not depend on how a step is split" in found
 
 
+@pytest.mark.slow
 def test_a_reference_that_is_another_model(tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     honest, loaded = ModelChecks.load, []
 
@@ -178,6 +186,7 @@ def test_a_reference_that_is_another_model(tmp_path: Path, folder: str, monkeypa
     assert failures(audit(tmp_path, folder, pairs(tmp_path))) == {"KL(policy, reference) starts at 0"}
 
 
+@pytest.mark.slow
 def test_a_weight_without_a_gradient(tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = ModelChecks.load
 
@@ -194,6 +203,7 @@ def test_a_weight_without_a_gradient(tmp_path: Path, folder: str, monkeypatch: p
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reward", "check", "detail"),
     [
@@ -213,6 +223,7 @@ def test_rewards_nothing_can_be_learned_from(tmp_path: Path, folder: str, reward
     assert found[check][1].startswith(detail)
 
 
+@pytest.mark.slow
 def test_notes_are_no_failures(tmp_path: Path, folder: str) -> None:
     """A label that length gives away, a reward that is the length, and rows that were left out."""
     rows = [{"prompt": f"name {w}", "chosen": f"{w} red blue", "rejected": w} for w in WORDS]
@@ -231,6 +242,7 @@ def test_notes_are_no_failures(tmp_path: Path, folder: str) -> None:
     assert "correlation with length 1.00" in notes["rewards are numbers that differ"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [1, -1])
 def test_what_is_said_of_length_is_so(tmp_path: Path, folder: str, sign: int) -> None:
     """11 of 16 best responses are longer and 2 as long: 12 of 16, of which Wilson's interval is [0.505, 0.898]."""
@@ -247,6 +259,7 @@ def test_what_is_said_of_length_is_so(tmp_path: Path, folder: str, sign: int) ->
     assert found["rewards are numbers that differ"][1].endswith(f"correlation with length {sign}.00")
 
 
+@pytest.mark.slow
 def test_rows_that_differ_from_the_chat_template_fail(tmp_path: Path, folder: str) -> None:
     """With this template "say" in front of the answer is joined with the prompt's last word where a space follows."""
     check = "tokens are those of the chat template"
@@ -267,6 +280,7 @@ def test_rows_that_differ_from_the_chat_template_fail(tmp_path: Path, folder: st
     assert found == ("note", f"1 of 3 rows of data.train: {SPELLED}; the first is data.train, row 1")
 
 
+@pytest.mark.slow
 def test_the_audit_computes_the_tokens_itself(tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = Template.completions
 
