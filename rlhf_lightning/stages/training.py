@@ -15,7 +15,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_lightning.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoint, is_restoring, resumed_step
+from rlhf_lightning.callbacks.checkpoints import (
+    AtomicCheckpointIO,
+    StepCheckpoint,
+    is_restoring,
+    kept_microbatches,
+    resumed_step,
+)
 from rlhf_lightning.callbacks.loggers import judged_by, log_settings, write_hparams
 from rlhf_lightning.callbacks.notices import Notices
 from rlhf_lightning.callbacks.progress import LineProgress, progress_bar
@@ -32,9 +38,11 @@ from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.modules.trainer import check_precision
 from rlhf_lightning.runtime.launch import check_devices, environment
 from rlhf_lightning.runtime.libraries import readable_library_errors
+from rlhf_lightning.runtime.memory import AUTO
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.runtime.secrets import redacted
 from rlhf_lightning.runtime.settings import flat, identity
+from rlhf_lightning.stages.microbatches import split_steps
 
 console = Console()
 EXPORTS = ("last", "best")
@@ -59,6 +67,7 @@ def _train(run: Run, folder: str, load: Callable[[], Any], **options: Any) -> fl
     if isinstance(data, RowData):
         data.setup("fit")
     module = run.module(load, **options)
+    split_steps(run, data, kept_microbatches(run.checkpoint) if run.checkpoint else None)
     trainer = build_trainer(run)
     announce(run, folder, data)
     with readable_library_errors():
@@ -80,6 +89,8 @@ def build_trainer(run: Run, callbacks: Sequence[Callback] = ()) -> Trainer:
     """Build the Trainer with its callbacks, loggers and strategy; `callbacks` come first."""
     settings, arguments = run.settings, run.settings["trainer"]
     configured = run.callbacks()
+    if arguments["accumulate_grad_batches"] == AUTO:  # nothing is trained
+        arguments["accumulate_grad_batches"] = 1
     check_arguments(arguments)
     check_devices(arguments)
     if run.settings["export"] == "best" and not best_checkpoints(configured):
@@ -158,6 +169,8 @@ def announce(run: Run, folder: str, data: Any) -> None:
         report_rows(data)
         sizes = ", ".join(f"{len(rows)} {split} rows" for split, rows in data.rows.items())
         pace = f"windows of {data.window} rows" if data.window else f"{data.steps_per_epoch} steps per epoch"
+        if (parts := run.settings["trainer"]["accumulate_grad_batches"]) > 1:
+            pace += f" of {parts} microbatches"
         console.print(f"  {sizes}, {pace}; writing {run.folder}", soft_wrap=True)
     if run.checkpoint:
         console.print(f"  resuming at step {step}")

@@ -20,7 +20,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from rlhf_lightning.callbacks.checkpoints import AtomicCheckpointIO, RandomState, StepCheckpoint
+from rlhf_lightning.callbacks.checkpoints import (
+    AtomicCheckpointIO,
+    RandomState,
+    StepCheckpoint,
+    kept_microbatches,
+)
 from rlhf_lightning.callbacks.stop import Stop, interrupted_at_once, interruptible
 from rlhf_lightning.callbacks.throughput import Throughput
 from rlhf_lightning.errors import UserError
@@ -102,6 +107,12 @@ def test_dropout_and_all_libraries_continue_after_two_kills_in_one_epoch(tmp_pat
     resumed, trainer = train(tmp_path / "parts", start=7)
     assert trainer.global_step == 10
     assert torch.equal(whole, resumed)
+
+
+@quiet_lightning
+def test_a_checkpoint_says_how_many_microbatches_a_step_has(tmp_path: Path) -> None:
+    train(tmp_path, accumulate=2, steps=2)
+    assert kept_microbatches(tmp_path / "last.ckpt") == 2
 
 
 @quiet_lightning

@@ -1,0 +1,121 @@
+"""What of a configuration decides memory: the sizes of its model, what a step computes, and the device."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlhf_lightning.models.adapters import add_lora
+from rlhf_lightning.models.loading import load_config
+from rlhf_lightning.models.tiny import tiny_config
+from rlhf_lightning.rewards.spec import parse
+from rlhf_lightning.runtime.launch import ranks_asked
+from rlhf_lightning.runtime.memory import AUTO, BYTES, GB, Job, Shape
+from rlhf_lightning.runtime.run import starting_point
+from rlhf_lightning.stages import STAGES
+from rlhf_lightning.stages.critic import critic_candidate
+
+
+def read_config(settings: dict[str, Any]) -> Any:
+    """Return the decoder's config of a configuration's model, from its config file or GGUF header."""
+    name = starting_point(settings, convert=False)
+    return load_config(name).get_text_config() if name else tiny_config(**settings["model"]["build"])
+
+
+def read_shape(settings: dict[str, Any]) -> Shape:
+    """Return the sizes of the model of a configuration; no weights are read."""
+    config = read_config(settings)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+        parameters = sum(p.numel() for p in lm.parameters())
+        adapter = settings["adapter"] or {}
+        given = {key: adapter[key] for key in ("target_modules", "modules_to_save") if key in adapter}
+        adapted = list(add_lora(lm, r=1, **given).named_parameters())
+    return replace(
+        layer_sizes(config),
+        parameters=parameters,
+        lora=sum(p.numel() for name, p in adapted if ".lora_" in name),
+        whole=sum(p.numel() for name, p in adapted if ".modules_to_save." in name),
+    )
+
+
+def layer_sizes(config: Any) -> Shape:
+    """Return the sizes that a config says, without the number of parameters."""
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Shape(
+        parameters=0,
+        lora=0,
+        hidden=config.hidden_size,
+        intermediate=getattr(config, "intermediate_size", 4 * config.hidden_size),
+        layers=config.num_hidden_layers,
+        key_values=(getattr(config, "num_key_value_heads", None) or heads) * size,
+        vocabulary=config.vocab_size,
+    )
+
+
+def read_job(settings: dict[str, Any]) -> Job:
+    """Return what the configuration asks for, with rows of data.max_length tokens."""
+    stage, data, trainer, load = (
+        STAGES[settings["stage"]],
+        settings["data"],
+        settings["trainer"],
+        settings["model"]["load"],
+    )
+    options, optimizer = settings[stage.name], settings["optimizer"]["_target_"].rpartition(".")[2]
+    ranks = ranks_asked(trainer) or 1
+    readers = max(ranks // tensor_parallel_size(settings), 1)
+    given = trainer["accumulate_grad_batches"]
+    rows = math.ceil(data["batch_size"] / (readers * (given if given != AUTO else 1)))
+    tokens = options["microbatch_tokens"] if stage.online else rows * data["max_length"]
+    weight = BYTES[load["dtype"]]
+    lora = settings["adapter"]["r"] if settings["adapter"] else 0
+    live = "reference" in options and options["loss"] != "simpo" and options["reference"] != "cached"
+    models = [reward for reward in parse(settings["reward_from"]) if reward.is_model] if stage.online else []
+    cached = 0
+    if stage.online:
+        responses = data["batch_size"] // readers * options["num_generations"]
+        longest = data["max_length"] + options["max_new_tokens"]
+        cached = min(responses * longest, settings["sampler"]["batch_tokens"])
+    return Job(
+        weight_bytes=weight,
+        activation_bytes=2 if "16" in str(trainer["precision"]) else weight,
+        tokens=tokens,
+        loss_tokens=tokens if stage.generative else 0,
+        cached_tokens=cached,
+        lora=lora,
+        moments={"SGD": 0}.get(optimizer, 2),
+        checkpointing=load["gradient_checkpointing"],
+        shards=ranks if sharded(settings) else 1,
+        references=int((stage.online or live) and not lora),
+        rewards=len(models),
+        critic=stage.online and critic_candidate(settings) is not None,
+    )
+
+
+def sharded(settings: dict[str, Any]) -> bool:
+    """Return whether the strategy shards the model."""
+    strategy = settings["strategy"]
+    return isinstance(strategy, dict) and strategy["_target_"].endswith(".ShardedStrategy")
+
+
+def tensor_parallel_size(settings: dict[str, Any]) -> int:
+    """Return the number of devices that share every layer and read the same rows."""
+    return int(settings["strategy"].get("tensor_parallel_size", 1)) if sharded(settings) else 1
+
+
+def room(gigabytes: float) -> float:
+    """Return the GB of a device that a run may fill: libraries need one, and allocation leaves gaps."""
+    return gigabytes * 0.9 - 1
+
+
+def device_gb() -> float:
+    """Return the memory of the first accelerator, else of this machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / GB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
