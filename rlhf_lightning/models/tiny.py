@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,24 +45,33 @@ def tiny_config(
 
 def build_tiny(
     folder: str | Path,
-    texts: Iterable[str],
+    texts: Iterable[str] | Callable[[], Iterable[str]],
     vocab_size: int = 1024,
     hidden_size: int = 128,
     layers: int = 4,
     heads: int = 4,
     max_length: int = 512,
     seed: int = 0,
+    cache: str | Path | None = None,
 ) -> str:
     """Write a Llama with random weights and a byte-level BPE tokenizer trained on `texts`; return the folder.
 
     The defaults give about a million parameters. An existing folder is returned as it is.
+
+    Args:
+        texts: or a function that returns them, called when the tokenizer is not in the cache.
+        cache: where the tokenizer of these texts and this vocabulary is kept, None to train it.
     """
     if hidden_size % (2 * heads):
         raise UserError(f"model.build.hidden_size={hidden_size} is not a multiple of 2 x model.build.heads={heads}")
     folder = Path(folder)
     if (folder / "config.json").is_file():
         return str(folder)
-    tokenizer: Any = _tokenizer(texts, vocab_size, max_length)
+    if cache is not None:
+        cache = Path(cache)
+        build_once(cache, lambda place: _train(texts, vocab_size).save(str(place / "tokenizer.json")))
+    bpe = Tokenizer.from_file(str(cache / "tokenizer.json")) if cache else _train(texts, vocab_size)
+    tokenizer: Any = _wrapped(bpe, max_length)
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     config = tiny_config(len(tokenizer), hidden_size, layers, heads, max_length, **special)
     with torch.random.fork_rng(devices=[]):
@@ -72,7 +81,7 @@ def build_tiny(
     return str(folder)
 
 
-def _tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+def _train(texts: Iterable[str] | Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
@@ -82,7 +91,11 @@ def _tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTra
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts, trainer)
+    bpe.train_from_iterator(texts() if callable(texts) else texts, trainer)
+    return bpe
+
+
+def _wrapped(bpe: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<|pad|>",

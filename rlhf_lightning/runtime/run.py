@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +170,15 @@ class Run:
         sources = [
             read_source(data["train"], "train", ROWS_READ_FOR_TOKENIZER, kind, world, stream=stream) for kind in kinds
         ]
-        texts = (text for source in sources for _, row in source.rows() for text in texts_of(row))
-        return build_tiny(self.folder / "init", texts, seed=settings["seed"], **settings["model"]["build"])
+        build = settings["model"]["build"]
+        key = fingerprint([*(source.key for source in sources), build["vocab_size"], version("tokenizers")])
+        return build_tiny(
+            self.folder / "init",
+            lambda: (text for source in sources for _, row in source.rows() for text in texts_of(row)),
+            seed=settings["seed"],
+            cache=None if stream else Path(settings["paths"]["cache"], "tokenizers", key),
+            **build,
+        )
 
     def data(self, folder: str, instead: dict[str, Any] | None = None, rows: bool = False, **arguments: Any) -> Any:
         """Return the data module, with the tokenizer of a model folder.

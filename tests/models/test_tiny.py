@@ -37,6 +37,19 @@ def test_it_opens_with_plain_from_pretrained(folder: str) -> None:
     assert logits.isfinite().all()
 
 
+def test_a_cached_tokenizer_is_the_trained_one_and_its_texts_are_not_read_again(folder: str, tmp_path: Path) -> None:
+    first = build_tiny(tmp_path / "first", TEXTS, cache=tmp_path / "cache", **SMALL)
+
+    def unread() -> list[str]:
+        raise AssertionError
+
+    second = build_tiny(tmp_path / "second", unread, cache=tmp_path / "cache", **SMALL)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors"):
+        trained = Path(folder, name).read_bytes()
+        assert Path(first, name).read_bytes() == trained
+        assert Path(second, name).read_bytes() == trained
+
+
 def test_special_tokens_are_distinct_single_ids_and_the_template_uses_them(folder: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert [tokenizer.encode(special) for special in SPECIALS] == [[i] for i in range(len(SPECIALS))]
