@@ -338,7 +338,13 @@ def test_a_resumed_run_has_the_same_average_best_and_patience(
 @pytest.mark.slow
 def test_the_best_checkpoint_is_exported_with_its_metrics(place: Path) -> None:
     """The largest loss counts as best here, so that it is not that of the last weights."""
-    worst = ["callbacks=best", "callbacks.best.mode=max", "export=best", "optimizer.lr=0.01", "max_steps=3"]
+    worst = [
+        "callbacks=[best,lr_monitor]",
+        "callbacks.best.mode=max",
+        "export=best",
+        "optimizer.lr=0.01",
+        "max_steps=3",
+    ]
     rlhf(place, *RUN, *worst, "val_every_n_steps=1", "name=best", "logger=csv")
     (run,) = (place / "outputs" / "sft" / "best").glob("*")
     (kept,) = (run / "checkpoints").glob("best-*.ckpt")

@@ -159,6 +159,21 @@ def test_mixed_precision_is_what_a_gpu_needed(references: int, loss_tokens: int,
     assert sum(memory.estimate(shape, job).values()) / 1e9 == pytest.approx(measured, rel=0.06)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "moments"),
+    [
+        ([], 2),
+        (["optimizer=sgd", "optimizer.momentum=0"], 0),
+        (["optimizer=sgd", "optimizer.momentum=0.9"], 1),
+        (["optimizer=rmsprop"], 1),
+        (["optimizer=adamw_8bit"], 0.5),
+        (["optimizer=adamw_8bit", "model.load.dtype=bfloat16"], 1),
+    ],
+)
+def test_the_optimizer_decides_what_is_kept_for_a_weight(overrides: list[str], moments: float) -> None:
+    assert sizes.read_job(settings("stage=sft", *overrides)).moments == moments
+
+
 def test_stages_without_training_have_no_plan() -> None:
     with pytest.raises(UserError, match="not for stage=evaluate"):
         plan.run_plan(OmegaConf.create(settings("stage=evaluate", "plan=true")))

@@ -36,7 +36,7 @@ class Job:
     loss_tokens: int
     cached_tokens: int = 0
     lora: int = 0
-    moments: int = 2
+    moments: float = 2  # numbers of the size of a weight that the optimizer keeps for each
     checkpointing: bool = False
     shards: int = 1
     references: int = 0  # frozen copies of the policy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,13 @@ from rlhf_lightning.runtime.memory import AUTO, BYTES, GB, Job, Shape
 from rlhf_lightning.runtime.run import starting_point
 from rlhf_lightning.stages import STAGES
 from rlhf_lightning.stages.critic import critic_candidate
+
+MOMENTS: dict[str, Callable[[dict[str, Any], int], float]] = {
+    "SGD": lambda options, weight: int(bool(options.get("momentum"))),
+    "RMSprop": lambda options, weight: 1 + bool(options.get("momentum")) + bool(options.get("centered")),
+    "AdamW8bit": lambda options, weight: 2 / weight,
+}
+"""Optimizer -> numbers of the size of a weight that it keeps for each; Adam and what is not here keep two."""
 
 
 def read_config(settings: dict[str, Any]) -> Any:
@@ -89,7 +97,7 @@ def read_job(settings: dict[str, Any]) -> Job:
         loss_tokens=tokens if stage.generative else 0,
         cached_tokens=cached,
         lora=lora,
-        moments={"SGD": 0}.get(optimizer, 2),
+        moments=MOMENTS.get(optimizer, lambda options, weight: 2)(settings["optimizer"], weight),
         checkpointing=load["gradient_checkpointing"],
         shards=ranks if sharded(settings) else 1,
         references=int((stage.online or live) and not lora),
