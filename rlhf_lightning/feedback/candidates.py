@@ -23,7 +23,7 @@ from rlhf_lightning.rewards.scoring import Reward, score, to_device
 
 OF_OTHERS = {
     "prompt", "messages", "conversations", "conversation", "response", "completion", "chosen", "rejected", "responses",
-    "ranking", "rating", "scores", "margin", "label", "annotator",
+    "ranking", "rating", "scores", "margin", "label", "annotator", "group",
 }  # fmt: skip
 """Columns about the prompt, which is written as `prompt`, or about other responses."""
 

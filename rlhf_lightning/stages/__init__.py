@@ -20,6 +20,7 @@ STAGES = {
             needs_start=True,
             output="candidates.jsonl",
         ),
+        Stage("simulate", "labels by simulated annotators", "simulate:run", output="labels.jsonl"),
         Stage(
             "evaluate",
             "rewards, KL, length and accuracy of models on held-out rows",
