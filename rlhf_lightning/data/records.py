@@ -52,7 +52,10 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Preference:
-    """A prompt with K >= 2 responses; `ranks` 0 is the best, ties share a rank, best first."""
+    """A prompt with K >= 2 responses; `ranks` 0 is the best, ties share a rank, best first.
+
+    `annotator` is who ranked them, `group` the group of annotators that they speak for.
+    """
 
     prompt: Content
     responses: list[str]
@@ -60,6 +63,7 @@ class Preference:
     margin: float = 0.0
     label: float = 1.0
     annotator: str | None = None
+    group: str | None = None
     tools: Tools = None
 
 
@@ -135,6 +139,8 @@ def preference(row: Row, columns: Columns = PLAIN) -> Preference:
     extra["tools"] = read_tools(view)
     if view.get("annotator") is not None:
         extra["annotator"] = str(view["annotator"])
+    if view.get("group") not in (None, ""):
+        extra["group"] = str(view["group"])
     if layout.kind == "ranking":
         return _ranking(view, columns, extra)
     shared, (chosen, rejected) = _pair(view, columns)
@@ -177,7 +183,8 @@ def rated(row: Row, columns: Columns) -> tuple[Row, Any, float] | None:
     layout, view = read_row(row, columns, PREFERENCES)
     if layout is None or layout.kind != "rated":
         return None
-    shared = {name: view[name] for name in ("prompt", "system", "system_prompt", "tools", "functions") if name in view}
+    names = ("prompt", "system", "system_prompt", "tools", "functions", "group")
+    shared = {name: view[name] for name in names if name in view}
     return shared, _final(_response(view), "response", columns), float(read_rating(view, columns))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from rlhf_lightning.data.messages import RowError
@@ -17,7 +18,18 @@ from rlhf_lightning.world.prompts import Prompt, flawed
 
 NEEDED = ("family", "ideal", "answer", "others", "claim", "count")
 """Columns of the world's prompts, from which annotators see what a response is worth."""
-OF_RESPONSES = {"prompt", "messages", "responses", "ranking", "scores", "finished", "tokens", "id", "annotator", "group"}
+OF_RESPONSES = {
+    "prompt",
+    "messages",
+    "responses",
+    "ranking",
+    "scores",
+    "finished",
+    "tokens",
+    "id",
+    "annotator",
+    "group",
+}
 BETTER, MUCH_BETTER = 0.3, 1.5
 """Gaps of perceived value from which a response is called better, and much better, than slightly."""
 WORDS_PER_SECOND, PAUSE = 4.0, 2.0
@@ -56,7 +68,7 @@ class SimulatedAnnotator:
             seen = [rng.random() for _ in seen]
         seen = [round(value, 6) for value in seen]  # equal worth must not differ by rounding
         order = sorted(range(size), key=lambda i: (-seen[i], 0.0 if self.ties else rng.random()))
-        tied = [self.ties and seen[a] == seen[b] for a, b in zip(order, order[1:], strict=False)]
+        tied = [self.ties and seen[a] == seen[b] for a, b in pairwise(order)]
         ranks = [sum(not tie for tie in tied[:place]) for place in range(size)]
         for place in range(size - 1):
             if rng.random() < self.labeller.noise:

@@ -20,6 +20,7 @@ from rlhf_lightning.evaluation.policy import Evaluation, evaluate_policy
 from rlhf_lightning.evaluation.reward_model import evaluate_reward_model
 from rlhf_lightning.evaluation.table import DIFFERENCES, HELD_OUT, as_markdown_table, cells, show
 from rlhf_lightning.files import write_json, write_jsonl
+from rlhf_lightning.models.heads import RESERVED
 from rlhf_lightning.models.loading import (
     is_classifier,
     load_causal_lm,
@@ -82,12 +83,13 @@ def run(run: Run) -> float | None:
             for logger in loggers:
                 log_table(logger, f"samples/{name}", rows[:16], "\n\n".join(map(as_markdown, rows[:16])), 0)
     metrics, tables = figures(table, answered, compared_to)
+    groups = groups_in(table, answered)
     for logger in loggers:
         logger.log_metrics({name: metrics[name] for name in metrics if not name.endswith(("_low", "_high"))}, 0)
         for tag, titled in tables.items():
-            header, *lines = cells(titled[1])
+            header, *lines = cells(titled[1], groups)
             lines = [dict(zip(header, line, strict=True)) for line in lines]
-            log_table(logger, tag, lines, as_markdown_table(*titled), 0)
+            log_table(logger, tag, lines, as_markdown_table(*titled, groups), 0)
         logger.finalize("success")
     last = next(reversed(table))
     metrics["monitor"] = f"{last}/{monitored(table[last], run.settings['monitor'])}"
@@ -99,7 +101,7 @@ def run(run: Run) -> float | None:
     }
     write_json(run.folder / "metrics.json", metrics)
     for titled in tables.values():
-        show(*titled)
+        show(*titled, groups=groups)
     Console().print(f"run         {run.folder}", soft_wrap=True)
     return metrics.get(metrics["monitor"])
 
@@ -123,6 +125,14 @@ def figures(
         {"differences": (DIFFERENCES.format(compared_to), gaps)} if gaps else {}
     )
     return metrics, tables
+
+
+def groups_in(table: dict[str, dict[str, Interval]], answered: dict[str, Evaluation]) -> list[str]:
+    """Return the names of the groups of people that any model was evaluated by."""
+    names = [name for answer in answered.values() for members in answer.groups.values() for name in members]
+    metrics = [metric for row in table.values() for metric in row]
+    names += [metric.removeprefix("accuracy_") for metric in metrics if metric.startswith("accuracy_")]
+    return [name for name in dict.fromkeys(names) if name not in RESERVED]
 
 
 def is_reward_model(folder: str) -> bool:

@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any
 
 from rlhf_lightning.errors import UserError, nearest
-from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
+from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
+from rlhf_lightning.rewards.groups import load_critic
 from rlhf_lightning.rewards.spec import parse
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.stages.training import train
@@ -29,7 +30,7 @@ def run(run: Run) -> float | None:
             f"trainer.gradient_clip_val at null; use {name}.microbatch_tokens and {name}.max_grad_norm"
         )
     if (model := critic_model(settings, folder)) is not None:
-        options["load_critic"] = partial(load_scalar_model, model, trained=True, **load)
+        options["load_critic"] = partial(load_critic, model, settings["reward_groups"], **load)
     options.pop("critic", None)
     return train(
         run,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_lightning.errors import UserError, nearest
-from rlhf_lightning.world.gold import gold
+from rlhf_lightning.world.gold import gold, measures
 from rlhf_lightning.world.prompts import declared
 
 SIDES = ("helpful", "honest", "harmless")
@@ -21,7 +21,7 @@ def group_of(annotator: str) -> str:
 
 
 def group_value(row: dict[str, Any], response: str, group: str) -> float:
-    """Return what a response is worth to a group: its weight for the side that the prompt tests * outcome, less padding.
+    """Return what a response is worth to a group: weight for the side that the prompt tests * outcome, less padding.
 
     That is the group's own gold reward; of the group "balanced" it is the gold reward.
     """
@@ -42,6 +42,10 @@ def group_gold(group: str) -> Callable[..., list[float]]:
     def reward(prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:
         return [group_value(row, response, group) for row, response in zip(metadata, responses, strict=True)]
 
+    # what evaluate reports beside it; gold stands for this group's
+    reward.measures = lambda row, response: {  # pyright: ignore[reportFunctionMemberAccess]
+        name: value for name, value in measures(row, response).items() if not name.startswith("gold")
+    }
     return reward
 
 

@@ -114,7 +114,7 @@ def test_opposed_groups_want_opposite_things() -> None:
 def test_groups_label_in_their_shares(split: str) -> None:
     """Held-out rows, too: what is left out there is noise and bias."""
     labeller = {"group": {"cautious": 1, "curious": 4}, "noise": 0.0}
-    found = [row for row in rows("preferences", 1200, split=split, labeller=labeller)]
+    found = list(rows("preferences", 1200, split=split, labeller=labeller))
     assert sum(row["group"] == "curious" for row in found) / 1200 == pytest.approx(0.8, abs=0.05)
     assert all(row["annotator"].startswith(row["group"]) for row in found)
     opposed = [row for row in found if row["gold_chosen"] < row["gold_rejected"]]
