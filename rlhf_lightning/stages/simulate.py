@@ -40,7 +40,7 @@ def run(run: Run) -> float | None:
         rows, annotators, labels=options["labels"], size=options["size"], checks=options["checks"], seed=seed,
         where=lambda number: f"{source.name}, {places[number]}",
     )  # fmt: skip
-    labels = list(track(labeled, "labeling", total=None, transient=True, console=Console(stderr=True)))
+    labels = list(track(labeled, "labeling", transient=True, disable=not Console().is_terminal))
     target = run.folder / "labels.jsonl"
     groups = by_group(labels)
     metrics: dict[str, Any] = {"labels": len(labels), "annotators": len(annotators)}
