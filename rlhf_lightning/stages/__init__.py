@@ -21,6 +21,12 @@ STAGES = {
             output="candidates.jsonl",
         ),
         Stage(
+            "aggregate",
+            "labels of several annotators made into rows to train on",
+            "aggregate:run",
+            output="preferences.jsonl",
+        ),
+        Stage(
             "evaluate",
             "rewards, KL, length and accuracy of models on held-out rows",
             "evaluate:run",
