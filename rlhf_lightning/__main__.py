@@ -52,8 +52,7 @@ def app(cfg: DictConfig) -> float | list[float] | None:
         if cfg.pipeline:
             from rlhf_lightning.runtime.pipeline import run_pipeline
 
-            maps = [key for stage in STAGES.values() for key in stage.models]
-            return run_pipeline(cfg, maps, {name: stage.output for name, stage in STAGES.items()})
+            return run_pipeline(cfg, [key for stage in STAGES.values() for key in stage.models])
         if cfg.stage not in STAGES:
             raise UserError(f"choose what to run with stage= one of {', '.join(STAGES)}")
         if cfg.plan:

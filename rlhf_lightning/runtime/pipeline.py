@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rich.console import Console
 from rlhf_lightning.data.sources import is_local, read_source
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import file_digest, fingerprint, read_json, write_json
-from rlhf_lightning.models.folder import parent_entry
+from rlhf_lightning.models.folder import MANIFEST, parent_entry
 from rlhf_lightning.rewards.spec import digests
 from rlhf_lightning.runtime.instantiate import check_escaped
 from rlhf_lightning.runtime.processes import quoted, run_child
@@ -31,7 +31,6 @@ console = Console()
 REWARDS = ("reward_from", "gold_from")
 MAPS = ("data.columns", "data.world.labeller.group", "reward_groups", "simulate.groups", *REWARDS)
 """Keys whose value may be a map, which a stage fills in member by member."""
-MODEL = "model/manifest.json"
 KEY = re.compile(r"[+~]*(\w+)[\w./@+-]*")
 GIVEN = {  # what a stage may write as {name} and the user gives as a key
     "root": "data_root: a value is needed, the folder with train.jsonl.gz and test.jsonl.gz",
@@ -39,12 +38,11 @@ GIVEN = {  # what a stage may write as {name} and the user gives as a key
 }
 
 
-def run_pipeline(cfg: DictConfig, maps: Collection[str] = (), outputs: Mapping[str, str | None] | None = None) -> None:
+def run_pipeline(cfg: DictConfig, maps: Collection[str] = ()) -> None:
     """Run the stages of `cfg.pipeline` in order.
 
     Args:
         maps: keys of the configuration that are empty and to be filled, such as `evaluate.models`.
-        outputs: stage -> the file in its run folder that it makes.
 
     Raises:
         UserError: naming the stage that failed and how to go on, or the stage that is a pipeline again.
@@ -75,8 +73,7 @@ def run_pipeline(cfg: DictConfig, maps: Collection[str] = (), outputs: Mapping[s
         else:
             console.rule(f"stage {number + 1} of {len(stages)}: {name}")
             run_part(name, folder, [as_override(key, value, maps) for key, value in arguments.items()] + mine, digest)
-        output = (outputs or {}).get(str(values.get("stage")), MODEL) or MODEL
-        folders[name] = written[name] = str(folder / ("model" if output == MODEL else output))
+        folders[name] = written[name] = str(product(folder))
     minutes, seconds = divmod(int(time.monotonic() - began), 60)
     console.print(f"\npipeline {settings['name']} done in {minutes}:{seconds:02d}")
     console.print(f"run         {run}", soft_wrap=True)
@@ -85,8 +82,6 @@ def run_pipeline(cfg: DictConfig, maps: Collection[str] = (), outputs: Mapping[s
 
 def stage_values(stage: dict[str, Any], folders: dict[str, str | None]) -> dict[str, Any]:
     """Return key -> value of a stage, with {name} replaced by what an earlier stage made or by what was given.
-
-    A stage makes a model folder, or a file such as candidates.jsonl.
 
     Raises:
         UserError: a key that only the command line may give, or that is none.
@@ -135,13 +130,20 @@ def parsed(overrides: list[str], settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value if select(settings, key) is None else select(settings, key) for key, value in values.items()}
 
 
+def product(folder: Path) -> Path:
+    """Return what the stage in a run folder made: its model folder, or the file that its record names."""
+    output = (read_json(folder / "run.json") or {}).get("output")
+    made = folder / "model" if not isinstance(output, str) else folder / output
+    return made.parent if made.name == MANIFEST else made
+
+
 def parent_weights(stage: dict[str, Any], folders: dict[str, str | None]) -> dict[str, str | None]:
     """Return the content of every model folder or file that a stage names as {name}."""
     text = json.dumps(stage)
     named = {name: folder for name, folder in folders.items() if folder and f"{{{name}}}" in text and name != "root"}
     return {
-        name: file_digest(Path(place)) if Path(place).is_file() else parent_entry(name, place)["weights"]
-        for name, place in named.items()
+        name: file_digest(Path(made)) if Path(made).is_file() else parent_entry(name, made)["weights"]
+        for name, made in named.items()
     }
 
 

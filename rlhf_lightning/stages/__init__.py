@@ -22,6 +22,12 @@ STAGES = {
         ),
         Stage("simulate", "labels by simulated annotators", "simulate:run", output="labels.jsonl"),
         Stage(
+            "aggregate",
+            "labels of several annotators made into rows to train on",
+            "aggregate:run",
+            output="preferences.jsonl",
+        ),
+        Stage(
             "evaluate",
             "rewards, KL, length and accuracy of models on held-out rows",
             "evaluate:run",
