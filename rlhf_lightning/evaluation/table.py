@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -23,22 +23,31 @@ COLUMNS = {
     "flattered": "flatters",
 }
 WITH_INTERVAL = ("gold", "accuracy")
-BY_GROUP = ("gold", "reward", "accuracy")
+OF_GROUPS = ("gold", "reward", "accuracy")
 """Metrics that each group of people has a value of."""
 HELD_OUT = "held-out prompts"
 DIFFERENCES = "paired differences to {}"
+BY_GROUP = "by group"
+
+
+def group_columns(groups: Collection[str]) -> dict[str, str]:
+    """Return the columns of the table of groups: metric -> title."""
+    columns: dict[str, str] = {}
+    for metric in OF_GROUPS:
+        columns |= {f"{metric}_{name}": f"{metric}, {name}" for name in groups}
+        columns |= {f"{metric}_mean": f"{metric}, mean", f"{metric}_worst": f"{metric}, worst group"}
+    return columns
 
 
 def show(
-    title: str, table: dict[str, dict[str, Interval]], console: Console | None = None, groups: Collection[str] = ()
+    title: str,
+    table: dict[str, dict[str, Interval]],
+    console: Console | None = None,
+    columns: Mapping[str, str] = COLUMNS,
 ) -> None:
-    """Print `table`, model -> metric -> (mean, low, high), with the columns that any model has.
-
-    Args:
-        groups: names whose gold, reward and accuracy have columns of their own.
-    """
+    """Print `table`, model -> metric -> (mean, low, high), with those of `columns`, metric -> title, that any has."""
     console = console or Console()
-    header, *rows = cells(table, groups)
+    header, *rows = cells(table, columns)
     printed = Table(title=title, show_lines=False)
     for number, name in enumerate(header):
         printed.add_column(name, justify="right" if number else "left")
@@ -49,22 +58,18 @@ def show(
     console.print(printed)
 
 
-def as_markdown_table(title: str, table: dict[str, dict[str, Interval]], groups: Collection[str] = ()) -> str:
+def as_markdown_table(title: str, table: dict[str, dict[str, Interval]], columns: Mapping[str, str] = COLUMNS) -> str:
     """Return the same table as Markdown, for TensorBoard's text tab."""
-    header, *rows = cells(table, groups)
+    header, *rows = cells(table, columns)
     return f"**{title}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
-def cells(table: dict[str, dict[str, Interval]], groups: Collection[str] = ()) -> list[list[str]]:
-    """Return the header and a row per model."""
-    titles: dict[str, str] = {}
-    for column, title in COLUMNS.items():
-        titles[column] = title
-        titles |= {f"{column}_{name}": f"{column} of {name}" for name in groups if column in BY_GROUP}
-        titles |= {f"{column}_worst": f"{column} of the worst group"} if column in BY_GROUP and groups else {}
-    columns = [name for name in titles if any(name in row for row in table.values())]
-    rows = [[model, *(cell(name, row.get(name)) for name in columns)] for model, row in table.items()]
-    return [["model", *(titles[name] for name in columns)], *rows]
+def cells(table: dict[str, dict[str, Interval]], columns: Mapping[str, str] = COLUMNS) -> list[list[str]]:
+    """Return the header and a row per model that has any of the columns."""
+    known = [name for name in columns if any(name in row for row in table.values())]
+    shown = {model: row for model, row in table.items() if any(name in row for name in known)}
+    rows = [[model, *(cell(name, row.get(name)) for name in known)] for model, row in shown.items()]
+    return [["model", *(columns[name] for name in known)], *rows]
 
 
 def cell(name: str, value: Interval | None) -> str:

@@ -29,7 +29,13 @@ DATA = {"sft": DemonstrationData, "reward": PreferenceData, "dpo": PreferenceDat
 EVALUATED = {"reward", "kl", "length", "ended_with_eos", "accuracy", "accuracy_mean"}  # beside those of the world
 EVALUATED |= {f"{metric}_{of}" for metric in ("gold", "reward", "accuracy") for of in ("<group>", "worst")}
 GROUPS = ("cautious", "curious")
-ELSEWHERE = {"global_step", "monitor", "evaluation", "differences"}  # in metrics.json, or written by the evaluate stage
+ELSEWHERE = {
+    "global_step",
+    "monitor",
+    "evaluation",
+    "differences",
+    "groups",
+}  # in metrics.json, or written by the evaluate stage
 
 
 def glossary() -> list[str]:

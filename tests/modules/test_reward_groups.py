@@ -63,6 +63,7 @@ def test_a_head_learns_from_its_group_only() -> None:
     module.configure_model()
     module.training_step(pack([Group([1, 5], [[8, 2], [9, 2]], annotators="young")]), 0).backward()
     gradient = module.scorer.model.score.weight.grad
+    assert gradient is not None
     assert gradient[0].abs().max() == 0
     assert gradient[1].abs().max() > 0
 
