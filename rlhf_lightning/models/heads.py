@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.completion import unwrap
 
-RESERVED = ("mean", "worst")
-"""Names that metrics have for all groups together."""
+RESERVED = ("mean", "worst", "low", "high")
+"""What metrics are called of all groups together, and the ends of an interval."""
 
 
 def heads(config: Any) -> list[str]:

@@ -120,27 +120,28 @@ class RewardModel(StageModule):
         names = self.groups or [""]
         weights = torch.full((batch.groups, len(names)), 1.0 / len(names))
         for place, name in enumerate(batch.annotators if self.groups else ()):
+            if name is not None and name not in names:
+                raise self.no_head(name, int(batch.index[place]), split)
             if name is not None:
-                self.check_group(name, int(batch.index[place]), split)
-                weights[place] = torch.eye(len(names))[names.index(name)]
+                weights[place] = 0.0
+                weights[place, names.index(name)] = 1.0
         return weights
 
-    def check_group(self, name: str, row: int, split: str) -> None:
-        """Raise a UserError with the row where the group `name` has no head."""
+    def no_head(self, name: str, row: int, split: str) -> UserError:
+        """Return the error that the group `name` of a row has no head."""
         names = self.groups or []
-        if name not in names:
-            where = self.data.where(split, [row]) if row >= 0 and isinstance(self.data, RowData) else f"row {row}"
-            raise UserError(
-                f"{where}: the group {name!r} has no head; reward.groups is {', '.join(names)}.{nearest(name, names)}"
-            )
+        where = self.data.where(split, [row]) if row >= 0 and isinstance(self.data, RowData) else f"row {row}"
+        return UserError(
+            f"{where}: the group {name!r} has no head; reward.groups is {', '.join(names)}.{nearest(name, names)}"
+        )
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if self.groups and isinstance(self.data, RowData):
             for split, rows in self.data.rows.items():
                 for row in range(len(rows)):
-                    if (name := rows.annotators(row)) is not None:
-                        self.check_group(name, row, split)
+                    if (name := rows.annotators(row)) is not None and name not in self.groups:
+                        raise self.no_head(name, row, split)
 
     def track_heads(self, split: str, batch: GroupBatch, heads: Tensor, better: Tensor, gaps: Tensor) -> None:
         """Track the accuracy on the pairs (P,) of each group of annotators, and the scores (S, H) of each head."""

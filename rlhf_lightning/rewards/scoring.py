@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.heads import check_names
 from rlhf_lightning.rewards.groups import MEAN, Combination, GroupedReward, combined
 from rlhf_lightning.rewards.spec import parse
 
@@ -40,7 +41,7 @@ class RewardPerGroup(GroupedReward):
     """A reward for each group, such as a reward model of its own, combined into one."""
 
     def __init__(self, members: Mapping[str, Reward], how: Combination = MEAN) -> None:
-        super().__init__(list(members), how)
+        super().__init__(check_names(list(members), "reward_from"), how)
         self.members = members
         if measured := next((m.measures for m in members.values() if hasattr(m, "measures")), None):
             self.measures = measured

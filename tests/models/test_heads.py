@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from rlhf_lightning import PreferenceData, RewardModel
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.completion import ScalarModel
+from rlhf_lightning.models.folder import write_model
 from rlhf_lightning.models.heads import check_names, fold, heads, with_heads
-from rlhf_lightning.models.loading import load_scalar_model
+from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer
 from rlhf_lightning.ops.groups import Group, pack
-from tests.modules.offline import classifier, start
+from tests.helpers.lightning import quiet_lightning
+from tests.modules.offline import adam, classifier, fit, preferences, start
 
 BATCH = pack([Group([1, 5, 6], [[8, 9, 2], [10, 2]]), Group([1, 7], [[11, 2]])])
 
@@ -70,6 +74,25 @@ def test_a_folder_keeps_the_heads_and_plain_transformers_reads_them(tmp_path: Pa
     for names in (None, ["young", "old"]):
         with pytest.raises(UserError, match=r"has heads for the groups old, young: reward.groups=\[old,young\]"):
             with_heads(lambda: again, names)
+
+
+@quiet_lightning
+def test_an_adapter_keeps_the_heads(tmp_path: Path) -> None:
+    folder = start(tmp_path)
+    data = PreferenceData(load_tokenizer(folder), preferences(8), batch_size=8, cache_dir=tmp_path)
+    module = RewardModel(
+        partial(load_scalar_model, folder), adam(), lora={"export": "adapter"}, groups=["old", "young"]
+    )
+    fit(module, data, 2)
+    write_model(tmp_path / "adapter", module.export_model(), data.tokenizer, {})
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    again = load_scalar_model(str(tmp_path / "adapter"), trained=True)
+    assert heads(again.config) == ["old", "young"]
+    batch = next(iter(data.train_dataloader())).pack()
+    module.scorer.model.config.reward_mean = again.config.reward_mean
+    module.scorer.model.config.reward_std = again.config.reward_std
+    with torch.no_grad():
+        assert torch.allclose(ScalarModel(again.eval())(batch), module.eval().scorer(batch), atol=1e-5)
 
 
 def test_statistics_of_another_number_of_heads_are_refused(tmp_path: Path) -> None:
