@@ -21,6 +21,12 @@ STAGES = {
             output="candidates.jsonl",
         ),
         Stage(
+            "agreement",
+            "how far annotators agree, and what is known of each",
+            "agreement:run",
+            output="metrics.json",
+        ),
+        Stage(
             "aggregate",
             "labels of several annotators made into rows to train on",
             "aggregate:run",
