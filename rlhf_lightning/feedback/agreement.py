@@ -24,7 +24,7 @@ from rlhf_lightning.ops.statistics import Interval
 FEWEST_ITEMS = 20
 """Items with several labels from which there is an interval: of fewer, a percentile bootstrap covers too little."""
 FEWEST_SHARED = 10
-"""Units that two annotators share from which there is a Cohen's kappa of the two."""
+"""Units that two annotators share from which there is a Cohen's kappa of the two, and a reliability of one."""
 Statistic = Callable[[np.ndarray], float]
 """From (U,) how often each unit is drawn to a figure, NaN where it is not defined."""
 
@@ -95,10 +95,21 @@ def agreement(
         figures, pairs, profiles(listed, lambda e: e.annotator), profiles(listed, lambda e: e.group),
         between_groups(listed), notes=notes, items=len(set(data.cluster)), shared=shared,
     )  # fmt: skip
-    for name in reliability if shared else ():
+    known = well_known(data)
+    if reliability and shared and (few := len(data.annotators) - len(known)):
+        notes.append(f"no reliability of {few} annotators who share fewer than {FEWEST_SHARED} units with others")
+    for name in reliability if known else ():
         if labels.comparisons or name == "dawid_skene":
-            result.reliability[name] = MODELS[name](listed).annotators
+            fitted = MODELS[name](listed).annotators
+            result.reliability[name] = {name: value for name, value in fitted.items() if name in known}
     return result
+
+
+def well_known(data: Table) -> set[str]:
+    """Return the annotators who share enough units with others for a figure of their own."""
+    several = data.counts.sum(axis=1)[data.unit] > 1
+    shared = np.bincount(data.annotator[several], minlength=len(data.annotators))
+    return {name for name, count in zip(data.annotators, shared, strict=True) if count >= FEWEST_SHARED}
 
 
 def statistics(

@@ -15,9 +15,9 @@ from rlhf_lightning.feedback.annotators import Profile
 from rlhf_lightning.files import write_json
 from rlhf_lightning.ops.statistics import Interval
 from rlhf_lightning.runtime.run import Run
-from rlhf_lightning.stages.aggregate import labels_of
+from rlhf_lightning.stages.aggregate import labels_of, plain
 
-HEADER = ("figure", "value", "95%")
+HEADER: tuple[str, ...] = ("figure", "value", "95%")
 MOST_PAIRS = 20
 """Pairs of annotators that are printed, those who agree least; metrics.json has all."""
 
@@ -37,9 +37,11 @@ def run(run: Run) -> float | None:
     metrics = figures(result)
     monitor = run.settings["monitor"]
     for logger in run.loggers():
-        logger.log_metrics({name: value for name, value in metrics.items() if not name.endswith(("_low", "_high"))}, 0)
+        logger.log_metrics(
+            {name: metrics[name] for name in ("items", "shared_items", *result.figures) if name in metrics}, 0
+        )
         if result.figures:
-            rows = [dict(zip(HEADER, line, strict=True)) for line in lines(result)]
+            rows: list[dict[str, str]] = [dict(zip(HEADER, line, strict=True)) for line in lines(result)]
             log_table(logger, "agreement", rows, markdown(result), 0)
         logger.finalize("success")
     metrics["monitor"] = monitor if monitor in metrics else next(iter(result.figures), None)
@@ -106,7 +108,7 @@ def tables(result: Agreement) -> Iterator[Table]:
         )
         table = Table("annotators", "kappa", "shared", title=title)
         for (one, other), (value, count) in sorted(result.pairs.items(), key=lambda item: item[1][0])[:MOST_PAIRS]:
-            table.add_row(f"{one}, {other}", f"{value:.3f}", str(count))
+            table.add_row(plain(f"{one}, {other}"), f"{value:.3f}", str(count))
         yield table
     yield profiles("annotator", result.annotators, result.reliability)
     if result.groups:
@@ -114,7 +116,7 @@ def tables(result: Agreement) -> Iterator[Table]:
     if len(result.groups) > 1:
         table = Table("groups", "agree", title="share of pairs of labels that agree, within and between groups")
         for (one, other), value in result.between.items():
-            table.add_row(one if one == other else f"{one}, {other}", cell(value))
+            table.add_row(plain(one if one == other else f"{one}, {other}"), cell(value))
         yield table
 
 
@@ -133,7 +135,7 @@ def markdown(result: Agreement) -> str:
 
 def profiles(kind: str, of: dict[str, Profile], reliability: dict[str, dict[str, float]]) -> Table:
     """Return the table of annotators or groups, without columns that nobody has a value of."""
-    columns: dict[str, list[str]] = {kind: list(of), "labels": [str(p.labels) for p in of.values()]}
+    columns: dict[str, list[str]] = {kind: list(map(plain, of)), "labels": [str(p.labels) for p in of.values()]}
     titles = {"agreement": "agrees", "earlier": "earlier", "longer": "longer", "ties": "ties", "checks": "checks"}
     for name, title in titles.items():
         columns[title] = [cell(getattr(profile, name)) for profile in of.values()]
