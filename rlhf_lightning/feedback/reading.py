@@ -224,7 +224,7 @@ def gathered(entries: Iterable[tuple[str, Label | RowError]], name: str, on_bad_
             try:
                 label = label.aligned(first.setdefault(label.comparison.id, label.comparison))
             except ValueError:
-                label = RowError(f"the comparison {label.comparison.id} has other responses than in an earlier row")
+                label = RowError(f"the comparison {label.comparison.id!r} has other responses than in an earlier row")
         if isinstance(label, RowError):
             if on_bad_row == "error" and not isinstance(label, LeftOut):
                 raise UserError(f"{name}, {where}: {label}") from None

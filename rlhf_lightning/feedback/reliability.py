@@ -27,7 +27,8 @@ class Reliability:
     """A fitted model of annotators.
 
     Args:
-        annotators: annotator -> probability that they say what is the case, see the function that fitted it.
+        annotators: annotator -> probability that they say what is the case, see the function that fitted it; nothing
+            is known of those who share no unit with others.
         posterior: unit -> category -> probability; of a pair -1 is the first response better, 0 a tie, 1 the second.
     """
 
@@ -121,7 +122,7 @@ def noisy_bradley_terry(entries: Sequence[Entry], iterations: int = 500, toleran
             break
     better = weights @ expit(grid)
     posterior = {unit: {-1: float(p), 1: float(1 - p)} for unit, p in zip(data.units, better, strict=True)}
-    return Reliability(dict(zip(data.annotators, map(float, eta[:, 0]), strict=True)), posterior)
+    return Reliability({name: float(eta[k, 0]) for k, name in enumerate(data.annotators) if votes[k]}, posterior)
 
 
 MODELS = {"dawid_skene": dawid_skene, "bradley_terry": noisy_bradley_terry}

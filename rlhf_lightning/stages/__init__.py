@@ -22,6 +22,12 @@ STAGES = {
         ),
         Stage("simulate", "labels by simulated annotators", "simulate:run", output="labels.jsonl"),
         Stage(
+            "agreement",
+            "how far annotators agree, and what is known of each",
+            "agreement:run",
+            output="metrics.json",
+        ),
+        Stage(
             "aggregate",
             "labels of several annotators made into rows to train on",
             "aggregate:run",

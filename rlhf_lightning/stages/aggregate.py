@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.feedback.aggregation import Aggregated, aggregate
+from rlhf_lightning.feedback.agreement import agreement
 from rlhf_lightning.feedback.exports import FORMATS, data_card, export
 from rlhf_lightning.feedback.reading import Labels, read_labels
 from rlhf_lightning.files import atomic_path, write_json, write_jsonl
 from rlhf_lightning.runtime.run import Run
+
+COUNTS = ("labels", "comparisons", "annotators", "rows", "left_out", "without_a_row")
+RESAMPLES = 200
+"""Of the items, for the intervals on the data card."""
 
 
 def run(run: Run) -> float | None:
@@ -30,10 +37,12 @@ def run(run: Run) -> float | None:
     )
     lines = export(result, run.folder, options["formats"])
     with atomic_path(run.folder / "README.md") as temporary:
-        temporary.write_text(data_card(result, run.sources["data.train"].name), encoding="utf-8")
+        temporary.write_text(
+            data_card(result, run.sources["data.train"].name, agreement_lines(labels)), encoding="utf-8"
+        )
     metrics = figures(result)
-    for logger in run.loggers():
-        logger.log_metrics(metrics, 0)
+    for logger in run.loggers():  # names of annotators are in metrics.json only: not every logger takes them
+        logger.log_metrics({name: metrics[name] for name in COUNTS}, 0)
         logger.finalize("success")
     target = run.folder / "preferences.jsonl"
     write_jsonl(target, result.rows)
@@ -56,17 +65,36 @@ def labels_of(run: Run) -> Labels:
     return labels
 
 
+def plain(name: str) -> str:
+    """Return a name of others for a terminal: without control characters, and nothing in it is markup."""
+    return escape("".join(c if c.isprintable() else "?" for c in name))
+
+
+def agreement_lines(labels: Labels) -> list[str]:
+    """Return how far the annotators agree, for the data card; nothing without the extra `agreement`."""
+    try:
+        result = agreement(labels, bootstrap=RESAMPLES, reliability=())
+    except UserError:
+        return []
+    lines = [
+        f"* {name}: {value:.3f}" + (f" (95% {low:.3f} to {high:.3f})" if math.isfinite(low) else "")
+        for name, (value, low, high) in result.figures.items()
+    ]
+    return [*lines, *(f"* {note}" for note in result.notes)]
+
+
 def figures(result: Aggregated) -> dict[str, Any]:
     """Return the counts, and how reliable each annotator is."""
     labels = result.labels
-    counts = {
-        "labels": len(labels.comparisons),
-        "comparisons": len({label.comparison.id for label in labels.comparisons}),
-        "annotators": len({label.annotator for label in labels.comparisons}),
-        "rows": len(result.rows),
-        "left_out": sum(labels.left_out.values()),
-        "without_a_row": sum(result.dropped.values()),
-    }
+    numbers = (
+        len(labels.comparisons),
+        len({label.comparison.id for label in labels.comparisons}),
+        len({label.annotator for label in labels.comparisons}),
+        len(result.rows),
+        sum(labels.left_out.values()),
+        sum(result.dropped.values()),
+    )
+    counts: dict[str, Any] = dict(zip(COUNTS, numbers, strict=True))
     for group, model in result.reliability.items():
         prefix = "reliability" if group is None else f"reliability/{group}"
         counts |= {f"{prefix}/{name}": value for name, value in model.annotators.items()}
@@ -85,8 +113,8 @@ def show(result: Aggregated) -> None:
     Console().print(table)
     for group, model in result.reliability.items():
         table = Table(
-            "annotator", "reliability", title="reliability" if group is None else f"reliability, group {group}"
+            "annotator", "reliability", title="reliability" if group is None else f"reliability, group {plain(group)}"
         )
         for name, value in sorted(model.annotators.items(), key=lambda item: -item[1]):
-            table.add_row(name, f"{value:.3f}")
+            table.add_row(plain(name), f"{value:.3f}")
         Console().print(table)

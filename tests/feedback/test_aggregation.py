@@ -184,7 +184,9 @@ def test_the_command_makes_rows_that_train(tmp_path: Path) -> None:
     folder = newest(tmp_path, "aggregate")
     metrics = json.loads((folder / "metrics.json").read_text())
     assert (metrics["labels"], metrics["rows"], metrics["annotators"]) == (48, 16, 3)
-    assert "* Aggregation: soft" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "* Aggregation: soft" in card
+    assert "* percent: 0.333" in card
     rlhf(tmp_path, "stage=reward", f"data.train={folder / 'preferences.jsonl'}", "max_steps=1", *SMALL)
     rlhf(tmp_path, "stage=dpo", f"data.train={folder / 'preferences.jsonl'}", "max_steps=1", *SMALL)
     (tmp_path / "bad.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[1] | {"ranking": [0]}) + "\n")

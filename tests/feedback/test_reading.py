@@ -203,7 +203,7 @@ def test_a_wrong_row_is_named(given: Any, message: str) -> None:
 
 
 def test_another_comparison_with_the_same_id_is_refused() -> None:
-    with pytest.raises(UserError, match="row 2: the comparison 1 has other responses"):
+    with pytest.raises(UserError, match="row 2: the comparison '1' has other responses"):
         read_labels([row(), row(responses=["apple", "pebble"], annotator="bob")])
 
 

@@ -41,6 +41,7 @@ def test_bradley_terry_finds_planted_reliabilities() -> None:
     assert np.square(probability - better).mean() < 0.85 * np.square(share - better).mean()  # nearer than the votes
 
 
+@pytest.mark.slow
 def test_dawid_skene_finds_planted_error_rates() -> None:
     """Every item has a true answer; one annotator knows it, which a majority of four who mostly guess hides."""
     planted, rng = [0.9, 0.6, 0.6, 0.6, 0.6], np.random.default_rng(0)
@@ -69,6 +70,7 @@ def test_ties_are_even() -> None:
     assert noisy_bradley_terry(votes).posterior["3", 0, 1] == pytest.approx({-1: 0.5, 1: 0.5})
 
 
+@pytest.mark.slow
 def test_items_of_one_annotator_say_nothing_of_reliability() -> None:
     votes, _ = simulated([0.9, 0.9, 0.6], 2.0, 100, seed=2)
     alone = [entry(1000 + i, "w2", 1) for i in range(50)]
@@ -77,9 +79,9 @@ def test_items_of_one_annotator_say_nothing_of_reliability() -> None:
         with pytest.raises(UserError, match="no item was labeled by two annotators"):
             model(alone)
     stranger = [entry(2000, "new", -1)]
-    assert "new" not in dawid_skene(votes + stranger).annotators
-    assert dawid_skene(votes + stranger).posterior["2000", 0, 1][-1] > 0.5
-    assert noisy_bradley_terry(votes + stranger).annotators["new"] == pytest.approx(0.8)
+    for model in (dawid_skene, noisy_bradley_terry):
+        assert "new" not in model(votes + stranger).annotators
+        assert 0.5 < model(votes + stranger).posterior["2000", 0, 1][-1] < 1  # counted as one of the others
 
 
 @pytest.mark.slow
