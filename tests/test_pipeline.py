@@ -100,3 +100,27 @@ def test_a_stage_reads_the_rows_that_another_wrote(tmp_path: Path) -> None:
     resumed = rlhf(tmp_path, "--config-dir", "conf", "pipeline=labels", *SMALL, "resume=auto").stdout
     assert resumed.count("is done") == 0
     assert len((run / "0_votes" / "preferences.jsonl").read_text().splitlines()) == 15
+
+
+@pytest.mark.parametrize("name", ["people", pytest.param("groups", marks=pytest.mark.nightly)])
+def test_feedback_of_simulated_people_goes_from_candidates_to_the_comparison(name: str, tmp_path: Path) -> None:
+    """Every stage reads what those before it wrote: candidates, labels, rows, models."""
+    if name == "people":
+        pytest.importorskip("crowdkit")
+    done = rlhf(
+        tmp_path, f"pipeline={name}", *QUICK[1:], "pipeline.stages.candidates.set.candidates.max_new_tokens=8",
+        "pipeline.stages.simulate.set.simulate.annotators=10",
+    )  # fmt: skip
+    assert f"pipeline {name} done" in done.stdout
+    (run,) = (tmp_path / "outputs" / "pipelines" / name).iterdir()
+    (last,) = run.glob("*_evaluate")
+    metrics = json.loads((last / "metrics.json").read_text())
+    if name == "people":
+        assert {"sft/gold", "ppo/gold_low", "dpo/kl", "reward/accuracy"} <= metrics.keys()
+    else:
+        assert {
+            "majority/gold_cautious",
+            "worst/gold_worst",
+            "mean/reward_curious",
+            "heads/accuracy_worst",
+        } <= metrics.keys()

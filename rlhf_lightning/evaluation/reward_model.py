@@ -21,8 +21,8 @@ def evaluate_reward_model(model: Any, data: PreferenceData, device: str = "cpu")
     """Return the accuracy on the held-out pairs of `data` with its interval, and the number of pairs.
 
     A model with a head per group orders a pair by the head of the group that the row names, by the mean of the
-    normalized heads where it names none. Where rows name groups, whatever the model, there is also the accuracy of each
-    group, their mean and the worst. The pairs of one prompt, whether of one ranking or of several rows, are not
+    normalized heads where it names none. Where rows name several groups, whatever the model, there is also the accuracy
+    of each, their mean and the worst. The pairs of one prompt, whether of one ranking or of several rows, are not
     independent.
 
     Raises:
@@ -60,10 +60,10 @@ def head_of(name: str | None, names: list[str], data: PreferenceData, row: int) 
 
 
 def of_groups(correct: list[float], prompts: list[Any], owners: list[str | None]) -> dict[str, Interval]:
-    """Return the accuracy of each group, the mean of these and the worst; nothing where no row names a group."""
+    """Return the accuracy of each group, the mean of these and the worst; nothing where rows name fewer than two."""
     table: dict[str, Interval] = {}
     names = sorted({name for name in owners if name is not None})
-    if not names:
+    if len(names) < 2:
         return {}
     counts = {name: owners.count(name) for name in names}
     for name in names:
@@ -72,7 +72,5 @@ def of_groups(correct: list[float], prompts: list[Any], owners: list[str | None]
     owned = [place for place, owner in enumerate(owners) if owner is not None]
     # a mean over pairs whose weights give every group the same part
     weighted = [correct[i] * len(owned) / (len(names) * counts[str(owners[i])]) for i in owned]
-    return table | {
-        "accuracy_mean": mean_interval(weighted, [prompts[i] for i in owned]),
-        "accuracy_worst": min(table.values()),
-    }
+    mean, low, high = mean_interval(weighted, [prompts[i] for i in owned])
+    return table | {"accuracy_mean": (mean, max(low, 0.0), min(high, 1.0)), "accuracy_worst": min(table.values())}
