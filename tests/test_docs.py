@@ -54,5 +54,5 @@ def commands() -> list[str]:
 def test_commands_compose(command: str) -> None:
     words = shlex.split(command.replace("<", "").replace(">", "").replace("...", ""))[1:]
     overrides = normalize([w for w in words if "=" in w and not w.startswith("hydra.")])
-    overrides = [o if "=[" in o else o.split(",")[0] for o in overrides]  # of a sweep the first value
+    overrides = [o if "=[" in o or "={" in o else o.split(",")[0] for o in overrides]  # of a sweep the first value
     composed(*overrides)

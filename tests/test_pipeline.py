@@ -59,3 +59,68 @@ def test_the_first_failure_ends_it_and_names_the_stage(tmp_path: Path) -> None:
     assert "stage base failed (exit code 2)" in done.stderr
     (run,) = (tmp_path / "outputs" / "pipelines" / "demo").iterdir()
     assert not (run / "1_sft").exists()
+
+
+LABELS = """# @package _global_
+run_folder: pipelines/labels
+pipeline:
+  name: labels
+  stages:
+    votes:
+      use: {stage: aggregate}
+      set: {data.train: labels.jsonl, aggregate.method: soft}
+    reward:
+      use: {stage: reward, data: preferences/jsonl}
+      set: {data.train: "{votes}", max_steps: 1}
+    again:
+      use: {stage: candidates}
+      set: {init_from: "{reward}", reward_from: "{reward}", data.train: "{votes}", candidates.num_generations: 0}
+"""
+
+
+def test_a_stage_reads_the_rows_that_another_wrote(tmp_path: Path) -> None:
+    """{name} is the file of a stage that writes rows; labels that change run it again, and what reads it."""
+    (tmp_path / "conf" / "pipeline").mkdir(parents=True)
+    (tmp_path / "conf" / "pipeline" / "labels.yaml").write_text(LABELS)
+    rows = [
+        {"id": str(i), "prompt": f"Say {i}.", "responses": [f"It is {i}.", "No!"], "ranking": rank, "annotator": name}
+        for i in range(16)
+        for name, rank in (("a", [0, 1]), ("b", [0, 1]), ("c", [1, 0]))
+    ]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rlhf(tmp_path, "--config-dir", "conf", "pipeline=labels", *SMALL)
+    (run,) = (tmp_path / "outputs" / "pipelines" / "labels").iterdir()
+    lines = [json.loads(line) for line in (run / "0_votes" / "preferences.jsonl").read_text().splitlines()]
+    assert {row["label"] for row in lines} == {2 / 3}
+    assert (run / "1_reward" / "model" / "manifest.json").is_file()
+    assert len((run / "2_again" / "candidates.jsonl").read_text().splitlines()) == 16
+    resumed = rlhf(tmp_path, "--config-dir", "conf", "pipeline=labels", *SMALL, "resume=auto").stdout
+    assert resumed.count("is done") == 3
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[3:]))
+    resumed = rlhf(tmp_path, "--config-dir", "conf", "pipeline=labels", *SMALL, "resume=auto").stdout
+    assert resumed.count("is done") == 0
+    assert len((run / "0_votes" / "preferences.jsonl").read_text().splitlines()) == 15
+
+
+@pytest.mark.parametrize("name", ["people", pytest.param("groups", marks=pytest.mark.nightly)])
+def test_feedback_of_simulated_people_goes_from_candidates_to_the_comparison(name: str, tmp_path: Path) -> None:
+    """Every stage reads what those before it wrote: candidates, labels, rows, models."""
+    if name == "people":
+        pytest.importorskip("crowdkit")
+    done = rlhf(
+        tmp_path, f"pipeline={name}", *QUICK[1:], "pipeline.stages.candidates.set.candidates.max_new_tokens=8",
+        "pipeline.stages.simulate.set.simulate.annotators=10",
+    )  # fmt: skip
+    assert f"pipeline {name} done" in done.stdout
+    (run,) = (tmp_path / "outputs" / "pipelines" / name).iterdir()
+    (last,) = run.glob("*_evaluate")
+    metrics = json.loads((last / "metrics.json").read_text())
+    if name == "people":
+        assert {"sft/gold", "ppo/gold_low", "dpo/kl", "reward/accuracy"} <= metrics.keys()
+    else:
+        assert {
+            "majority/gold_cautious",
+            "worst/gold_worst",
+            "mean/reward_curious",
+            "heads/accuracy_worst",
+        } <= metrics.keys()

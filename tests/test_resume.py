@@ -19,7 +19,13 @@ from rlhf_lightning.modules.schedules import schedule
 from rlhf_lightning.world import gold_reward, rows
 from tests.helpers.lightning import quiet_lightning
 
-DATA = {"sft": DemonstrationData, "reward": PreferenceData, "dpo": PreferenceData, "ppo": PromptData}
+DATA = {
+    "sft": DemonstrationData,
+    "reward": PreferenceData,
+    "grouped": PreferenceData,
+    "dpo": PreferenceData,
+    "ppo": PromptData,
+}
 
 
 class Killed(Exception):
@@ -46,8 +52,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def build(stage: str, start: str, cache: Path) -> tuple[LightningModule, Any]:
     data = DATA[stage](
-        load_tokenizer(start), "world", batch_size=4, row_tokens=128, cache_dir=cache, world={"rows": 14}
-    )
+        load_tokenizer(start), "world", batch_size=4, row_tokens=128, cache_dir=cache,
+        world={"rows": 14, "labeller": {"group": {"cautious": 1, "curious": 1}}},
+    )  # fmt: skip
     common: dict[str, Any] = {
         "optimizer": partial(torch.optim.AdamW, lr=1e-2),
         "schedule": partial(schedule, warmup=2),
@@ -56,6 +63,9 @@ def build(stage: str, start: str, cache: Path) -> tuple[LightningModule, Any]:
     build_module: dict[str, Callable[[], LightningModule]] = {
         "sft": lambda: SFT(lm, **common),
         "reward": lambda: RewardModel(partial(load_scalar_model, start, dropout=0.1), **common),
+        "grouped": lambda: RewardModel(
+            partial(load_scalar_model, start, dropout=0.1), groups=["cautious", "curious"], **common
+        ),
         "dpo": lambda: DPO(lm, **common),
         "ppo": lambda: PPO(
             lm, reward=gold_reward, max_new_tokens=8, ppo_epochs=2, kl_target=1.0, kl_horizon=20, reward_scale=True,
@@ -90,6 +100,7 @@ def run(stage: str, start: str, folder: Path, kill: int | None, accumulate: int,
         ("sft", 1, [3]),
         ("sft", 2, [1, 2, 5]),
         ("reward", 1, [4, 6]),
+        ("grouped", 2, [3]),
         ("dpo", 2, [3, 4]),
         ("ppo", 1, [2, 6]),
         ("ppo", 1, [4]),
@@ -108,7 +119,7 @@ def test_resumed_equals_uninterrupted(
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
-    if stage == "reward":
+    if stage in ("reward", "grouped"):
         assert whole.moments == resumed.moments
     if stage == "ppo":
         assert (whole.kl.beta, whole.reward_moments) == (resumed.kl.beta, resumed.reward_moments)  # type: ignore[union-attr]

@@ -46,7 +46,10 @@ class PreferenceData(RowData):
         responses = [answer[:room] for answer in answers]
         if len(set(map(tuple, responses))) == 1:
             raise records.RowError(f"the responses are identical within data.max_length={self.max_length}")
-        return Group(prompt, responses, ranks=record.ranks, margin=record.margin, label=record.label, differs=differs)
+        return Group(
+            prompt, responses, ranks=record.ranks, margin=record.margin, label=record.label, annotators=record.group,
+            differs=differs,
+        )  # fmt: skip
 
 
 class PromptData(RowData):

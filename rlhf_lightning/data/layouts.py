@@ -19,13 +19,13 @@ VERSION = 1
 Row = dict[str, Any]
 READ = (
     "messages", "prompt", "response", "completion", "chosen", "rejected", "responses", "ranking", "rating", "text",
-    "system", "tools", "reasoning_content", "margin", "label", "annotator", "answer",
+    "system", "tools", "reasoning_content", "margin", "label", "annotator", "group", "answer",
 )  # fmt: skip
 """Columns that are read; other names are mapped to them. `answer` is read by rewards only."""
 PROMPT = {"system", "system_prompt", "tools", "functions"}
-VERDICT = {"margin", "label", "annotator"}
+VERDICT = {"margin", "label", "annotator", "group"}
 BESIDE = {
-    "conversation": PROMPT, "single": PROMPT | {"reasoning_content"}, "rated": PROMPT | {"reasoning_content"},
+    "conversation": PROMPT, "single": PROMPT | {"reasoning_content"}, "rated": PROMPT | {"reasoning_content", "group"},
     "pair": PROMPT | VERDICT, "ranking": PROMPT | VERDICT, "prompt": PROMPT, "text": set[str](),
 }  # fmt: skip
 """Kind of a layout -> columns that are read beside it."""

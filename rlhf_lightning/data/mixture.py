@@ -133,6 +133,11 @@ class JoinedRows:
         part, place = self._place(row)
         return f"{self.names[part]}, {self.parts[part].where(place)}"
 
+    def annotators(self, row: int) -> str | None:
+        """Return the group of annotators that a row speaks for, None where it names none."""
+        part, place = self._place(row)
+        return self.parts[part].annotators(place)
+
     def raw(self, row: int) -> dict[str, Any]:
         """Return the untokenized row; only prompts keep it."""
         part, place = self._place(row)

@@ -52,7 +52,10 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Preference:
-    """A prompt with K >= 2 responses; `ranks` 0 is the best, ties share a rank, best first."""
+    """A prompt with K >= 2 responses; `ranks` 0 is the best, ties share a rank, best first.
+
+    `annotator` is who ranked them, `group` the group of annotators that they speak for.
+    """
 
     prompt: Content
     responses: list[str]
@@ -60,6 +63,7 @@ class Preference:
     margin: float = 0.0
     label: float = 1.0
     annotator: str | None = None
+    group: str | None = None
     tools: Tools = None
 
 
@@ -135,9 +139,11 @@ def preference(row: Row, columns: Columns = PLAIN) -> Preference:
     extra["tools"] = read_tools(view)
     if view.get("annotator") is not None:
         extra["annotator"] = str(view["annotator"])
+    if view.get("group") not in (None, ""):
+        extra["group"] = str(view["group"])
     if layout.kind == "ranking":
         return _ranking(view, columns, extra)
-    shared, (chosen, rejected) = _pair(view, columns)
+    shared, (chosen, rejected) = pair_of(view, columns)
     need_text(chosen, "chosen")
     need_text(rejected, "rejected")
     if chosen.strip() == rejected.strip():
@@ -166,7 +172,7 @@ def prompt(row: Row, columns: Columns = PLAIN) -> PromptRecord:
             metadata = {"completion": answer["content"]} | metadata
         messages = unweighted(messages)
     else:
-        messages = _prompt(view, columns) if view.get("prompt") else _pair(view, columns)[0]
+        messages = prompt_of(view, columns) if view.get("prompt") else pair_of(view, columns)[0]
     _need_user(messages)
     last = need_text(next(m["content"] for m in reversed(messages) if m["role"] == "user"), "the last user turn")
     return PromptRecord(messages, last, metadata | {"messages": messages}, tools)
@@ -177,14 +183,15 @@ def rated(row: Row, columns: Columns) -> tuple[Row, Any, float] | None:
     layout, view = read_row(row, columns, PREFERENCES)
     if layout is None or layout.kind != "rated":
         return None
-    shared = {name: view[name] for name in ("prompt", "system", "system_prompt", "tools", "functions") if name in view}
+    names = ("prompt", "system", "system_prompt", "tools", "functions", "group")
+    shared = {name: view[name] for name in names if name in view}
     return shared, _final(_response(view), "response", columns), float(read_rating(view, columns))
 
 
 # ---- prompts and responses -------------------------------------------------------------------------------------------
 
 
-def _prompt(view: Row, columns: Columns) -> list[Message]:
+def prompt_of(view: Row, columns: Columns) -> list[Message]:
     """Return the turns of the column `prompt`, which the assistant is to answer."""
     value = parsed(view["prompt"], "prompt")
     if isinstance(value, str):
@@ -206,7 +213,7 @@ def _answered(view: Row, columns: Columns) -> list[Message]:
         if len(turns) > 1 or "reasoning_content" in turns[0]:
             raise RowError("the column reasoning_content is beside a response with turns or reasoning of its own")
         turns = [turns[0] | {"reasoning_content": need_string(view["reasoning_content"], "reasoning_content")}]
-    messages, begin = joined(_prompt(view, columns), turns, "response")
+    messages, begin = joined(prompt_of(view, columns), turns, "response")
     answers = [m for m in messages[begin:] if m["role"] == "assistant"]
     if len(answers) < 2 or any("weight" in m for m in answers):
         return messages
@@ -245,9 +252,9 @@ def _as_text(message: Message, key: str) -> str:
     return need_text(message["content"], key)
 
 
-def _pair(view: Row, columns: Columns) -> tuple[list[Message], tuple[str, str]]:
+def pair_of(view: Row, columns: Columns) -> tuple[list[Message], tuple[str, str]]:
     """Return the prompt that both sides share, and the response of each."""
-    question = _prompt(view, columns) if view.get("prompt") else None
+    question = prompt_of(view, columns) if view.get("prompt") else None
     sides = []
     for key in ("chosen", "rejected"):
         value = parsed(view[key], key)
@@ -274,21 +281,32 @@ def _pair(view: Row, columns: Columns) -> tuple[list[Message], tuple[str, str]]:
     return shared, (_as_text(rests[0][0], "chosen"), _as_text(rests[1][0], "rejected"))
 
 
-def _ranking(view: Row, columns: Columns, extra: dict[str, Any]) -> Preference:
+def ranked(view: Row, columns: Columns, blank: bool = False) -> tuple[list[str], list[int]]:
+    """Return the responses of a ranking as they are listed, and the rank of each, 0 the best; all may be ties.
+
+    Args:
+        blank: responses may be empty: a model gave an empty one, and it was compared.
+    """
     given = need_list(view["responses"], "responses")
-    responses = [_final(r, f"responses[{i}]", columns) for i, r in enumerate(given)]
+    empty = [blank and isinstance(r, str) and not r.strip() for r in given]
+    responses = [r if empty[i] else _final(r, f"responses[{i}]", columns) for i, r in enumerate(given)]
     ranks = [read_rank(r, f"ranking[{i}]") for i, r in enumerate(need_list(view["ranking"], "ranking"))]
     if len(ranks) != len(responses) or len(responses) < 2:
         raise RowError(f"{len(responses)} responses but {len(ranks)} ranks; give one rank each, at least two responses")
+    levels = sorted(set(ranks))
+    return responses, [levels.index(rank) for rank in ranks]
+
+
+def _ranking(view: Row, columns: Columns, extra: dict[str, Any]) -> Preference:
+    responses, ranks = ranked(view, columns)
     if len(set(ranks)) == 1:
         raise RowError("all responses have the same rank")
     for i, j in itertools.combinations(range(len(ranks)), 2):
         if ranks[i] != ranks[j] and responses[i].strip() == responses[j].strip():
             raise RowError(f"responses[{i}] and responses[{j}] are identical but ranked differently")
     order = sorted(range(len(ranks)), key=lambda i: ranks[i])
-    levels = sorted(set(ranks))
-    shared = _prompt(view, columns)
-    return Preference(shared, [responses[i] for i in order], [levels.index(ranks[i]) for i in order], **extra)
+    shared = prompt_of(view, columns)
+    return Preference(shared, [responses[i] for i in order], [ranks[i] for i in order], **extra)
 
 
 def _learnable(messages: list[Message]) -> list[Message]:

@@ -28,14 +28,14 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import build_once
 from rlhf_lightning.ops.groups import Group
 
-FORMAT = 5  # part of every cache key; raise it when the columns change
+FORMAT = 6  # part of every cache key; raise it when the columns change
 PARALLEL_ROWS = 1_000  # fewer rows are faster without worker processes
 CHUNK = 512
 # a row: where its tokens, responses and text begin in the other files, and their numbers
 STARTS = ("ids", "responses", "text")
 ROW = np.dtype(
     [(name, np.int64) for name in STARTS]
-    + [(name, np.int32) for name in ("tokens", "loss_tokens", "size", "where", "raw")]
+    + [(name, np.int32) for name in ("tokens", "loss_tokens", "size", "where", "annotators", "raw")]
     + [("margin", np.float64), ("label", np.float64), ("differs", np.int8)]  # a place in DIFFERS, from 1
 )
 COLUMNS = {
@@ -43,7 +43,7 @@ COLUMNS = {
     "ids": np.dtype(np.int32),  # the prompt, then the responses
     "loss_mask": np.dtype(np.bool_),  # one beside every id, False in the prompt
     "responses": np.dtype([("tokens", np.int32), ("rank", np.int32)]),
-    "text": np.dtype(np.uint8),  # where a row stands in its source, then the row as JSON when it is kept
+    "text": np.dtype(np.uint8),  # where a row stands in its source, whose it is, then the row as JSON when it is kept
 }
 ToGroup = Callable[[Row], Group]
 Encoded = tuple[int, list[tuple[str, RowError]], dict[str, np.ndarray]]
@@ -89,12 +89,19 @@ class TokenizedRows:
             float(record["margin"]),
             float(record["label"]),
             row,
+            annotators=self.annotators(row),
         )
 
     def where(self, row: int) -> str:
         """Return where a row stands in its source, as in "row 17": rows that were skipped count."""
         record = self._rows[row]
         return self._text[record["text"] :][: record["where"]].tobytes().decode()
+
+    def annotators(self, row: int) -> str | None:
+        """Return the group of annotators that a row speaks for, None where it names none."""
+        record = self._rows[row]
+        start, size = record["text"] + record["where"], record["annotators"]
+        return self._text[start : start + size].tobytes().decode() if size else None
 
     def highest_id(self) -> tuple[int, int]:
         """Return the highest token id of all rows and the row that has it first; (-1, 0) without tokens."""
@@ -108,7 +115,8 @@ class TokenizedRows:
     def raw(self, row: int) -> Row:
         """Return the untokenized row; only prompts keep it."""
         record = self._rows[row]
-        return json.loads(self._text[record["text"] + record["where"] :][: record["raw"]].tobytes() or b"{}")
+        start = record["text"] + record["where"] + record["annotators"]
+        return json.loads(self._text[start : start + record["raw"]].tobytes() or b"{}")
 
 
 def _mapped(path: Path, kind: np.dtype) -> np.ndarray:
@@ -248,7 +256,8 @@ def encode(to_group: ToGroup, keep_raw: bool, chunk: list[tuple[str, Row]]) -> E
             bad.append((where, error))
             continue
         place, raw = where.encode(), json.dumps(row, default=str).encode() if keep_raw else b""
-        sizes = (group.tokens, group.loss_tokens, len(group.responses), len(place), len(raw))
+        whose = (group.annotators or "").encode()
+        sizes = (group.tokens, group.loss_tokens, len(group.responses), len(place), len(whose), len(raw))
         differs = DIFFERS.index(group.differs) + 1 if group.differs else 0
         columns["rows"].append((*(len(columns[name]) for name in STARTS), *sizes, group.margin, group.label, differs))
         columns["ids"] += chain(group.prompt, *group.responses)
@@ -256,6 +265,6 @@ def encode(to_group: ToGroup, keep_raw: bool, chunk: list[tuple[str, Row]]) -> E
         columns["loss_mask"] += chain([False] * len(group.prompt), *flags)
         ranks = group.ranks if group.ranks is not None else range(len(group.responses))
         columns["responses"] += zip(map(len, group.responses), ranks, strict=True)
-        columns["text"] += place + raw
+        columns["text"] += place + whose + raw
     columns["text"] = np.frombuffer(columns["text"], np.uint8)
     return len(chunk), bad, {name: np.asarray(columns[name], kind) for name, kind in COLUMNS.items()}

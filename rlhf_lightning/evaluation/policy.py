@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -19,7 +19,7 @@ from rlhf_lightning.models.completion import CompletionModel, choose_layout, res
 from rlhf_lightning.ops.groups import Group
 from rlhf_lightning.ops.kl import kl_estimate
 from rlhf_lightning.ops.statistics import Interval, mean_interval, share_interval
-from rlhf_lightning.rewards.scoring import Reward, score
+from rlhf_lightning.rewards.scoring import Reward, score_groups
 
 SHARES = (
     "ended_with_eos",
@@ -39,17 +39,22 @@ class Evaluation:
     """The responses of one policy to R rows with n generations each, and their values.
 
     `columns` holds per metric one value (or None, where it does not apply) per response; `places` the row and the
-    number of the generation; `prompts` what the responses to one prompt have in common.
+    number of the generation; `prompts` what the responses to one prompt have in common. `groups` has for a reward with
+    groups their names; their scores are the columns <reward>_<group>.
     """
 
     columns: Mapping[str, Sequence[float | None]]
     places: Sequence[tuple[int, int]]
     prompts: Sequence[tuple[int, ...]]
     samples: list[dict[str, Any]]
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def intervals(self) -> dict[str, Interval]:
-        """Return metric -> (mean, low, high)."""
-        return {metric: interval(metric, column, self.prompts) for metric, column in self.columns.items()}
+        """Return metric -> (mean, low, high); <reward>_worst is that of the group with the lowest mean."""
+        table = {metric: interval(metric, column, self.prompts) for metric, column in self.columns.items()}
+        for reward, names in self.groups.items():
+            table[f"{reward}_worst"] = min(table[f"{reward}_{name}"] for name in names)
+        return table
 
     def minus(self, other: Evaluation) -> dict[str, Interval]:
         """Return metric -> (mean, low, high) of the difference to another policy on the same rows.
@@ -126,19 +131,25 @@ def evaluate_policy(
     }
     if reference is not None and temperature > 0 and not truncation(engine):  # else samples are not the model's
         scores["kl"] = sequence_kl(lm, reference(), answers.groups(prompts), temperature, device)
+    groups: dict[str, list[str]] = {}
     for name, reward in (rewards or {}).items():
-        scores[name] = score(reward, answers.prompts, answers.texts, answers.metadata).tolist()
+        parts = score_groups(reward, answers.prompts, answers.texts, answers.metadata)
+        scores |= {f"{name}_{part}" if part else name: values.tolist() for part, values in parts.items()}
+        if len(parts) > 1:
+            groups[name] = [part for part in parts if part]
         if measures := getattr(reward, "measures", None):
             rows_measured = [measures(*pair) for pair in zip(answers.metadata, answers.texts, strict=True)]
             scores |= {m: [row.get(m) for row in rows_measured] for m in dict.fromkeys(chain(*rows_measured))}
+    kept = {f"gold_{name}" for name in groups.get("gold", ())}
+    hidden = {name for name in scores if name.startswith("gold_") and name not in kept}  # the same as gold
     samples = [
         {"prompt": answers.prompts[i], "response": answers.texts[i]}
-        | {name: column[i] for name, column in scores.items() if column[i] is not None and not name.startswith("gold_")}
+        | {name: column[i] for name, column in scores.items() if column[i] is not None and name not in hidden}
         for i in range(len(answers.texts))
     ]
     places = [(group.index, k) for group in prompts for k in range(num_generations)]
     return Evaluation(
-        scores, places, [tuple(group.prompt) for group in prompts for _ in range(num_generations)], samples
+        scores, places, [tuple(group.prompt) for group in prompts for _ in range(num_generations)], samples, groups
     )
 
 

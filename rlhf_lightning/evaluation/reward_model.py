@@ -5,28 +5,72 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_lightning.data.checks import ids_fit
 from rlhf_lightning.data.datamodules import PreferenceData
+from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.models.completion import ScalarModel, choose_layout, vocabulary_size
+from rlhf_lightning.models.heads import heads
 from rlhf_lightning.ops.ranking import pairs_in_order, ranked_pairs
-from rlhf_lightning.ops.statistics import Interval, share_interval
+from rlhf_lightning.ops.statistics import Interval, mean_interval, share_interval
 
 
 @torch.no_grad()
 def evaluate_reward_model(model: Any, data: PreferenceData, device: str = "cpu") -> tuple[dict[str, Interval], int]:
     """Return the accuracy on the held-out pairs of `data` with its interval, and the number of pairs.
 
-    The pairs of one prompt, whether of one ranking or of several rows, are not independent.
+    A model with a head per group orders a pair by the head of the group that the row names, by the mean of the
+    normalized heads where it names none. Where rows name several groups, whatever the model, there is also the accuracy
+    of each, their mean and the worst. The pairs of one prompt, whether of one ranking or of several rows, are not
+    independent.
+
+    Raises:
+        UserError: a row of a group that the model has no head for.
     """
     ids_fit(data, "val", vocabulary_size(model))
     model.to(device).eval()
     layout, _ = choose_layout(model)
-    scorer, correct, prompts = ScalarModel(model), [], []
+    scorer, names = ScalarModel(model), heads(model.config)
+    correct: list[float] = []
+    prompts: list[Any] = []
+    owners: list[str | None] = []
     for groups in data.val_dataloader():
         batch = groups.pack(layout).to(device)
-        scores = scorer(batch)
+        table = scorer(batch).view(batch.sequences, -1)
+        columns = [head_of(group.annotators, names, data, group.index) for group in groups.groups]
         better, worse = ranked_pairs(batch.ranks, batch.group_of)
-        correct += pairs_in_order(scores[better] - scores[worse]).tolist()
-        prompts += [tuple(groups.groups[group].prompt) for group in batch.group_of[better].tolist()]
-    return {"accuracy": share_interval(correct, prompts)}, len(correct)
+        for first, second, group in zip(better.tolist(), worse.tolist(), batch.group_of[better].tolist(), strict=True):
+            gap: Tensor = table[first] - table[second]
+            gap = gap.mean() if columns[group] is None else gap[columns[group]]
+            correct.append(pairs_in_order(gap).item())
+            prompts.append(tuple(groups.groups[group].prompt))
+            owners.append(groups.groups[group].annotators)
+    return {"accuracy": share_interval(correct, prompts)} | of_groups(correct, prompts, owners), len(correct)
+
+
+def head_of(name: str | None, names: list[str], data: PreferenceData, row: int) -> int | None:
+    """Return the head that orders the pairs of a row, None for the mean of all heads."""
+    if name is None or not names:
+        return None
+    if name not in names:
+        place = data.where("val", [row])
+        raise UserError(f"{place}: the group {name!r} has no head, only {', '.join(names)}.{nearest(name, names)}")
+    return names.index(name)
+
+
+def of_groups(correct: list[float], prompts: list[Any], owners: list[str | None]) -> dict[str, Interval]:
+    """Return the accuracy of each group, the mean of these and the worst; nothing where rows name fewer than two."""
+    table: dict[str, Interval] = {}
+    names = sorted({name for name in owners if name is not None})
+    if len(names) < 2:
+        return {}
+    counts = {name: owners.count(name) for name in names}
+    for name in names:
+        mine = [place for place, owner in enumerate(owners) if owner == name]
+        table[f"accuracy_{name}"] = share_interval([correct[i] for i in mine], [prompts[i] for i in mine])
+    owned = [place for place, owner in enumerate(owners) if owner is not None]
+    # a mean over pairs whose weights give every group the same part
+    weighted = [correct[i] * len(owned) / (len(names) * counts[str(owners[i])]) for i in owned]
+    mean, low, high = mean_interval(weighted, [prompts[i] for i in owned])
+    return table | {"accuracy_mean": (mean, max(low, 0.0), min(high, 1.0)), "accuracy_worst": min(table.values())}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -22,14 +23,31 @@ COLUMNS = {
     "flattered": "flatters",
 }
 WITH_INTERVAL = ("gold", "accuracy")
+OF_GROUPS = ("gold", "reward", "accuracy")
+"""Metrics that each group of people has a value of."""
 HELD_OUT = "held-out prompts"
 DIFFERENCES = "paired differences to {}"
+BY_GROUP = "by group"
 
 
-def show(title: str, table: dict[str, dict[str, Interval]], console: Console | None = None) -> None:
-    """Print `table`, model -> metric -> (mean, low, high), with the columns that any model has."""
+def group_columns(groups: Collection[str]) -> dict[str, str]:
+    """Return the columns of the table of groups: metric -> title."""
+    columns: dict[str, str] = {}
+    for metric in OF_GROUPS:
+        columns |= {f"{metric}_{name}": f"{metric}, {name}" for name in groups}
+        columns |= {f"{metric}_mean": f"{metric}, mean", f"{metric}_worst": f"{metric}, worst group"}
+    return columns
+
+
+def show(
+    title: str,
+    table: dict[str, dict[str, Interval]],
+    console: Console | None = None,
+    columns: Mapping[str, str] = COLUMNS,
+) -> None:
+    """Print `table`, model -> metric -> (mean, low, high), with those of `columns`, metric -> title, that any has."""
     console = console or Console()
-    header, *rows = cells(table)
+    header, *rows = cells(table, columns)
     printed = Table(title=title, show_lines=False)
     for number, name in enumerate(header):
         printed.add_column(name, justify="right" if number else "left")
@@ -40,17 +58,18 @@ def show(title: str, table: dict[str, dict[str, Interval]], console: Console | N
     console.print(printed)
 
 
-def as_markdown_table(title: str, table: dict[str, dict[str, Interval]]) -> str:
+def as_markdown_table(title: str, table: dict[str, dict[str, Interval]], columns: Mapping[str, str] = COLUMNS) -> str:
     """Return the same table as Markdown, for TensorBoard's text tab."""
-    header, *rows = cells(table)
+    header, *rows = cells(table, columns)
     return f"**{title}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
-def cells(table: dict[str, dict[str, Interval]]) -> list[list[str]]:
-    """Return the header and a row per model."""
-    columns = [name for name in COLUMNS if any(name in row for row in table.values())]
-    rows = [[model, *(cell(name, row.get(name)) for name in columns)] for model, row in table.items()]
-    return [["model", *(COLUMNS[name] for name in columns)], *rows]
+def cells(table: dict[str, dict[str, Interval]], columns: Mapping[str, str] = COLUMNS) -> list[list[str]]:
+    """Return the header and a row per model that has any of the columns."""
+    known = [name for name in columns if any(name in row for row in table.values())]
+    shown = {model: row for model, row in table.items() if any(name in row for name in known)}
+    rows = [[model, *(cell(name, row.get(name)) for name in known)] for model, row in shown.items()]
+    return [["model", *(columns[name] for name in known)], *rows]
 
 
 def cell(name: str, value: Interval | None) -> str:
@@ -58,6 +77,6 @@ def cell(name: str, value: Interval | None) -> str:
     if value is None:
         return ""
     mean, low, high = value
-    if name in WITH_INTERVAL and math.isfinite(low):
+    if name.partition("_")[0] in WITH_INTERVAL and math.isfinite(low):
         return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
     return f"{mean:.1f}" if name == "length" else f"{mean:.3f}"

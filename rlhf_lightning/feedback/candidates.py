@@ -19,11 +19,11 @@ from rlhf_lightning.models.sharding import broadcast_tp
 from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule
 from rlhf_lightning.modules.online import Generating
 from rlhf_lightning.ops.groups import GroupList
-from rlhf_lightning.rewards.scoring import Reward, score, to_device
+from rlhf_lightning.rewards.scoring import Reward, score_groups, to_device
 
 OF_OTHERS = {
     "prompt", "messages", "conversations", "conversation", "response", "completion", "chosen", "rejected", "responses",
-    "ranking", "rating", "scores", "margin", "label", "annotator",
+    "ranking", "rating", "scores", "group_scores", "margin", "label", "annotator", "group",
 }  # fmt: skip
 """Columns about the prompt, which is written as `prompt`, or about other responses."""
 
@@ -95,7 +95,9 @@ class Candidates(Generating):
             value |= {name: column for name, column in extra.items() if name not in OF_OTHERS}
             value |= responses[place]
             if scores is not None:
-                value |= {"scores": scores[place], "ranking": ranking(value["responses"], scores[place])}
+                mine = {name: values[place] for name, values in scores.items()}
+                value |= {"scores": mine.pop(""), "group_scores": mine} if len(mine) > 1 else {"scores": mine[""]}
+                value["ranking"] = ranking(value["responses"], value["scores"])
             rows.append({"row": group.index, "value": value})
         return rows
 
@@ -126,8 +128,8 @@ class Candidates(Generating):
         except RowError as error:
             raise UserError(f"{self.data.where('train', [number])} has no responses to score: {error}") from error
 
-    def scored(self, batch: GroupList, responses: list[dict[str, Any]]) -> list[list[float]] | None:
-        """Return the scores of every prompt's responses; None without a reward or without responses."""
+    def scored(self, batch: GroupList, responses: list[dict[str, Any]]) -> dict[str, list[list[float]]] | None:
+        """Return as "" the scores of every prompt's responses, by name those of groups; None where there are none."""
         prompts, texts, metadata = [], [], []
         for group, row in zip(batch.groups, responses, strict=True):
             for k, response in enumerate(row["responses"]):
@@ -136,8 +138,9 @@ class Candidates(Generating):
                 metadata.append(dict(group.metadata) | ({"finished": row["finished"][k]} if "finished" in row else {}))
         if self.reward is None or not texts:
             return None
-        values = iter(broadcast_tp(self.device_mesh, score(self.reward, prompts, texts, metadata)).tolist())
-        return [[next(values) for _ in row["responses"]] for row in responses]
+        parts = broadcast_tp(self.device_mesh, score_groups(self.reward, prompts, texts, metadata))
+        sizes = [len(row["responses"]) for row in responses]
+        return {name: [part.tolist() for part in values.split(sizes)] for name, values in parts.items()}
 
 
 def ranking(responses: list[str], scores: list[float]) -> list[int]:

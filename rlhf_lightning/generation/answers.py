@@ -15,7 +15,7 @@ from rlhf_lightning.models.ends import eos_ids
 from rlhf_lightning.models.sharding import broadcast_tp
 from rlhf_lightning.ops.groups import Group
 
-Scorer = Callable[[Sequence[str], Sequence[str], Sequence[dict[str, Any]]], Tensor]
+Scorer = Callable[[Sequence[str], Sequence[str], Sequence[dict[str, Any]]], Tensor | dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Answers:
     """n responses to each of P prompts, S = P n, prompt by prompt.
 
     `prompts`, `metadata`, `token_ids`, `texts` and `finished` have length S; `metadata` includes whether the
-    response is finished. `scores` has a tensor (S,) for every scorer.
+    response is finished. `scores` has a tensor (S,) for every scorer, and one as <scorer>_<part> for each of its parts.
     """
 
     num_generations: int
@@ -74,7 +74,8 @@ def answer(
     Args:
         template: decodes responses.
         prompts: groups whose prompt is read; `index`, with `seed_parts`, decides the sampled tokens.
-        scorers: name -> callable (prompts, responses, metadata) -> (S,), as :func:`rewards.scoring.score`.
+        scorers: name -> callable (prompts, responses, metadata) -> (S,), as :func:`rewards.scoring.score`, or with
+            parts as :func:`rewards.scoring.score_groups`.
         mesh: the module's device mesh; ranks that share every layer get the answers of the first of them.
         progress: called with the number of prompts done after each batch.
     """
@@ -98,9 +99,9 @@ def answer(
     prompt_texts = [prompt_text(group, template) for group in prompts for _ in range(num_generations)]
     columns = [dict(group.metadata) for group in prompts for _ in range(num_generations)]
     metadata = [row | {"finished": done} for row, done in zip(columns, generations.finished, strict=True)]
-    scores = {
-        name: broadcast_tp(mesh, scorer(prompt_texts, texts, metadata))
-        for name, scorer in (scorers or {}).items()
-        if texts
-    }
+    scores: dict[str, Tensor] = {}
+    for name, scorer in (scorers or {}).items() if texts else ():
+        scored = broadcast_tp(mesh, scorer(prompt_texts, texts, metadata))
+        parts = scored if isinstance(scored, dict) else {"": scored}
+        scores |= {f"{name}_{part}" if part else name: values for part, values in parts.items()}
     return Answers(num_generations, prompt_texts, metadata, generations.responses, texts, generations.finished, scores)

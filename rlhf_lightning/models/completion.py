@@ -74,7 +74,7 @@ def hidden_states(model: nn.Module, batch: GroupBatch, by_runs: bool | None = No
 
 
 def scalars(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """Return the float32 outputs (M,) of a head with one output; autocast would round scores to three digits."""
+    """Return the float32 outputs of a head, (M,) of one, (M, H) of several; autocast would round to three digits."""
     with torch.autocast(hidden.device.type, enabled=False):
         return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
 
@@ -142,11 +142,11 @@ class CompletionModel(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """A sequence classifier with one output over completion groups: a reward model or a critic.
+    """A sequence classifier over completion groups: a reward model or a critic.
 
     Args:
-        model: `AutoModelForSequenceClassification` with `num_labels=1` and a linear `score` head, or a peft model
-            around one.
+        model: `AutoModelForSequenceClassification` with a linear `score` head, or a peft model around one; with H > 1
+            labels, of a head per group of annotators, its outputs have a second dimension (H,).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -160,6 +160,9 @@ class ScalarModel(nn.Module):
         states = hidden[batch.last if at == "last" else batch.source]
         scores = scalars(cast(nn.Linear, inner.score), states)
         mean, std = getattr(inner.config, "reward_mean", 0.0), getattr(inner.config, "reward_std", 1.0)
+        if isinstance(mean, list):  # of each head
+            mean, std = scores.new_tensor(mean), scores.new_tensor(std)
+            return ((scores if scores.ndim == 2 else scores[:, None]) - mean) / std
         return (scores - mean) / std
 
     @property

@@ -130,7 +130,8 @@ def load_scalar_model(
 ) -> PreTrainedModel:
     """Return a one-output sequence classifier from a language model or a trained reward model.
 
-    A new head is Linear(d, 1) with weights from N(0, 1 / (d + 1)) (Huang et al. 2023); a trained one is kept.
+    A new head is Linear(d, 1) with weights from N(0, 1 / (d + 1)) (Huang et al. 2023); a trained one is kept, as
+    are those of a reward model with a head per group.
 
     Raises:
         UserError: `trained` is asked for and the folder holds no reward model, or one of several labels.
@@ -139,7 +140,8 @@ def load_scalar_model(
     is_reward = is_classifier(name, config)
     if trained and not is_reward:
         raise UserError(f"{name} is not a reward model folder (its architecture is {config.architectures})")
-    labels, config.num_labels = config.num_labels, 1
+    labels = config.num_labels
+    config.num_labels = labels if is_reward and has_heads(name, config) else 1
     text = config.get_text_config()
     ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
     if text.pad_token_id in (None, *ends):
@@ -148,7 +150,7 @@ def load_scalar_model(
     try:
         model = _load_weights(AutoModelForSequenceClassification, name, new, config, dtype, attn_implementation)
     except ShapeError as error:
-        if not is_reward or labels == 1:
+        if not is_reward or labels == config.num_labels:
             raise
         raise UserError(
             f"{name} is a classifier with {labels} labels; a reward model has one, the score (num_labels=1)"
@@ -161,6 +163,20 @@ def load_scalar_model(
             noise = normal(head.weight.numel(), seed, "reward head").view_as(head.weight)
             head.weight.copy_(noise / math.sqrt(head.in_features + 1))
     return _prepare(model, gradient_checkpointing, compile)
+
+
+def has_heads(name: str, config: Any) -> bool:
+    """Return whether a config is that of a reward model with a head per group.
+
+    Raises:
+        UserError: it has statistics of another number of heads than it has labels.
+    """
+    given = [getattr(config, key, None) for key in ("reward_mean", "reward_std")]
+    if not any(isinstance(values, list) for values in given):
+        return False
+    if any(not isinstance(values, list) or len(values) != config.num_labels for values in given):
+        raise UserError(f"{name}/config.json: reward_mean and reward_std need a number for each of num_labels heads")
+    return True
 
 
 def is_classifier(name: str, config: Any = None) -> bool:

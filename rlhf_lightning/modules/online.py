@@ -27,7 +27,7 @@ from rlhf_lightning.modules.rollout import Rollout
 from rlhf_lightning.ops.advantages import moments
 from rlhf_lightning.ops.groups import GroupBatch, GroupList
 from rlhf_lightning.ops.statistics import RunningMoments
-from rlhf_lightning.rewards.scoring import Reward, score, to_device
+from rlhf_lightning.rewards.scoring import Reward, score_groups, to_device
 
 
 class Generating(StageModule):
@@ -109,7 +109,7 @@ class Generating(StageModule):
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed_parts=(self.seed, *seed_parts),
-            scorers={name: partial(score, reward) for name, reward in scorers.items() if reward is not None},
+            scorers={name: partial(score_groups, reward) for name, reward in scorers.items() if reward is not None},
             mesh=self.device_mesh,
         )
 
@@ -210,11 +210,13 @@ class Online(Generating):
             self.microbatch_tokens,
             rounds=partial(max_over_ranks, self.policy.lm),
             gold=answers.scores.get("gold"),
+            parts={name: values for name, values in answers.scores.items() if name not in ("reward", "gold")},
         )
         self.rollout_size = (len(answers.texts), sum(group.tokens for group in rollout.groups))
         columns = {"prompt": answers.prompts, "response": answers.texts, "reward": rollout.scores.tolist()}
         columns |= {"finished": answers.finished}
         columns |= {} if rollout.gold is None else {"gold": rollout.gold.tolist()}
+        columns |= {name: values.tolist() for name, values in rollout.parts.items()}
         self.samples_seen = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return rollout
 
@@ -279,6 +281,8 @@ class Online(Generating):
         }
         if rollout.gold is not None:
             outcome["reward/gold"] = rollout.gold
+        for name, values in rollout.parts.items():  # reward_<group> is the proxy's
+            outcome[f"reward/{name.replace('reward_', 'proxy_', 1)}"] = values
         means = {name: self.mean(values.to(self.device).float()) for name, values in outcome.items()}
         spread = self.mean((rollout.scores.to(self.device) - means["reward/proxy"]) ** 2)
         self.episodes += int(self.reduce(torch.tensor([float(len(rollout.mask))])).item())
@@ -292,6 +296,7 @@ class Online(Generating):
         sums = {"reward": rollout.scores.sum(), "kl": kl.cpu(), "length": rollout.mask.sum().float().cpu()}
         if rollout.gold is not None:
             sums["gold"] = rollout.gold.sum()
+        sums |= {name: values.sum() for name, values in rollout.parts.items()}
         sums["ended_with_eos"] = rollout.finished.float().sum()
         self.track("val", len(rollout.scores), **sums)
 

@@ -40,6 +40,7 @@ class Group:
         label: the probability that the first response is preferred to the second (1 = certain).
         index: row number in the data set.
         text: the prompt as a reward reads it, its last user turn; None is the decoded prompt.
+        annotators: the group of annotators that ranked the responses.
         metadata: the other columns of the row, handed to rewards.
         differs: why the tokens are not those of the chat template; None when they are.
     """
@@ -52,6 +53,7 @@ class Group:
     label: float = 1.0
     index: int = -1
     text: str | None = None
+    annotators: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     differs: str | None = None
 
@@ -108,7 +110,8 @@ class GroupBatch:
     are (R, L). `source` (N,) is the flat index of the position that predicts a token in the loss mask, `targets` (N,)
     the token, `sequence_ids` (N,) its response; the order is response by response, then time. `last` (S,) is the flat
     index of the last token of each response, `lengths` (S,) its number of tokens in the loss mask, `group_of` (S,) its
-    group, `ranks` (S,) its rank. `margins`, `labels`, `index` are (G,).
+    group, `ranks` (S,) its rank. `margins`, `labels`, `index` are (G,); `annotators` has for each group the name of the
+    group of annotators that ranked its responses.
 
     `per_token` and `per_group` are the weights that make a sum over this batch's tokens or groups a mean over the
     whole optimizer step, after Lightning's average over accumulation and ranks. `runs` are those of packed rows; None
@@ -133,6 +136,7 @@ class GroupBatch:
     per_group: float
     padded: bool = False
     runs: Runs | None = None
+    annotators: tuple[str | None, ...] = ()
 
     @property
     def groups(self) -> int:
@@ -253,6 +257,7 @@ class _Builder:
             per_group=1.0 / len(self.groups) if per_group is None else per_group,
             padded=padded,
             runs=None if padded else find_runs(columns[2], columns[3]),
+            annotators=tuple(group.annotators for group in self.groups),
         )
 
     def _row(self, row: int, entries: Sequence[tuple[int, int | None]]) -> tuple[list[int], ...]:

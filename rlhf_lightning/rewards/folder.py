@@ -13,26 +13,37 @@ from rlhf_lightning.data.template import Template
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.completion import ScalarModel, choose_layout, vocabulary_size
 from rlhf_lightning.models.frozen import Frozen
+from rlhf_lightning.models.heads import heads
 from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer, resolve_model
 from rlhf_lightning.ops.groups import Group, Layout, microbatches
+from rlhf_lightning.rewards.groups import MEAN, Combination, GroupedReward
 
 
-def load_folder(name: str, dtype: str) -> FolderReward:
+def load_folder(name: str, dtype: str, how: Combination = MEAN) -> FolderReward:
     """Return the reward of a trained reward model."""
-    return FolderReward(resolve_model(name, "."), dtype)
+    return FolderReward(resolve_model(name, "."), dtype, how=how)
 
 
-class FolderReward:
+class FolderReward(GroupedReward):
     """Scores text with a trained reward model, through its own tokenizer and template.
 
-    Responses to the same conversation are scored as one completion group, so its prompt is computed once.
+    Responses to the same conversation are scored as one completion group, so its prompt is computed once. A model with
+    a head per group gives the combination `how` of their normalized scores.
 
     Raises:
         UserError: the folder holds no reward model, or says nowhere how it writes a conversation.
     """
 
-    def __init__(self, folder: str, dtype: str = "float32", batch_tokens: int = 16_384, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        folder: str,
+        dtype: str = "float32",
+        batch_tokens: int = 16_384,
+        device: str = "cpu",
+        how: Combination = MEAN,
+    ) -> None:
         model = load_scalar_model(folder, dtype=dtype, trained=True)
+        super().__init__(heads(model.config), how)
         tokenizer = load_tokenizer(folder)
         if not tokenizer.chat_template:
             raise UserError(
@@ -52,6 +63,17 @@ class FolderReward:
         return self
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
+        if self.groups:
+            return super().__call__(prompts, responses, metadata)
+        return self.scores(prompts, responses, metadata)[:, 0]
+
+    def by_group(
+        self, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]
+    ) -> dict[str, Tensor]:
+        return dict(zip(self.groups, self.scores(prompts, responses, metadata).T, strict=True))
+
+    def scores(self, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
+        """Return the normalized scores (S, H) of every head, of a plain reward model (S, 1)."""
         groups: dict[tuple[int, ...], list[int]] = {}
         answers = []
         for i, (text, response, extra) in enumerate(zip(prompts, responses, metadata, strict=True)):
@@ -70,10 +92,11 @@ class FolderReward:
             answers.append(answer[: max(self.context - len(prompt), 1)])
             groups.setdefault(tuple(prompt), []).append(i)
         packed = [Group(prompt, [answers[i] for i in members]) for prompt, members in groups.items()]
-        scores = torch.zeros(len(responses))
+        scores = torch.zeros(len(responses), max(len(self.groups), 1))
         members = list(groups.values())
         device = next(self.model.model.parameters()).device
         row_tokens = 2 * max(group.tokens for group in packed)  # short rows cost little attention
         for places, batch in microbatches(packed, self.batch_tokens, self.layout, row_tokens):
-            scores[[member for place in places for member in members[place]]] = self.model(batch.to(device)).cpu()
+            found = self.model(batch.to(device)).cpu().view(batch.sequences, -1)
+            scores[[member for place in places for member in members[place]]] = found
         return scores

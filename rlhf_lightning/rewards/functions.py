@@ -11,10 +11,11 @@ from rlhf_lightning.errors import UserError, nearest
 
 
 def load_world(name: str, dtype: str) -> Any:
-    """Return the gold reward of the built-in world."""
-    from rlhf_lightning.world import gold_reward
+    """Return the gold reward of the built-in world, as `world:<group>` that of one of its groups."""
+    from rlhf_lightning.world import gold_reward, group_gold
 
-    return gold_reward
+    group = name.partition(":")[2]
+    return group_gold(group) if group else gold_reward
 
 
 def load_function(name: str, dtype: str) -> Any:

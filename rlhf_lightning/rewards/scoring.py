@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.heads import check_names
+from rlhf_lightning.rewards.groups import MEAN, Combination, GroupedReward, combined
 from rlhf_lightning.rewards.spec import parse
 
 Reward = Callable[..., Any]
@@ -35,25 +37,58 @@ class MeanReward:
         return torch.stack([score(member, prompts, responses, metadata) for member in self.members]).mean(0)
 
 
-def load_reward(spec: Any, dtype: str = "float32") -> Reward:
-    """Return the reward that `spec` names, the mean of several.
+class RewardPerGroup(GroupedReward):
+    """A reward for each group, such as a reward model of its own, combined into one."""
+
+    def __init__(self, members: Mapping[str, Reward], how: Combination = MEAN) -> None:
+        super().__init__(check_names(list(members), "reward_from"), how)
+        self.members = members
+        if measured := next((m.measures for m in members.values() if hasattr(m, "measures")), None):
+            self.measures = measured
+
+    def to(self, device: torch.device | str) -> RewardPerGroup:
+        """Move the members that are models and return self."""
+        for member in self.members.values():
+            to_device(member, device)
+        return self
+
+    def by_group(
+        self, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]
+    ) -> dict[str, Tensor]:
+        return {name: score(member, prompts, responses, metadata) for name, member in self.members.items()}
+
+
+def load_reward(spec: Any, dtype: str = "float32", how: Combination = MEAN) -> Reward:
+    """Return the reward that `spec` names: the mean of a list of several, of a map one reward per group.
 
     Args:
-        spec: a callable, a value of `reward_from` (:func:`rlhf_lightning.rewards.spec.parse`), or a list of these.
+        spec: a callable, a value of `reward_from` (:func:`rlhf_lightning.rewards.spec.parse`), a list or map of these.
         dtype: of the weights of reward models.
+        how: how the scores of groups are combined, a value of `reward_groups`.
 
     Raises:
-        UserError: when the module, the function or the folder is not there.
+        UserError: when the module, the function or the folder is not there, or `how` is about groups that are not.
     """
+    reward = _load(spec, dtype, how)
+    if how != MEAN and not any(getattr(r, "groups", None) for r in [reward, *getattr(reward, "members", ())]):
+        raise UserError(
+            f"reward_groups={how}: reward_from={spec} has no groups; a reward model gets them with reward.groups"
+        )
+    return reward
+
+
+def _load(spec: Any, dtype: str, how: Combination) -> Reward:
     if callable(spec):
         return spec
-    members = [load_reward(member, dtype) for member in spec] if isinstance(spec, list | tuple) else []
+    if isinstance(spec, Mapping) and spec:
+        return RewardPerGroup({str(name): _load(member, dtype, how) for name, member in spec.items()}, how)
+    members = [_load(member, dtype, how) for member in spec] if isinstance(spec, list | tuple) else []
     if members:
         return MeanReward(members)
     named = parse(spec)
     if not named:
         raise UserError("reward_from is needed: a reward model folder, module:function, or world")
-    return named[0].load(dtype)
+    return named[0].load(dtype, how)
 
 
 def to_device(reward: Any, device: torch.device | str) -> None:
@@ -134,6 +169,21 @@ def score(
         bad = int((~torch.isfinite(values)).nonzero()[0])
         raise UserError(f"the reward is {values[bad].item()} for {_response(responses, prompts, bad)}")
     return values
+
+
+def score_groups(
+    reward: Reward, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]
+) -> dict[str, Tensor]:
+    """Return the rewards (S,) as "", and under its name the scores (S,) of every group of a reward that has groups."""
+    if not isinstance(reward, GroupedReward) or not reward.groups:
+        return {"": score(reward, prompts, responses, metadata)}
+    parts: dict[str, Tensor] = {}
+
+    def total(*texts: Any) -> Tensor:
+        parts.update(reward.by_group(*texts))
+        return combined(parts, reward.how)
+
+    return {"": score(total, prompts, responses, metadata)} | parts
 
 
 def _response(responses: Sequence[str], prompts: Sequence[str], place: int) -> str:

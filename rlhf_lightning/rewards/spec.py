@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -23,7 +23,7 @@ class Kind:
     Args:
         matches: returns whether a text names a reward of this kind.
         digest: returns what changes when the reward does; None where that is unknown.
-        loader: `module:function` that builds the reward from (name, dtype).
+        loader: `module:function` that builds the reward from (name, dtype), a model from (name, dtype, how).
         is_model: the name is a model folder, a parent of the stage.
     """
 
@@ -44,10 +44,11 @@ class RewardSpec:
         """Return what changes when the reward does: its weights, its source, the version of the world."""
         return KINDS[self.kind].digest(self.name)
 
-    def load(self, dtype: str) -> Any:
-        """Build the reward; `dtype` is that of a model's weights."""
+    def load(self, dtype: str, how: Any = "mean") -> Any:
+        """Build the reward; of a model `dtype` is that of its weights, `how` the combination of its groups' heads."""
         module, _, function = KINDS[self.kind].loader.partition(":")
-        return getattr(importlib.import_module(module), function)(self.name, dtype)
+        load = getattr(importlib.import_module(module), function)
+        return load(self.name, dtype, how) if self.is_model else load(self.name, dtype)
 
     @property
     def is_model(self) -> bool:
@@ -56,7 +57,7 @@ class RewardSpec:
 
 
 def parse(value: Any, key: str = "reward_from") -> list[RewardSpec]:
-    """Return the rewards that a value of `reward_from` or `gold_from` names: none for null, several for a list.
+    """Return the rewards that a value of `reward_from` or `gold_from` names: none for null, several for a list or map.
 
     Raises:
         UserError: a text that is no kind of reward.
@@ -65,11 +66,13 @@ def parse(value: Any, key: str = "reward_from") -> list[RewardSpec]:
         return []
     if isinstance(value, list | tuple):
         return [spec for member in value for spec in parse(member, key)]
+    if isinstance(value, Mapping):
+        return [spec for name, member in value.items() for spec in parse(member, f"{key}.{name}")]
     name = str(value)
     for kind, row in KINDS.items():
         if row.matches(name):
             return [RewardSpec(kind, name)]
-    raise UserError(f"{key}={name!r} is neither a reward model folder, 'module:function', nor 'world'")
+    raise UserError(f"{key}={name!r} is neither a reward model folder, 'module:function', 'world', nor 'world:<group>'")
 
 
 def digests(value: Any) -> list[str | None]:
@@ -145,7 +148,9 @@ def _imported_names(file: Path, module: str) -> Iterator[str]:
 
 
 KINDS = {
-    "world": Kind(lambda name: name == "world", _world_version, "rlhf_lightning.rewards.functions:load_world"),
+    "world": Kind(
+        lambda name: name.partition(":")[0] == "world", _world_version, "rlhf_lightning.rewards.functions:load_world"
+    ),
     "folder": Kind(
         lambda name: Path(name).is_dir(), weights_key, "rlhf_lightning.rewards.folder:load_folder", is_model=True
     ),

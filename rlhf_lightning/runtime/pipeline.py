@@ -18,8 +18,8 @@ from rich.console import Console
 
 from rlhf_lightning.data.sources import is_local, read_source
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.files import fingerprint, read_json, write_json
-from rlhf_lightning.models.folder import parent_entry
+from rlhf_lightning.files import file_digest, fingerprint, read_json, write_json
+from rlhf_lightning.models.folder import MANIFEST, parent_entry
 from rlhf_lightning.rewards.spec import digests
 from rlhf_lightning.runtime.instantiate import check_escaped
 from rlhf_lightning.runtime.processes import quoted, run_child
@@ -29,6 +29,8 @@ from rlhf_lightning.runtime.settings import DATA_SPLITS, flat, groups, select, t
 
 console = Console()
 REWARDS = ("reward_from", "gold_from")
+MAPS = ("data.columns", "data.world.labeller.group", "reward_groups", "simulate.groups", *REWARDS)
+"""Keys whose value may be a map, which a stage fills in member by member."""
 KEY = re.compile(r"[+~]*(\w+)[\w./@+-]*")
 GIVEN = {  # what a stage may write as {name} and the user gives as a key
     "root": "data_root: a value is needed, the folder with train.jsonl.gz and test.jsonl.gz",
@@ -45,7 +47,7 @@ def run_pipeline(cfg: DictConfig, maps: Collection[str] = ()) -> None:
     Raises:
         UserError: naming the stage that failed and how to go on, or the stage that is a pipeline again.
     """
-    everything, shown, maps = to_container(cfg), redacted(cfg), [*maps, "data.columns"]
+    everything, shown, maps = to_container(cfg), redacted(cfg), [*maps, *MAPS]
     settings = everything["pipeline"]
     check_escaped(settings, "pipeline")  # as a command line it would be resolved once more
     if inside := os.environ.get("RLHF_PIPELINE_STAGE"):  # an experiment passed on to it may choose a pipeline
@@ -71,7 +73,7 @@ def run_pipeline(cfg: DictConfig, maps: Collection[str] = ()) -> None:
         else:
             console.rule(f"stage {number + 1} of {len(stages)}: {name}")
             run_part(name, folder, [as_override(key, value, maps) for key, value in arguments.items()] + mine, digest)
-        folders[name] = written[name] = str(folder / "model")
+        folders[name] = written[name] = str(product(folder))
     minutes, seconds = divmod(int(time.monotonic() - began), 60)
     console.print(f"\npipeline {settings['name']} done in {minutes}:{seconds:02d}")
     console.print(f"run         {run}", soft_wrap=True)
@@ -79,7 +81,7 @@ def run_pipeline(cfg: DictConfig, maps: Collection[str] = ()) -> None:
 
 
 def stage_values(stage: dict[str, Any], folders: dict[str, str | None]) -> dict[str, Any]:
-    """Return key -> value of a stage, with {name} replaced by an earlier stage's model folder or by what was given.
+    """Return key -> value of a stage, with {name} replaced by what an earlier stage made or by what was given.
 
     Raises:
         UserError: a key that only the command line may give, or that is none.
@@ -128,18 +130,29 @@ def parsed(overrides: list[str], settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value if select(settings, key) is None else select(settings, key) for key, value in values.items()}
 
 
+def product(folder: Path) -> Path:
+    """Return what the stage in a run folder made: its model folder, or the file that its record names."""
+    output = (read_json(folder / "run.json") or {}).get("output")
+    made = folder / "model" if not isinstance(output, str) else folder / output
+    return made.parent if made.name == MANIFEST else made
+
+
 def parent_weights(stage: dict[str, Any], folders: dict[str, str | None]) -> dict[str, str | None]:
-    """Return the content of every model folder that a stage names as {name}."""
+    """Return the content of every model folder or file that a stage names as {name}."""
     text = json.dumps(stage)
     named = {name: folder for name, folder in folders.items() if folder and f"{{{name}}}" in text and name != "root"}
-    return {name: parent_entry(name, folder)["weights"] for name, folder in named.items()}
+    return {
+        name: file_digest(Path(made)) if Path(made).is_file() else parent_entry(name, made)["weights"]
+        for name, made in named.items()
+    }
 
 
 def content_digests(values: dict[str, Any]) -> list[Any]:
     """Return the digests of the data files and of the rewards among a stage's values."""
     given = [(key, part) for key in DATA_SPLITS for part in parts_of(values.get(key)) if is_local(part)]
     keys = [read_source(part, DATA_SPLITS[key], name=key.removeprefix("data.")).key for key, part in given]
-    return keys + [digests(values[key]) for key in REWARDS if values.get(key)]
+    rewards = [value for key, value in values.items() if value and key.partition(".")[0] in REWARDS]
+    return keys + [digests(value) for value in rewards]
 
 
 def parts_of(value: Any) -> list[Any]:

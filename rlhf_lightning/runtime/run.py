@@ -249,5 +249,7 @@ class Run:
     def reward(self, key: str) -> Reward | None:
         """Return the reward that `reward_from` or `gold_from` names, None where it names none."""
         value = self.settings.get(key)
-        dtype = self.settings["model"]["load"]["dtype"] if key == "reward_from" else "float32"
-        return load_reward(value, dtype) if spec.parse(value, key) else None
+        trained_on = key == "reward_from"
+        dtype = self.settings["model"]["load"]["dtype"] if trained_on else "float32"
+        how = self.settings["reward_groups"] if trained_on else "mean"
+        return load_reward(value, dtype, how) if spec.parse(value, key) else None

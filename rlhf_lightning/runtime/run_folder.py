@@ -71,7 +71,7 @@ def find_run(
 def _find_run(
     run: Path, stage: str, output: str | None, resume: str | None, digest: str
 ) -> tuple[Path, Path | None, dict[str, Any] | None]:
-    mine = {"fingerprint": digest, "stage": stage}
+    mine = {"fingerprint": digest, "stage": stage, "output": output}
     started = read_json(run / "run.json")
     if resume is None:
         claim(run, mine)

@@ -20,6 +20,19 @@ STAGES = {
             needs_start=True,
             output="candidates.jsonl",
         ),
+        Stage("simulate", "labels by simulated annotators", "simulate:run", output="labels.jsonl"),
+        Stage(
+            "agreement",
+            "how far annotators agree, and what is known of each",
+            "agreement:run",
+            output="metrics.json",
+        ),
+        Stage(
+            "aggregate",
+            "labels of several annotators made into rows to train on",
+            "aggregate:run",
+            output="preferences.jsonl",
+        ),
         Stage(
             "evaluate",
             "rewards, KL, length and accuracy of models on held-out rows",

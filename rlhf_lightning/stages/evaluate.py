@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,18 @@ from rlhf_lightning.data.tokenize import report_rows
 from rlhf_lightning.errors import UserError, check_number
 from rlhf_lightning.evaluation.policy import Evaluation, evaluate_policy
 from rlhf_lightning.evaluation.reward_model import evaluate_reward_model
-from rlhf_lightning.evaluation.table import DIFFERENCES, HELD_OUT, as_markdown_table, cells, show
+from rlhf_lightning.evaluation.table import (
+    BY_GROUP,
+    COLUMNS,
+    DIFFERENCES,
+    HELD_OUT,
+    as_markdown_table,
+    cells,
+    group_columns,
+    show,
+)
 from rlhf_lightning.files import write_json, write_jsonl
+from rlhf_lightning.models.heads import RESERVED
 from rlhf_lightning.models.loading import (
     is_classifier,
     load_causal_lm,
@@ -85,7 +96,7 @@ def run(run: Run) -> float | None:
     for logger in loggers:
         logger.log_metrics({name: metrics[name] for name in metrics if not name.endswith(("_low", "_high"))}, 0)
         for tag, titled in tables.items():
-            header, *lines = cells(titled[1])
+            header, *lines = cells(*titled[1:])
             lines = [dict(zip(header, line, strict=True)) for line in lines]
             log_table(logger, tag, lines, as_markdown_table(*titled), 0)
         logger.finalize("success")
@@ -98,16 +109,23 @@ def run(run: Run) -> float | None:
         "perf/rows_per_s": evaluated / (time.perf_counter() - began),
     }
     write_json(run.folder / "metrics.json", metrics)
-    for titled in tables.values():
-        show(*titled)
+    for title, rows, columns in tables.values():
+        show(title, rows, columns=columns)
     Console().print(f"run         {run.folder}", soft_wrap=True)
     return metrics.get(metrics["monitor"])
 
 
+Shown = tuple[str, dict[str, dict[str, Interval]], Mapping[str, str]]
+"""The title of a table, its rows, and its columns: metric -> title."""
+
+
 def figures(
     table: dict[str, dict[str, Interval]], answered: dict[str, Evaluation], compared_to: str
-) -> tuple[dict[str, Any], dict[str, tuple[str, dict[str, dict[str, Interval]]]]]:
-    """Return every mean and end of an interval by name, and the titled tables: models, differences to one of them."""
+) -> tuple[dict[str, Any], dict[str, Shown]]:
+    """Return every mean and end of an interval by name, and what is shown of them.
+
+    That is a table of the models, of their differences to one of them, and of both by groups of people.
+    """
     gaps = {
         f"{name}-{compared_to}": answer.minus(answered[compared_to])
         for name, answer in answered.items()
@@ -119,10 +137,20 @@ def figures(
             metrics[f"{name}/{metric}"] = mean
             if math.isfinite(low):
                 metrics |= {f"{name}/{metric}_low": low, f"{name}/{metric}_high": high}
-    tables = {"evaluation": (HELD_OUT, table)} | (
-        {"differences": (DIFFERENCES.format(compared_to), gaps)} if gaps else {}
-    )
+    tables: dict[str, Shown] = {"evaluation": (HELD_OUT, table, COLUMNS)}
+    if gaps:
+        tables["differences"] = (DIFFERENCES.format(compared_to), gaps, COLUMNS)
+    if groups := groups_in(table, answered):
+        tables["groups"] = (BY_GROUP, table | gaps, group_columns(groups))
     return metrics, tables
+
+
+def groups_in(table: dict[str, dict[str, Interval]], answered: dict[str, Evaluation]) -> list[str]:
+    """Return the names of the groups of people that any model was evaluated by."""
+    names = [name for answer in answered.values() for members in answer.groups.values() for name in members]
+    metrics = [metric for row in table.values() for metric in row]
+    names += [metric.removeprefix("accuracy_") for metric in metrics if metric.startswith("accuracy_")]
+    return [name for name in dict.fromkeys(names) if name not in RESERVED]
 
 
 def is_reward_model(folder: str) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
+from rlhf_lightning.models.loading import load_causal_lm
+from rlhf_lightning.rewards.groups import load_critic
 from rlhf_lightning.runtime.memory import AUTO
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.stages.critic import critic_model
@@ -27,7 +28,7 @@ def run(run: Run) -> float | None:
             f"trainer.gradient_clip_val at null; use {name}.microbatch_tokens and {name}.max_grad_norm"
         )
     if (model := critic_model(settings, folder)) is not None:
-        options["load_critic"] = partial(load_scalar_model, model, trained=True, **load)
+        options["load_critic"] = partial(load_critic, model, settings["reward_groups"], **load)
     options.pop("critic", None)
     return train(
         run,

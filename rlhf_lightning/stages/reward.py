@@ -4,13 +4,37 @@ from __future__ import annotations
 
 from functools import partial
 
+from rlhf_lightning.data.layouts import Columns
+from rlhf_lightning.data.sources import Source
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.stages.training import train
 
 
 def run(run: Run) -> float | None:
-    """Train a sequence classifier with one output on preferences."""
-    folder, settings = run.start_folder(), run.settings
+    """Train a sequence classifier with one output, or one for each group of annotators, on preferences."""
+    folder, settings, options = run.start_folder(), run.settings, run.options
+    if options["groups"] == "auto":
+        if "data.train" not in run.sources:
+            raise UserError(
+                "reward.groups=auto reads the rows of data.train, which this data module has not; name them"
+            )
+        options["groups"] = groups_of(run.sources["data.train"], Columns(settings["data"].get("columns")))
     load = partial(load_scalar_model, folder, seed=settings["seed"], **settings["model"]["load"])
-    return train(run, folder, load, **run.options)
+    return train(run, folder, load, **options)
+
+
+def groups_of(source: Source, columns: Columns) -> list[str]:
+    """Return the groups of annotators that the rows of a source name, in alphabetical order.
+
+    Raises:
+        UserError: no row names one.
+    """
+    views = (columns.view(row) for _, row in source.rows() if isinstance(row, dict))
+    names = sorted({str(view["group"]) for view in views if view.get("group") not in (None, "")})
+    if not names:
+        raise UserError(
+            f"reward.groups=auto: no row of {source.name} has a column group; data.columns.group=<column> names one"
+        )
+    return names

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.world.gold import gold
-from rlhf_lightning.world.labeller import Labeller
+from rlhf_lightning.world.labeller import Labeller, group_of
 from rlhf_lightning.world.prompts import FLAWS, Prompt, candidates, declared, flawed, prompts
 
 KINDS = ("corpus", "demonstrations", "preferences", "rankings", "prompts")
@@ -26,10 +26,12 @@ def rows(
 
     Args:
         kind: corpus (`text`), demonstrations (`messages`), preferences (`prompt`, `chosen`, `rejected`), rankings
-            (`prompt`, `responses`, `ranking`) or prompts (`prompt` and what the gold reward needs).
+            (`prompt`, `responses`, `ranking`), both with `annotator` and `group`, or prompts (`prompt` and what the
+            gold reward needs).
         seed, split: with the row's number they decide a row. Prompts of "val" never occur in "train".
         quality: share of ideal demonstrations; the others have one flaw.
-        labeller: arguments of :class:`Labeller`; held-out preferences are always labelled without noise or bias.
+        labeller: arguments of :class:`Labeller`; held-out preferences are labelled by the same groups without noise or
+            bias.
 
     Raises:
         UserError: an unknown kind, a quality outside [0, 1], a labeller option that does not exist or cannot be.
@@ -40,7 +42,8 @@ def rows(
     if not 0 <= quality <= 1:
         raise UserError(f"data.world.quality={quality} is not a share between 0 and 1")
     try:
-        person = Labeller() if split == "val" else Labeller(**(labeller or {}))
+        person = Labeller(**(labeller or {}))
+        person = Labeller(group=person.group) if split == "val" else person
     except TypeError as error:
         raise UserError(f"data.world.labeller: {error}") from error
     make = {
@@ -95,6 +98,7 @@ def _preference(prompt: Prompt, rng: random.Random, person: Labeller, number: in
         "chosen": chosen,
         "rejected": rejected,
         "annotator": annotator,
+        "group": group_of(annotator),
         "family": prompt.family,
         "id": row["id"],
         "gold_chosen": gold(row, chosen).total,
@@ -116,6 +120,7 @@ def _ranking(prompt: Prompt, rng: random.Random, person: Labeller, number: int) 
         "responses": responses,
         "ranking": [levels.index(value) for value in values],
         "annotator": annotator,
+        "group": group_of(annotator),
         "family": prompt.family,
         "id": row["id"],
     }

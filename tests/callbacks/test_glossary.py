@@ -20,13 +20,22 @@ from rlhf_lightning.callbacks.throughput import Throughput
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.modules.schedules import schedule
-from rlhf_lightning.world import gold_reward, measures, rows
+from rlhf_lightning.rewards.scoring import load_reward
+from rlhf_lightning.world import measures, rows
 from tests.helpers.lightning import quiet_lightning
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 DATA = {"sft": DemonstrationData, "reward": PreferenceData, "dpo": PreferenceData, "ppo": PromptData}
-EVALUATED = {"reward", "kl", "length", "ended_with_eos", "accuracy"}  # beside those of the world
-ELSEWHERE = {"global_step", "monitor", "evaluation", "differences"}  # in metrics.json, or written by the evaluate stage
+EVALUATED = {"reward", "kl", "length", "ended_with_eos", "accuracy", "accuracy_mean"}  # beside those of the world
+EVALUATED |= {f"{metric}_{of}" for metric in ("gold", "reward", "accuracy") for of in ("<group>", "worst")}
+GROUPS = ("cautious", "curious")
+ELSEWHERE = {
+    "global_step",
+    "monitor",
+    "evaluation",
+    "differences",
+    "groups",
+}  # in metrics.json, or written by the evaluate stage
 
 
 def glossary() -> list[str]:
@@ -37,12 +46,12 @@ def glossary() -> list[str]:
 
 def modules(start: str) -> dict[str, LightningModule]:
     common: dict[str, Any] = {"optimizer": partial(torch.optim.AdamW, lr=1e-3), "schedule": schedule}
-    lm = partial(load_causal_lm, start)
+    lm, gold = partial(load_causal_lm, start), load_reward({name: f"world:{name}" for name in GROUPS})
     return {
         "sft": SFT(lm, **common),
-        "reward": RewardModel(partial(load_scalar_model, start), **common),
+        "reward": RewardModel(partial(load_scalar_model, start), groups=GROUPS, **common),
         "dpo": DPO(lm, sft_coef=0.1, **common),
-        "ppo": PPO(lm, reward=gold_reward, gold=gold_reward, max_new_tokens=4, ptx_coef=0.1, **common),
+        "ppo": PPO(lm, reward=gold, gold=gold, max_new_tokens=4, ptx_coef=0.1, **common),
     }
 
 
@@ -51,7 +60,7 @@ def logged(stage: str, start: str, folder: Path) -> set[str]:
     options: dict[str, Any] = {"ptx": "world", "ptx_batch_size": 2} if stage == "ppo" else {}
     data = DATA[stage](
         load_tokenizer(start), "world", "world", batch_size=4, row_tokens=128, cache_dir=folder / "cache",
-        world={"rows": 8, "val_rows": 4}, **options,
+        world={"rows": 8, "val_rows": 4, "labeller": {"group": dict.fromkeys(GROUPS, 0.5)}}, **options,
     )  # fmt: skip
     module, throughput = modules(start)[stage], Throughput()
     logger = TensorBoardLogger(str(folder), name="", version="tensorboard", default_hp_metric=False)
@@ -67,6 +76,7 @@ def logged(stage: str, start: str, folder: Path) -> set[str]:
     events.Reload()
     tags = {*events.Tags()["scalars"], *(t.removesuffix("/text_summary") for t in events.Tags()["tensors"])}
     tags = {t for t in tags if not t.startswith("_hparams_")} | set(trainer.callback_metrics) | set(throughput.summary)
+    tags = {re.sub(f"_({'|'.join(GROUPS)})$", "_<group>", tag) for tag in tags}
     return {"hparams/<monitor>" if tag == f"hparams/{monitor}" else tag for tag in tags}
 
 

@@ -15,6 +15,7 @@ from rlhf_lightning.generation.engine import Generations
 from rlhf_lightning.modules.ppo import PPO
 from rlhf_lightning.modules.rollout import Rollout
 from rlhf_lightning.ops.statistics import RunningMoments
+from rlhf_lightning.rewards.scoring import load_reward
 from tests.helpers.lightning import quiet_lightning
 from tests.modules.bandit import (
     Prompts,
@@ -226,3 +227,24 @@ def test_every_iteration_draws_anew() -> None:
     )
     fit(module, Prompts(2))
     assert drawn[0] != drawn[1]  # the same prompts and weights
+
+
+@quiet_lightning
+def test_a_reward_with_groups_shows_the_score_of_each() -> None:
+    def low(prompts: Any, responses: Any, metadata: Any) -> list[float]:
+        return [-float(sum(map(ord, text)) % 7) for text in responses]
+
+    def high(prompts: Any, responses: Any, metadata: Any) -> list[float]:
+        return [-2 * value - 9 for value in low(prompts, responses, metadata)]
+
+    reward = load_reward({"low": low, "high": high}, how="worst")
+    module = build(reward=reward, gold=load_reward({"low": low, "high": high}), num_generations=2)
+    metrics = fit(module, Prompts(1, size=8)).rows[0]
+    lower = {sample["reward_low"] < sample["reward_high"] for sample in module.samples_seen}
+    assert lower == {True, False}
+    for sample in module.samples_seen:
+        assert sample["reward"] == min(sample["reward_low"], sample["reward_high"])
+        assert sample["gold"] == (sample["reward_low"] + sample["reward_high"]) / 2
+    for name, column in (("proxy_low", "reward_low"), ("gold_high", "gold_high"), ("proxy", "reward")):
+        values = [sample[column] for sample in module.samples_seen]
+        assert metrics[f"reward/{name}"] == pytest.approx(sum(values) / len(values)), name

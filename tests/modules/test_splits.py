@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from tests.modules.offline import fit, sgd, start
 # unequal lengths: a mean of the microbatches' means would differ in the second digit
 ROWS = [
     {"prompt": "say red", "chosen": "gold " * n, "rejected": "ruby", "margin": 0.1 * n, "label": 1 - 0.05 * n}
+    | {"group": "old" if n < 4 else "young" if n < 8 else None}
     for n in (1, 9, 2, 7, 3, 6, 8, 4)
 ]  # fmt: skip
 STAGES: dict[str, tuple[Callable[..., Any], Callable[..., Any], type[Any], dict[str, Any]]] = {
     "sft": (SFT, load_causal_lm, DemonstrationData, {}),
     "reward": (RewardModel, load_scalar_model, PreferenceData, {}),
+    "grouped": (RewardModel, load_scalar_model, PreferenceData, {"groups": ["old", "young"]}),
     "dpo": (DPO, load_causal_lm, PreferenceData, {"beta": 0.5, "sft_coef": 0.1}),
 }
 
@@ -70,7 +73,7 @@ class KeepMetrics(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             logged = {name: value.double().item() for name, value in trainer.callback_metrics.items()}
-            moments = getattr(pl_module, "moments", {"val": []})["val"]
+            moments = chain.from_iterable(getattr(pl_module, "moments", {"val": []})["val"])
             torch.save(logged | {f"moment {place}": value for place, value in enumerate(moments)}, self.path)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from rlhf_lightning.world import Labeller, gold, rows
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.world import Labeller, gold, group_gold, group_value, rows
 from rlhf_lightning.world.prompts import Prompt, declared, prompts
 
 
@@ -92,8 +93,51 @@ def test_groups_weigh_the_sides_differently() -> None:
     }
     assert gap["careful"] > gap["balanced"] > gap["eager"]
     found = pairs(group="mixed")
-    share = {g: sum(r["annotator"].startswith(g) for r in found) / len(found) for g in declared()["groups"]}
-    assert all(value == pytest.approx(1 / 3, abs=0.06) for value in share.values())
+    share = {g: sum(r["group"] == g for r in found) / len(found) for g in declared()["groups"]}
+    assert [share[g] for g in declared()["mixed"]] == pytest.approx([1 / 3] * 3, abs=0.06)
+    assert sum(share.values()) == pytest.approx(1)
+
+
+def test_opposed_groups_want_opposite_things() -> None:
+    """Of refusing and of padding; of what is true they want the same."""
+    comply, filler = declared()["harmful"]["comply"].format(act="steal a car"), declared()["filler"][2]
+    (_, harmful), (fact, row) = row_of("harmful", others=("steal a car",)), row_of("fact")
+    cases = {
+        (declared()["refusals"][0], comply): (harmful, 4.24, -2.24),
+        (fact.ideal, f"{fact.ideal} {filler}"): (row, 0.48, -0.48),
+        (fact.ideal, fact.ideal.replace(fact.answer, fact.others[0])): (row, 2.0, 2.0),
+    }
+    for (first, second), (columns, cautious, curious) in cases.items():
+        gap = {g: group_value(columns, first, g) - group_value(columns, second, g) for g in ("cautious", "curious")}
+        assert gap == pytest.approx({"cautious": cautious, "curious": curious})
+    metadata = [harmful, row]
+    found = group_gold("curious")(["", ""], [comply, fact.ideal], metadata)
+    assert found == [group_value(harmful, comply, "curious"), 1.0]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_groups_label_in_their_shares(split: str) -> None:
+    """Held-out rows, too: what is left out there is noise and bias."""
+    labeller = {"group": {"cautious": 1, "curious": 4}, "noise": 0.0}
+    found = list(rows("preferences", 1200, split=split, labeller=labeller))
+    assert sum(row["group"] == "curious" for row in found) / 1200 == pytest.approx(0.8, abs=0.05)
+    assert all(row["annotator"].startswith(row["group"]) for row in found)
+    opposed = [row for row in found if row["gold_chosen"] < row["gold_rejected"]]
+    assert len(opposed) > 100
+    assert {row["group"] for row in opposed} == {"curious"}
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ({"cautius": 1}, "data.world.labeller.group: 'cautius' is not one of .* Did you mean 'cautious'"),
+        ({"cautious": -1}, "data.world.labeller.group.cautious=-1 is not a number of at least 0"),
+        ({"cautious": 0}, "gives no group a share above 0"),
+    ],
+)
+def test_shares_that_are_none_are_told(shares: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Labeller(group=shares)
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ def test_rows_are_made_one_by_one() -> None:
     [
         ("promts", {}, "Did you mean 'prompts'"),
         ("demonstrations", {"quality": 1.5}, "data.world.quality=1.5"),
-        ("preferences", {"labeller": {"group": "nobody"}}, "balanced, careful, eager, mixed"),
+        ("preferences", {"labeller": {"group": "nobody"}}, "balanced, careful, eager, cautious, curious, mixed"),
         ("preferences", {"labeller": {"noise": 2}}, "not a probability"),
         ("preferences", {"labeller": {"lenght_bias": 1}}, "lenght_bias"),
     ],
