@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.models.heads import check_names
 from rlhf_lightning.rewards.groups import MEAN, Combination, GroupedReward, combined
 from rlhf_lightning.rewards.spec import parse
@@ -21,11 +22,17 @@ Reward = Callable[..., Any]
 """Called by :func:`call_reward`; may be `async`."""
 
 
-class MeanReward:
-    """The mean of several rewards, an ensemble."""
+NONE = ("error", "skip")
+"""Values of `reward_none`: what it means that a reward returns None for a response, an error or no score."""
 
-    def __init__(self, members: Sequence[Reward]) -> None:
-        self.members = members
+
+class MeanReward:
+    """The mean of several rewards, an ensemble; with `none="skip"` of those that give a response a score."""
+
+    def __init__(self, members: Sequence[Reward], none: str = "error") -> None:
+        if none not in NONE:
+            raise UserError(f"reward_none={none!r} is not one of {', '.join(NONE)}.{nearest(str(none), NONE)}")
+        self.members, self.none = members, none
 
     def to(self, device: torch.device | str) -> MeanReward:
         """Move the members that are models and return self."""
@@ -34,7 +41,15 @@ class MeanReward:
         return self
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
-        return torch.stack([score(member, prompts, responses, metadata) for member in self.members]).mean(0)
+        skip = self.none == "skip"
+        mean = torch.stack([score(member, prompts, responses, metadata, skip) for member in self.members]).nanmean(0)
+        if mean.isnan().any():
+            place = int(mean.isnan().nonzero()[0])
+            raise UserError(
+                f"no reward of {len(self.members)} has a score for {_response(responses, prompts, place)}; with "
+                "reward_none=skip every response needs one of them"
+            )
+        return mean
 
 
 class RewardPerGroup(GroupedReward):
@@ -58,18 +73,19 @@ class RewardPerGroup(GroupedReward):
         return {name: score(member, prompts, responses, metadata) for name, member in self.members.items()}
 
 
-def load_reward(spec: Any, dtype: str = "float32", how: Combination = MEAN) -> Reward:
+def load_reward(spec: Any, dtype: str = "float32", how: Combination = MEAN, none: str = "error") -> Reward:
     """Return the reward that `spec` names: the mean of a list of several, of a map one reward per group.
 
     Args:
         spec: a callable, a value of `reward_from` (:func:`rlhf_lightning.rewards.spec.parse`), a list or map of these.
         dtype: of the weights of reward models.
         how: how the scores of groups are combined, a value of `reward_groups`.
+        none: what a None from a member of a list means, a value of `reward_none`.
 
     Raises:
         UserError: when the module, the function or the folder is not there, or `how` is about groups that are not.
     """
-    reward = _load(spec, dtype, how)
+    reward = _load(spec, dtype, how, none)
     if how != MEAN and not any(getattr(r, "groups", None) for r in [reward, *getattr(reward, "members", ())]):
         raise UserError(
             f"reward_groups={how}: reward_from={spec} has no groups; a reward model gets them with reward.groups"
@@ -77,14 +93,16 @@ def load_reward(spec: Any, dtype: str = "float32", how: Combination = MEAN) -> R
     return reward
 
 
-def _load(spec: Any, dtype: str, how: Combination) -> Reward:
+def _load(spec: Any, dtype: str, how: Combination, none: str) -> Reward:
     if callable(spec):
         return spec
     if isinstance(spec, Mapping) and spec:
-        return RewardPerGroup({str(name): _load(member, dtype, how) for name, member in spec.items()}, how)
-    members = [_load(member, dtype, how) for member in spec] if isinstance(spec, list | tuple) else []
+        return RewardPerGroup({str(name): _load(member, dtype, how, none) for name, member in spec.items()}, how)
+    members = [_load(member, dtype, how, NONE[0]) for member in spec] if isinstance(spec, list | tuple) else []
     if members:
-        return MeanReward(members)
+        return MeanReward(members, none)
+    if none != NONE[0]:
+        raise UserError(f"reward_none={none} is for a list of rewards: nothing but {spec} could give a score")
     named = parse(spec)
     if not named:
         raise UserError("reward_from is needed: a reward model folder, module:function, or world")
@@ -140,9 +158,17 @@ async def _awaited(returned: Any) -> Any:
 
 
 def score(
-    reward: Reward, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]
+    reward: Reward,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    metadata: Sequence[dict[str, Any]],
+    skip: bool = False,
 ) -> Tensor:
-    """Return the rewards (S,) as float32, or raise a UserError with the response that has no finite reward."""
+    """Return the rewards (S,) as float32, or raise a UserError with the response that has no finite reward.
+
+    Args:
+        skip: return NaN where the reward is None, instead of raising.
+    """
     try:
         returned = call_reward(reward, prompts, responses, metadata)
     except UserError:
@@ -152,10 +178,15 @@ def score(
         raise UserError(
             f"the reward failed at {place.filename}:{place.lineno}: {type(error).__name__}: {error}"
         ) from error
-    if isinstance(returned, Sequence) and None in returned:
+    missing = torch.zeros(len(responses), dtype=torch.bool)
+    if skip and isinstance(returned, Sequence) and len(returned) == len(responses):
+        missing = torch.tensor([value is None for value in returned])
+        returned = [math.nan if value is None else value for value in returned]
+    elif isinstance(returned, Sequence) and None in returned:
         where = list(returned).index(None)
         raise UserError(
             f"the reward is None for {_response(responses, prompts, where)}; every response needs a finite number"
+            " (reward_none=skip leaves it to the others of a list)"
         )
     try:
         values = torch.as_tensor(returned).detach().float().cpu()
@@ -165,8 +196,8 @@ def score(
         raise UserError(
             f"the reward returned shape {tuple(values.shape)} for {len(responses)} responses; one number each is needed"
         )
-    if not torch.isfinite(values).all():
-        bad = int((~torch.isfinite(values)).nonzero()[0])
+    if (wrong := ~torch.isfinite(values) & ~missing).any():
+        bad = int(wrong.nonzero()[0])
         raise UserError(f"the reward is {values[bad].item()} for {_response(responses, prompts, bad)}")
     return values
 

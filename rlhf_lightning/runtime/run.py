@@ -252,4 +252,5 @@ class Run:
         trained_on = key == "reward_from"
         dtype = self.settings["model"]["load"]["dtype"] if trained_on else "float32"
         how = self.settings["reward_groups"] if trained_on else "mean"
-        return load_reward(value, dtype, how) if spec.parse(value, key) else None
+        none = self.settings["reward_none"] if trained_on else "error"
+        return load_reward(value, dtype, how, none) if spec.parse(value, key) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -298,3 +299,26 @@ def test_folder_without_a_reward_model(tmp_path: Path) -> None:
     start = build_tiny(tmp_path / "lm", ["hello"] * 5, vocab_size=270, hidden_size=16, layers=1, heads=1)
     with pytest.raises(UserError, match="is not a reward model folder"):
         load_reward(start)
+
+
+def test_none_is_no_score_of_a_list_where_the_user_says_so() -> None:
+    """The mean of those that give one, and an error where none does."""
+
+    def length(prompts: Any, responses: Any, metadata: Any) -> list[float | None]:
+        return [float(len(text)) if text != "b" else None for text in responses]
+
+    def ten(prompts: Any, responses: Any, metadata: Any) -> list[float | None]:
+        return [10.0 if text in "bcc" else None for text in responses]
+
+    reward = load_reward([length, ten], none="skip")
+    assert score(reward, [""] * 3, ["a", "b", "cc"], [{}] * 3).tolist() == [1.0, 10.0, 6.0]
+    with pytest.raises(UserError, match=r"the reward is None for the response 'b'.*reward_none=skip"):
+        score(load_reward([length, ten]), [""] * 2, ["a", "b"], [{}] * 2)
+    with pytest.raises(UserError, match="no reward of 2 has a score for the response 'b' to 'q2'"):
+        score(load_reward([length, length], none="skip"), ["q1", "q2"], ["a", "b"], [{}] * 2)
+    with pytest.raises(UserError, match=r"the reward is nan for the response 'a'"):
+        score(load_reward([lambda *_: [math.nan], ten], none="skip"), [""], ["a"], [{}])
+    with pytest.raises(UserError, match=r"reward_none='sikp' is not one of error, skip\. Did you mean"):
+        load_reward([length], none="sikp")
+    with pytest.raises(UserError, match="reward_none=skip is for a list of rewards"):
+        load_reward("world", none="skip")
