@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -55,6 +56,35 @@ class Evaluation:
         for reward, names in self.groups.items():
             table[f"{reward}_worst"] = min(table[f"{reward}_{name}"] for name in names)
         return table
+
+    def best_of(self, n: int, by: str = "reward", to_reference: bool = True) -> Evaluation:
+        """Return the policy that samples n responses and keeps the one with the highest score.
+
+        The generations of a prompt are taken n at a time, so each choice is a sample of that policy. Its KL to the
+        model that it samples from is at most log n - (n - 1) / n (Beirami et al. 2024, arXiv 2401.01879): `kl` here.
+
+        Args:
+            by: the column that decides; equal scores leave the first.
+            to_reference: whether the model is the one that `kl` is measured to; else there is no `kl`.
+
+        Raises:
+            ValueError: there are fewer than n generations of a prompt.
+            KeyError: there is no such column.
+        """
+        generations = 1 + max(number for _, number in self.places)
+        if not 1 <= n <= generations:
+            raise ValueError(f"the best of {n} of {generations} generations")
+        decided, best = self.columns[by], dict[tuple[int, int], int]()
+        for place, (row, number) in enumerate(self.places):
+            block = (row, number // n)
+            if number < generations // n * n and (block not in best or decided[place] > decided[best[block]]):  # type: ignore[operator]
+                best[block] = place
+        chosen = list(best.values())
+        columns = {name: [column[place] for place in chosen] for name, column in self.columns.items() if name != "kl"}
+        if "kl" in self.columns and to_reference:
+            columns["kl"] = [math.log(n) - (n - 1) / n] * len(chosen)
+        samples = [{k: v for k, v in self.samples[place].items() if k != "kl"} for place in chosen]
+        return Evaluation(columns, list(best), [self.prompts[place] for place in chosen], samples, self.groups)
 
     def minus(self, other: Evaluation) -> dict[str, Interval]:
         """Return metric -> (mean, low, high) of the difference to another policy on the same rows.

@@ -67,31 +67,16 @@ def run(run: Run) -> float | None:
         )
         evaluated += pairs
     if policies:
-        rewards = {"reward": run.reward("reward_from"), "gold": run.reward("gold_from")}
-        rewards = {name: reward for name, reward in rewards.items() if reward is not None}
-        engine, load = run.build("sampler"), run.settings["model"]["load"]
         reference = resolve_model(str(options["reference"] or next(iter(policies.values()))), cache)
         compared_to = next((name for name, folder in policies.items() if folder == reference), next(iter(policies)))
-        for name, folder in policies.items():
-            answered[name] = evaluate_policy(
-                load_causal_lm(folder, **load),
-                prompts(run, folder),
-                engine,
-                reference=partial(load_causal_lm, reference, **load),
-                rewards=rewards,
-                rows=options["rows"],
-                num_generations=options["num_generations"],
-                max_new_tokens=options["max_new_tokens"],
-                temperature=options["temperature"],
-                seed=run.settings["seed"],
-                device=run.device,
-                title=f"{name}: answers",
-            )
-            table[name], rows = answered[name].intervals(), answered[name].samples
-            evaluated += len(rows)
-            write_jsonl(run.folder / "samples" / f"{name}.jsonl", rows)
-            for logger in loggers:
-                log_table(logger, f"samples/{name}", rows[:16], "\n\n".join(map(as_markdown, rows[:16])), 0)
+        answered = evaluations(run, policies, reference)
+        table |= {name: answer.intervals() for name, answer in answered.items()}
+        evaluated += sum(len(answered[name].samples) for name in policies)
+    for name, answer in answered.items():
+        rows = answer.samples
+        write_jsonl(run.folder / "samples" / f"{name}.jsonl", rows)
+        for logger in loggers:
+            log_table(logger, f"samples/{name}", rows[:16], "\n\n".join(map(as_markdown, rows[:16])), 0)
     metrics, tables = figures(table, answered, compared_to)
     for logger in loggers:
         logger.log_metrics({name: metrics[name] for name in metrics if not name.endswith(("_low", "_high"))}, 0)
@@ -100,9 +85,9 @@ def run(run: Run) -> float | None:
             lines = [dict(zip(header, line, strict=True)) for line in lines]
             log_table(logger, tag, lines, as_markdown_table(*titled), 0)
         logger.finalize("success")
-    last = next(reversed(table))
+    last = next(reversed(policies or reward_models))
     metrics["monitor"] = f"{last}/{monitored(table[last], run.settings['monitor'])}"
-    if len(table) == 1:  # one model needs no prefix
+    if len(models) == 1:  # it needs no prefix
         metrics |= {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{last}/")}
     metrics |= {
         "perf/peak_memory_gb": peak_memory_gb(),
@@ -113,6 +98,40 @@ def run(run: Run) -> float | None:
         show(title, rows, columns=columns)
     Console().print(f"run         {run.folder}", soft_wrap=True)
     return metrics.get(metrics["monitor"])
+
+
+def evaluations(run: Run, policies: dict[str, str], reference: str) -> dict[str, Evaluation]:
+    """Return the responses of each policy and, as `<name>_bo<n>`, what `evaluate.best_of` makes of them."""
+    options, load, answered = run.options, run.settings["model"]["load"], dict[str, Evaluation]()
+    rewards = {"reward": run.reward("reward_from"), "gold": run.reward("gold_from")}
+    rewards = {name: reward for name, reward in rewards.items() if reward is not None}
+    engine = run.build("sampler")
+    if options["best_of"] and "reward" not in rewards:
+        raise UserError(
+            "evaluate.best_of chooses by reward_from: give a reward model folder, module:function, or world"
+        )
+    for n in options["best_of"]:
+        check_number("evaluate.best_of", n, "[1, inf)", whole=True)
+        if n > options["num_generations"]:
+            raise UserError(f"evaluate.best_of={n} needs evaluate.num_generations={n} or more")
+    for name, folder in policies.items():
+        answered[name] = evaluate_policy(
+            load_causal_lm(folder, **load),
+            prompts(run, folder),
+            engine,
+            reference=partial(load_causal_lm, reference, **load),
+            rewards=rewards,
+            rows=options["rows"],
+            num_generations=options["num_generations"],
+            max_new_tokens=options["max_new_tokens"],
+            temperature=options["temperature"],
+            seed=run.settings["seed"],
+            device=run.device,
+            title=f"{name}: answers",
+        )
+        for n in options["best_of"]:
+            answered[f"{name}_bo{n}"] = answered[name].best_of(n, to_reference=folder == reference)
+    return answered
 
 
 Shown = tuple[str, dict[str, dict[str, Interval]], Mapping[str, str]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,39 @@ from tests.helpers.compose import composed
 from tests.modules.offline import assert_wilson, response_logprob
 
 ROWS, SAMPLES = 64, 2
+
+
+def test_best_of_n_needs_a_reward_and_n_generations(folders: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluate.best_of=3 needs evaluate.num_generations=3 or more"):
+        evaluate(configured(tmp_path, evaluate__best_of=[3], reward_from="world"), tmp_path, folders["start"])
+    with pytest.raises(UserError, match="evaluate.best_of chooses by reward_from"):
+        evaluate(configured(tmp_path, evaluate__best_of=[2]), tmp_path, folders["start"])
+
+
+def test_the_best_of_n_is_a_policy_of_the_same_samples() -> None:
+    """Of independent uniform scores the best of n has the mean n / (n + 1); two of five generations give two choices."""
+    rng, prompts = random.Random(0), 4000
+    places = [(row, number) for row in range(prompts) for number in range(5)]
+    scores = [rng.random() for _ in places]
+    columns = {"reward": scores, "gold": [-score for score in scores], "kl": [0.5] * len(scores)}
+    samples = [{"response": str(place), "kl": 0.5} for place in range(len(places))]
+    answers = Evaluation(columns, places, [(row,) for row, _ in places], samples)
+    for n, choices in ((1, 5), (2, 2), (5, 1)):
+        best = answers.best_of(n)
+        assert len(best.places) == choices * prompts
+        mean, low, high = best.intervals()["reward"]
+        assert low < n / (n + 1) < high
+        assert high - low < 0.03
+        assert best.columns["gold"] == [-score for score in best.columns["reward"]]
+        assert best.intervals()["kl"][0] == pytest.approx(math.log(n) - (n - 1) / n)
+        assert mean == pytest.approx(sum(best.columns["reward"]) / len(best.places))
+    two = answers.best_of(2, to_reference=False)
+    assert "kl" not in two.columns
+    assert "kl" not in two.samples[0]
+    assert two.samples[0]["response"] == str(max((0, 1), key=lambda i: scores[i]))
+    assert two.places[:3] == [(0, 0), (0, 1), (1, 0)]
+    with pytest.raises(ValueError, match="best of 6 of 5"):
+        answers.best_of(6)
 
 
 def save(model: Any, start: str, folder: Path) -> str:
@@ -93,15 +127,20 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]],
 def compared(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float | None]:
     folder = tmp_path_factory.mktemp("compared")
     models = {"start": folders["start"], "moved": folders["moved"], "judge": folders["reward"]}
-    cfg = configured(folder, evaluate__models=models, evaluate__preferences="world", reward_from=folders["reward"])
+    best = {"evaluate__best_of": [2], "reward_from": folders["reward"]}
+    cfg = configured(folder, evaluate__models=models, evaluate__preferences="world", **best)
     return folder, evaluate(cfg, folder, None)
 
 
 @pytest.mark.slow
 def test_figures_are_those_of_the_samples(compared: tuple[Path, float]) -> None:
     metrics, samples, _ = read(compared[0])
-    assert set(samples) == {"start", "moved"}
-    for name, found in samples.items():
+    assert set(samples) == {"start", "moved", "start_bo2", "moved_bo2"}
+    for name in ("start", "moved"):
+        found, best = samples[name], samples[f"{name}_bo2"]
+        pairs = zip(found[::2], found[1::2], strict=True)
+        assert [row["reward"] for row in best] == [max(a["reward"], b["reward"]) for a, b in pairs]
+        assert metrics[f"{name}_bo2/gold"] == pytest.approx(math.fsum(row["gold"] for row in best) / len(best))
         assert len(found) == ROWS * SAMPLES
         for metric in ("gold", "reward", "kl", "length", "ended_with_eos"):
             mean = math.fsum(row[metric] for row in found) / len(found)
@@ -117,7 +156,7 @@ def test_figures_are_those_of_the_samples(compared: tuple[Path, float]) -> None:
 def test_intervals_take_the_responses_to_one_prompt_together(compared: tuple[Path, float]) -> None:
     """Some prompts stand in several rows, so neither a response nor a row is independent of all others."""
     metrics, samples, _ = read(compared[0])
-    for name, found in samples.items():
+    for name, found in ((name, samples[name]) for name in ("start", "moved")):
         prompts = {row["prompt"] for row in found}
         assert len(prompts) < ROWS
         for metric in ("gold", "reward", "length", "kl", "correct", "padded", "ended_with_eos"):
