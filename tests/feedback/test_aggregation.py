@@ -149,7 +149,8 @@ def test_further_formats(tmp_path: Path) -> None:
 
 def test_the_data_card_holds_counts_and_no_markup_of_others() -> None:
     rows = [
-        row | {"annotator": f"![x](http://e){i} | <b>"} for i, row in enumerate(votes("aab", group="g|1", seconds=4))
+        row | {"annotator": f"![x](http://e){i} | <b>\x1b[31m"}
+        for i, row in enumerate(votes("aab", group="g|1", seconds=4))
     ]
     card = data_card(aggregate(rows), "labels.jsonl")
     assert "* Labels: 3 by 3 annotators, of 1 comparisons" in card
@@ -157,6 +158,7 @@ def test_the_data_card_holds_counts_and_no_markup_of_others() -> None:
     assert "median 4 seconds" in card
     assert "![" not in card
     assert "<b>" not in card
+    assert "\x1b" not in card
     assert "| g\\|1 | 3 |" in card
 
 
