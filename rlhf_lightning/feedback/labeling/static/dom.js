@@ -8,7 +8,7 @@ export function h(tag, props = {}, ...children) {
     else if (name in node && typeof value === "boolean") node[name] = value;
     else node.setAttribute(name, value === true ? "" : String(value));
   }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
   return node;
 }
 
@@ -60,7 +60,7 @@ export function dialog(title, content, actions = []) {
   return node;
 }
 
-export function status(content, seconds = 4) {
+export function status(content, seconds = 2.5) {
   const node = document.getElementById("status");
   node.replaceChildren(...(Array.isArray(content) ? content : [content]));
   node.hidden = false;

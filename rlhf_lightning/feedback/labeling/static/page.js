@@ -8,7 +8,7 @@ const top = document.getElementById("top");
 const main = document.getElementById("main");
 const bar = document.getElementById("bar");
 const SKIPS = ["I do not know enough", "All answers are equally bad", "The prompt is unclear", "Harmful or upsetting", "Another reason"];
-const page = { settings: null, state: null, view: null, revealed: false, busy: false, undone: null, started: 0, polling: 0 };
+const page = { settings: null, state: null, view: null, revealed: false, busy: false, undone: null, task: null, polling: 0 };
 const clock = { seen: 0, since: 0, worked: 0, reminded: 0 }; // milliseconds in which the page is visible
 
 // ---- time -----------------------------------------------------------------------------------------------------------
@@ -48,6 +48,7 @@ async function send(action, body, said, named = request()) {
     const answer = await api.post(action, { ...body, request: named });
     page.undone = answer.undone ?? null;
     if (said) status(said);
+    else document.getElementById("status").hidden = true;
     update(answer.state);
     return true;
   } catch (error) {
@@ -74,7 +75,6 @@ function lost(error) {
 async function start() {
   try {
     page.settings = await api.open();
-    page.state = null;
     document.title = `Labeling: ${page.settings.annotator}`;
     tick();
     update(page.settings);
@@ -88,17 +88,19 @@ async function start() {
 // ---- what is shown --------------------------------------------------------------------------------------------------
 
 function update(state) {
-  const before = page.state?.task?.item;
   page.state = state;
   clearTimeout(page.polling);
   header();
   if (state.withdrawn) return message("Your labels are withdrawn", "Nothing that you did here will be in any export. Nothing more is recorded. Thank you for your time.");
   if (state.ask_group) return askGroup();
   if (!state.task) return finished();
-  if (state.task.item !== before || page.undone) {
+  const task = JSON.stringify([state.task.item, state.task.prompt, state.task.responses]);
+  if (task !== page.task || page.undone) {
+    tick();
     clock.seen = 0;
     page.revealed = !state.task.warning;
   }
+  page.task = task;
   draw();
   return undefined;
 }
@@ -134,7 +136,7 @@ function submit(values, said) {
 }
 
 function conversation(task) {
-  const names = { user: "Prompt", assistant: "Assistant", system: "System", tool: "Tool", developer: "Developer" };
+  const names = { user: task.prompt.length > 1 || page.settings.mode === "chat" ? "User" : "Prompt", assistant: "Assistant", system: "System", tool: "Tool", developer: "Developer" };
   return h("section", { class: "conversation", "aria-label": "Conversation" }, task.prompt.map((message) =>
     h("article", { class: `turn ${message.role}` }, h("h3", {}, names[message.role] || message.role), shown(message.content || ""))));
 }

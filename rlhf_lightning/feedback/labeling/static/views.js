@@ -37,7 +37,7 @@ function compare({ task, settings, undone, bar, submit, prompt }) {
   const labels = points ? [1, 2, 3, 4, 5, 6, 7] : ["Much better", "Better", "Slightly", "Tie", "Slightly", "Better", "Much better"];
   const buttons = [-3, -2, -1, 0, 1, 2, 3].map((value, place) => h("button", {
     type: "button", class: `point side-${Math.sign(value)}`, "aria-label": words(value), title: words(value), "aria-pressed": "false", on: { click: () => give(value) },
-  }, h("span", {}, String(labels[place])), key(names[place])));
+  }, h("span", {}, String(labels[place])), points ? null : key(names[place])));
   const mark = (value) => {
     selected = value;
     buttons.forEach((node, place) => node.setAttribute("aria-pressed", String(place - 3 === selected)));
@@ -222,7 +222,7 @@ function talk({ task, undone, bar, send, prompt }) {
     if (!written.trim() || area.disabled) return;
     area.disabled = go.disabled = true;
     note.hidden = false;
-    if (!(await send("say", { text: written }, "Choose the best answer."))) {
+    if (!(await send("say", { text: written }))) {
       area.disabled = go.disabled = false;
       note.hidden = true;
       area.focus();
@@ -257,7 +257,7 @@ function choose({ task, undone, bar, submit, prompt }) {
       one.choice.setAttribute("aria-pressed", String(i === picked));
     });
     buttons.forEach((node) => { node.disabled = picked === null; });
-    question.textContent = picked === null ? `Choose the answer to go on with: keys 1 to ${cards.length}, or click it` : `Answer ${picked + 1}, compared with ${others}, is`;
+    question.textContent = picked === null ? `Choose the answer to go on with (keys 1 to ${cards.length})` : `Answer ${picked + 1}, compared with ${others}, is`;
   };
   cards.forEach((one, place) => {
     one.choice = button("Choose", String(place + 1), () => pick(place), { class: "choose" });
