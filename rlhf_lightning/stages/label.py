@@ -12,7 +12,7 @@ from rich.console import Console
 
 from rlhf_lightning.data.layouts import Columns
 from rlhf_lightning.data.sources import read_source
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import UserError, check_number
 from rlhf_lightning.feedback.labeling.export import export
 from rlhf_lightning.feedback.labeling.items import Item, read_items
 from rlhf_lightning.feedback.labeling.service import Labeling, PageSettings, withdraw
@@ -91,6 +91,7 @@ def rows_to_label(run: Run) -> dict[str, Item]:
         return {}
     if source is None:
         raise UserError(f"label.mode={options['mode']} needs rows to label: data.train=<file>")
+    check_number("label.pairs", options["pairs"], "[1, inf)", whole=True)
     items, skipped = read_items(
         source,
         options["mode"],

@@ -3,6 +3,7 @@ import { button, h, key, shown } from "./dom.js";
 
 const STRENGTH = ["tie", "slightly better", "better", "much better"];
 const LETTERS = "ABCDEFGHI";
+const drafts = new Map(); // item -> what is written and not saved, as when another tab takes over for a while
 
 function card(title, text, props = {}) {
   const body = h("div", { class: "text", tabindex: "0" }, shown(text));
@@ -175,8 +176,9 @@ function rank({ task, undone, bar, submit, prompt }) {
 function text({ task, settings, undone, bar, submit, prompt }) {
   const original = settings.mode === "edit" ? task.responses[0] : "";
   const first = undone?.kind === "label" && typeof undone.text === "string" ? undone.text : original;
+  if (undone) drafts.delete(task.item);
   const area = h("textarea", { dir: "auto", rows: "10", spellcheck: "true", "aria-label": "Answer", placeholder: "Write the answer that you would like to get" });
-  area.value = first;
+  area.value = drafts.get(task.item) ?? first;
   const count = h("span", { class: "dim" });
   const grow = () => {
     area.style.height = "auto";
@@ -188,7 +190,7 @@ function text({ task, settings, undone, bar, submit, prompt }) {
   const save = button(settings.mode === "edit" ? "Save answer" : "Save", "Ctrl+Enter", () => give(), { class: "primary" });
   const give = () => area.value.trim() && submit({ text: area.value }, "Saved.");
   const reset = () => { area.value = original; grow(); };
-  area.addEventListener("input", grow);
+  area.addEventListener("input", () => { drafts.set(task.item, area.value); grow(); });
   bar.replaceChildren(h("div", { class: "row between" }, count, h("span", { class: "row" },
     settings.mode === "edit" ? button("Start over", null, reset, { class: "quiet" }) : null, save)));
   return {
@@ -210,7 +212,8 @@ function chat({ task, undone, bar, submit, send, prompt }) {
 function talk({ task, undone, bar, send, prompt }) {
   const draft = undone?.kind === "turn" ? undone.say : task.draft;
   const area = h("textarea", { dir: "auto", rows: "2", "aria-label": "Message", placeholder: task.prompt.length ? "Write the next message" : "Write to the model" });
-  area.value = draft;
+  if (undone) drafts.delete("");
+  area.value = drafts.get("") ?? draft;
   const grow = () => {
     area.style.height = "auto";
     area.style.height = `${Math.min(area.scrollHeight + 4, window.innerHeight / 3)}px`;
@@ -222,13 +225,14 @@ function talk({ task, undone, bar, send, prompt }) {
     if (!written.trim() || area.disabled) return;
     area.disabled = go.disabled = true;
     note.hidden = false;
-    if (!(await send("say", { text: written }))) {
+    if (await send("say", { text: written })) drafts.delete("");
+    else {
       area.disabled = go.disabled = false;
       note.hidden = true;
       area.focus();
     }
   }
-  area.addEventListener("input", grow);
+  area.addEventListener("input", () => { drafts.set("", area.value); grow(); });
   bar.replaceChildren(h("div", { class: "talk" }, area, go));
   const empty = task.prompt.length ? null : h("section", { class: "notice" }, h("h2", {}, "Talk to the model"),
     h("p", {}, "Ask for something that you would really like help with. At every turn you see several answers: choose the best, and the conversation goes on with it."));
