@@ -97,7 +97,7 @@ def test_lines_of_a_pipe(conversation: Conversation, monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 def test_chat_from_the_command(tmp_path: Path) -> None:
     folder = build_tiny(tmp_path / "model", ["Hello."], vocab_size=270, hidden_size=16, layers=1, heads=2)
-    done = rlhf(tmp_path, "stage=chat", f"init_from={folder}", "chat.max_new_tokens=4", fork=False)  # stdin is empty
+    done = rlhf(tmp_path, "stage=chat", f"init_from={folder}", "chat.max_new_tokens=4")  # no line on stdin
     assert done.stderr == ""
     assert "init_from=" in rlhf(tmp_path, "stage=chat", code=2).stderr
     assert "temperature" in rlhf(tmp_path, "stage=chat", f"init_from={folder}", "chat.temperature=-1", code=2).stderr
@@ -131,17 +131,13 @@ def test_labels_are_written_again_and_withdrawn_by_the_command(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["label.mode=ranks"], "label.mode=ranks is not one of compare, rank, edit, write, chat. Did you mean 'rank'?"),
         ([], "label.mode=compare needs rows to label: data.train=<file>"),
         (["label.mode=chat"], "stage=label needs a model to talk to: init_from="),
         (["label.mode=chat", "label.base_url=http://127.0.0.1:9/v1"], "needs label.model"),
         (["label.export=true"], "there is no database of labels"),
-        (["data.train=rows.jsonl", "label.annotators=[anna,anna]"], "has a name twice"),
-        (["data.train=rows.jsonl", "label.annotators_per_item=2"], "label.annotators names 1"),
         (["data.train=rows.jsonl", "label.instructions=none.md"], "none.md cannot be read"),
         (["data.train=rows.jsonl", "label.database=rows.jsonl"], "rows.jsonl is not an SQLite database"),
         (["data.train=rows.jsonl", "label.mode=edit", "label.checks=rows.jsonl"], "label.checks has check questions for label.mode=compare and rank"),
-        (["data.train=rows.jsonl", "label.checks=rows.jsonl"], "rows.jsonl, row 1: there is no ranking"),
         (["data.train=rows.jsonl", "label.pairs=0"], "label.pairs=0"),
         (["data.train=rows.jsonl", "label.port=0"], "label.port=0"),
     ],

@@ -34,15 +34,15 @@ def run(run: Run) -> float | None:
     """Read lines and answer them until they end."""
     options = run.options
     system = options["system"]
-    check_sampling("chat", options["max_new_tokens"], options["temperature"])
-    Conversation(local_chat(run), system and str(system), run.settings["seed"]).run()
+    chat = local_chat(run, options["max_new_tokens"], options["temperature"])
+    Conversation(chat, system and str(system), run.settings["seed"]).run()
     return None
 
 
-def local_chat(run: Run) -> LocalChat:
-    """Return the model that the stage starts from, with its sampling settings and the configuration's sampler."""
-    name, options = run.stage.name, run.options
-    check_sampling(name, options["max_new_tokens"], options["temperature"])
+def local_chat(run: Run, max_new_tokens: int, temperature: float) -> LocalChat:
+    """Return the model that the stage starts from, with the configuration's sampler."""
+    name = run.stage.name
+    check_sampling(name, max_new_tokens, temperature)
     if run.start is None:
         raise UserError(f"stage={name} needs a model to talk to: init_from=<folder or hub name>")
     lm: Any = load_causal_lm(run.start, **run.settings["model"]["load"]).eval()
@@ -52,8 +52,8 @@ def local_chat(run: Run) -> LocalChat:
         Template(load_tokenizer(run.start), run.settings["data"]["template"]),
         run.build("sampler"),
         context=context_length(run.start),
-        max_new_tokens=options["max_new_tokens"],
-        temperature=options["temperature"],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
     )
 
 

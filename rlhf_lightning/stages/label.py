@@ -18,7 +18,7 @@ from rlhf_lightning.feedback.labeling.items import Item, read_items
 from rlhf_lightning.feedback.labeling.service import Labeling, PageSettings, withdraw
 from rlhf_lightning.feedback.labeling.store import Store
 from rlhf_lightning.files import regular, write_json
-from rlhf_lightning.generation.chat import Chat, ServerChat
+from rlhf_lightning.generation.chat import Chat, ServerChat, check_sampling
 from rlhf_lightning.runtime.instantiate import missing_extra
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.stages.chat import local_chat
@@ -123,9 +123,10 @@ def model(run: Run) -> Chat | None:
     options = run.options
     if options["mode"] != "chat":
         return None
+    sampling = {"max_new_tokens": options["max_new_tokens"], "temperature": options["temperature"]}
     if options["base_url"] is None:
-        return local_chat(run)
-    sampling = {key: value for key, value in options.items() if key in ("max_new_tokens", "temperature")}
+        return local_chat(run, **sampling)
+    check_sampling("label", **sampling)
     return ServerChat(options["base_url"], options["model"], **sampling)
 
 
