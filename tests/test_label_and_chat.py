@@ -13,6 +13,7 @@ from rich.console import Console
 from rlhf_lightning.data.messages import Message
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.tiny import build_tiny
+from rlhf_lightning.runtime.instantiate import missing_extra
 from rlhf_lightning.stages.chat import Conversation
 from tests.helpers.cli import newest, rlhf
 from tests.helpers.labeling import label_all, labeling_of, rows
@@ -89,6 +90,12 @@ def test_lines_of_a_pipe(conversation: Conversation, monkeypatch: pytest.MonkeyP
     conversation.run()
     assert [m["content"] for m in conversation.messages if m["role"] == "user"] == ["one", "two"]
     assert "there is no command /wrong" in printed(conversation)
+
+
+@pytest.mark.parametrize("package", ["starlette", "uvicorn"])
+def test_the_missing_extra_is_named(package: str) -> None:
+    error = ModuleNotFoundError(f"No module named '{package}'")
+    assert missing_extra(error) == f"{package} is not installed: pip install 'rlhf-lightning[label]'"
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

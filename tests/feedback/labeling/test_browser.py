@@ -250,9 +250,11 @@ def test_ranking_by_keys_and_by_dragging(tabs: Tabs, serve: Any, tmp_path: Path)
     page.mouse.down()
     page.mouse.move(handle["x"] + 5, last["y"] + last["height"] - 5, steps=8)
     page.mouse.up()
-    press(page, "Enter")
+    press(page, "Shift+ArrowUp", "g", "4")
     saved(page, labeling, 2)
-    assert labeling.store.events[1].value["ranks"] == [3, 0, 1, 2]
+    press(page, "Enter")  # a flag leaves the order as it is
+    saved(page, labeling, 3)
+    assert labeling.store.events[2].value["ranks"] == [2, 0, 1, 3]
 
 
 def test_editing_and_withdrawing(tabs: Tabs, serve: Any, tmp_path: Path) -> None:

@@ -105,8 +105,8 @@ function update(state) {
     clock.seen = 0;
     page.revealed = !state.task.warning;
   }
+  if (task !== page.task || page.undone || !page.view) draw(); // else what is half done stays, as an order of answers
   page.task = task;
-  draw();
   return undefined;
 }
 
