@@ -22,6 +22,9 @@ from tests.helpers.labeling import label_all, labeling_of, rows
 class Count:
     """A model that says how many messages it has read, and what seeds it."""
 
+    def close(self) -> None:
+        pass
+
     def __call__(self, messages: Sequence[Message], num_generations: int, seed_parts: Sequence[int | str]) -> list[str]:
         if messages[-1]["content"] == "stop":
             raise KeyboardInterrupt

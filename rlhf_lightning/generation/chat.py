@@ -32,9 +32,12 @@ class Chat(Protocol):
             seed_parts: decide the samples, as far as the model can be seeded.
 
         Raises:
-            UserError: the model cannot answer this conversation, or is not reachable.
+            UserError: the model cannot answer this conversation, is not reachable, or was closed.
         """
         ...
+
+    def close(self) -> None:
+        """End calls that are running in other threads, as far as they can be, and answer no more."""
 
 
 class LocalChat:
@@ -59,8 +62,19 @@ class LocalChat:
     ) -> None:
         self.template, self.engine, self.context = template, engine, context
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        self._mutex = threading.Lock()
+        self._mutex, self._closed = threading.Lock(), threading.Event()
+        lm.register_forward_pre_hook(self._check_open)  # a token more, then it ends
         start(engine, lm, template)
+
+    def _check_open(self, *_: Any) -> None:
+        if self._closed.is_set():
+            raise UserError("it was closed")
+
+    def close(self) -> None:
+        """End the call that is running, and answer no more."""
+        self._closed.set()
+        with self._mutex:
+            self.engine.close()
 
     def __call__(self, messages: Sequence[Message], num_generations: int, seed_parts: Sequence[int | str]) -> list[str]:
         """Return sampled answers, see :class:`Chat`."""
@@ -71,6 +85,7 @@ class LocalChat:
         if self.context is not None and len(ids) >= self.context:
             raise UserError(f"the conversation has {len(ids)} tokens, and the model reads at most {self.context}")
         with self._mutex:
+            self._check_open()
             answers = answer(
                 self.engine,
                 self.template,
@@ -112,6 +127,9 @@ class ServerChat:
         self.url = f"{str(base_url).rstrip('/')}/chat/completions"
         self.model, self.timeout = str(model), timeout
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
+
+    def close(self) -> None:
+        """Nothing is kept open between calls; one that is running ends with its server's answer."""
 
     def __call__(self, messages: Sequence[Message], num_generations: int, seed_parts: Sequence[int | str]) -> list[str]:
         """Return sampled answers, see :class:`Chat`; a server that returns one at a time is asked again."""

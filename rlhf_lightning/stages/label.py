@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.progress import Progress
 
 from rlhf_lightning.data.layouts import Columns
 from rlhf_lightning.data.sources import read_source
@@ -92,15 +94,18 @@ def rows_to_label(run: Run) -> dict[str, Item]:
     if source is None:
         raise UserError(f"label.mode={options['mode']} needs rows to label: data.train=<file>")
     check_number("label.pairs", options["pairs"], "[1, inf)", whole=True)
-    items, skipped = read_items(
-        source,
-        options["mode"],
-        Columns(data["columns"]),
-        seed=run.settings["seed"],
-        pairs=options["pairs"],
-        warn=options["warn"],
-        on_bad_row=data["on_bad_row"],
-    )
+    with Progress(transient=True) as bar:
+        task = bar.add_task("reading rows", total=source.count())
+        items, skipped = read_items(
+            source,
+            options["mode"],
+            Columns(data["columns"]),
+            seed=run.settings["seed"],
+            pairs=options["pairs"],
+            warn=options["warn"],
+            on_bad_row=data["on_bad_row"],
+            progress=partial(bar.advance, task),
+        )
     say(f"{len(items)} items of {source.name}{f', {skipped} rows skipped' if skipped else ''}")
     return items
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.errors import UserError
@@ -44,6 +46,27 @@ def test_answers_are_the_seed_s(local: LocalChat) -> None:
 def test_a_conversation_that_is_too_long(local: LocalChat) -> None:
     with pytest.raises(UserError, match=r"the conversation has \d+ tokens, and the model reads at most 64"):
         local([{"role": "user", "content": "hello " * 60}], 1, (0,))
+
+
+def test_a_call_in_another_thread_is_ended(local: LocalChat) -> None:
+    chat = LocalChat(local.engine.lm, local.template, LocalEngine(), max_new_tokens=10**6)
+    chat.engine.eos = torch.tensor([], dtype=torch.long)  # it would go on
+    raised: list[str] = []
+
+    def ask() -> None:
+        with pytest.raises(UserError) as caught:
+            chat(HELLO, 1, (0,))
+        raised.append(str(caught.value))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while not chat._mutex.locked():
+        time.sleep(0.001)
+    chat.close()
+    thread.join(20)
+    assert raised == ["it was closed"]
+    with pytest.raises(UserError, match="it was closed"):
+        chat(HELLO, 1, (0,))
 
 
 class Server(BaseHTTPRequestHandler):

@@ -30,6 +30,9 @@ def items_of(given: list[dict[str, Any]], mode: str = "compare", **options: Any)
 class Echo:
     """A model that repeats the last message, or fails when it says so."""
 
+    def close(self) -> None:
+        pass
+
     def __call__(self, messages: Sequence[Message], num_generations: int, seed_parts: Sequence[int | str]) -> list[str]:
         said = messages[-1]["content"]
         if said == "fail":

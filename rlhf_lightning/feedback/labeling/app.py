@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from importlib.resources import files
@@ -84,6 +85,8 @@ def application(labeling: Labeling, links: Links) -> Starlette:
             return JSONResponse({"error": str(error), "reason": error.reason} | more, STATUS.get(error.reason, 409))
         except UserError as error:
             return JSONResponse({"error": str(error), "reason": "disk"}, STATUS["disk"])
+        except asyncio.CancelledError:  # an answer was waited for when the server ended
+            return JSONResponse({"error": "The server has ended.", "reason": "disk"}, 503)
 
     def opened(request: Request, name: str, body: Answer, cookie: str) -> JSONResponse:
         found = links.open(name, body.get("token"), request.cookies.get(cookie))

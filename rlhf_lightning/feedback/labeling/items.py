@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -76,6 +76,7 @@ def read_items(
     warn: Sequence[str] = WARNINGS,
     checks: bool = False,
     on_bad_row: str = "error",
+    progress: Callable[[int], Any] | None = None,
 ) -> tuple[dict[str, Item], int]:
     """Return the items of a source by key, in the order of its rows, and the number of rows that were skipped.
 
@@ -87,6 +88,7 @@ def read_items(
         warn: columns that ask for a content warning, see :func:`warning_of`.
         checks: the rows say which response is best, and become check questions.
         on_bad_row: "error" stops at a bad row, "skip" counts it.
+        progress: called with 1 for every row.
 
     Raises:
         UserError: a row that cannot be labeled, ids that two rows share, or a column for warnings that no row has.
@@ -95,6 +97,8 @@ def read_items(
     ids: dict[str, str] = {}
     seen: set[str] = set()
     for where, row in source.rows():
+        if progress:
+            progress(1)
         try:
             made = list(items_of(row, mode, columns, seed, pairs, checks))
         except RowError as error:
@@ -159,6 +163,8 @@ def drawn_pairs(texts: Sequence[str], count: int, seed: int) -> list[list[int]]:
     different = [[i, j] for i, j in several if texts[i].strip() != texts[j].strip()]
     if not different:
         raise RowError("its responses are equal, so there is nothing to compare")
+    if len(different) <= count:
+        return different
     order = permutation(len(different), seed, "pairs", fingerprint(list(texts))).tolist()
     return sorted(different[place] for place in order[:count])
 

@@ -129,7 +129,8 @@ class Server:
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Answer what has been asked and end; what is confirmed is on disk already."""
+        """End: a model's answer that is not there yet is given up; what is confirmed is on disk already."""
+        self.labeling.close()
         self._server.should_exit = True
         self._thread.join(2 * STOP_SECONDS)
         self._socket.close()

@@ -89,6 +89,11 @@ class Labeling:
                 raise UserError("label.mode=chat needs a model: init_from=<model>, or label.base_url and label.model")
             self.conversations = Conversations(store, list(items.values()), chat, num_generations, self.seed)
 
+    def close(self) -> None:
+        """End the answers that a model is giving; the store stays open."""
+        if self.conversations is not None:
+            self.conversations.chat.close()
+
     # ---- reading ---------------------------------------------------------------------------------------------------
 
     def start(self, annotator: str) -> Answer:
