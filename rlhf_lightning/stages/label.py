@@ -94,7 +94,7 @@ def rows_to_label(run: Run) -> dict[str, Item]:
     if source is None:
         raise UserError(f"label.mode={options['mode']} needs rows to label: data.train=<file>")
     check_number("label.pairs", options["pairs"], "[1, inf)", whole=True)
-    with Progress(transient=True) as bar:
+    with Progress(transient=True, disable=not Console().is_terminal) as bar:
         task = bar.add_task("reading rows", total=source.count())
         items, skipped = read_items(
             source,
