@@ -245,7 +245,7 @@ function instructions() {
 function help() {
   const lines = [...(page.view?.help || []), ["u", "undo"], ["x", "skip, with a reason"], ["g", "flag a problem"], ["i", "instructions"],
     ["w", "show text behind a content warning"], ["Esc", "leave a text field or a dialog"], ["?", "this help"]];
-  const skipped = page.settings.mode === "chat" ? ["x"] : [];
+  const skipped = [...(page.settings.mode === "chat" ? ["x"] : []), ...(page.settings.instructions ? [] : ["i"])];
   const node = dialog("Keys", [
     h("dl", { class: "keys" }, lines.filter(([name]) => !skipped.includes(name)).map(([name, what]) => [h("dt", {}, name.split(" ").map((part) => key(part))), h("dd", {}, what)])),
     h("p", { class: "dim" }, `You are ${page.settings.annotator}. Every label is saved before the page goes on; you may stop and come back at any time. Stored are your labels, reasons and texts, when they were made, and how long they took.`),
