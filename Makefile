@@ -35,10 +35,10 @@ check: $(VENV)/.test ## ruff and pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: $(VENV)/.test ## every tier this machine can run except nightly
-	$(BIN)/pytest $(PYTEST) -m "not nightly" --must-run slow,dist,oracle
+	$(BIN)/pytest $(PYTEST) -m "not nightly" --must-run slow,dist,oracle,browser
 
 test-fast: $(VENV)/.test ## the unit tier only
-	$(BIN)/pytest $(PYTEST) -m "not slow and not dist and not oracle and not nightly and not gpu"
+	$(BIN)/pytest $(PYTEST) -m "not slow and not dist and not oracle and not browser and not nightly and not gpu"
 
 nightly: $(VENV)/.test ## the slow variants that make test leaves out
 	$(BIN)/pytest $(PYTEST) -m nightly --must-run nightly

@@ -181,6 +181,13 @@ def lock(path: Path, wait: bool = False) -> str | None:
     return None
 
 
+def unlock(path: Path) -> None:
+    """End the lock of `path` that this process has, and remove the file."""
+    path.unlink(missing_ok=True)
+    if (handle := _LOCKS.pop((os.getpid(), path.resolve()), None)) is not None:
+        os.close(handle)
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold the lock of `path`, a file that is there only as long."""
@@ -188,9 +195,7 @@ def _locked(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        if (handle := _LOCKS.pop((os.getpid(), path.resolve()), None)) is not None:
-            os.close(handle)
+        unlock(path)
 
 
 def build_once(folder: str | Path, build: Callable[[Path], Any]) -> None:

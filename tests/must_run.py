@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-TIERS = ("slow", "dist", "oracle", "nightly")
+TIERS = ("slow", "dist", "oracle", "browser", "nightly")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -289,6 +289,8 @@ SETTINGS: dict[str, Case] = {
     "address of a logger": (
         lambda p: p.experiment("logger:\n  x: {_target_: lightning.pytorch.loggers.MLFlowLogger, tracking_uri: 'http://x'}\n"),
         "logger.x.tracking_uri is taken from the command line"),
+    "address of a model": (
+        lambda p: p.experiment("label:\n  base_url: http://x\n"), "label.base_url is taken from the command line only"),
     "unknown resolver": (lambda p: p.experiment("name: ${python:exit}\n"), "Unsupported interpolation type python"),
     "kernel of the hub": (lambda p: ["model.load.attn_implementation=evil/kernel"], "is code from the hub"),
 }  # fmt: skip

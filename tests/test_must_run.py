@@ -44,7 +44,9 @@ def test_a_marker_without_a_passing_test_fails_the_session(
     tmp_path: Path, asked: str, code: int, more: list[str]
 ) -> None:
     (tmp_path / "test_cases.py").write_text(CASES)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  slow: x\n  dist: x\n  oracle: x\n  nightly: x\n")
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\nmarkers =\n  slow: x\n  dist: x\n  oracle: x\n  browser: x\n  nightly: x\n"
+    )
     left_out = "not nightly" in more
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.must_run", f"--must-run={asked}", *more]
     done = subprocess.run(
@@ -61,5 +63,5 @@ def test_a_marker_without_a_passing_test_fails_the_session(
 
 def test_make_test_asks_for_every_tier() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    assert '-m "not nightly" --must-run slow,dist,oracle\n' in makefile
+    assert '-m "not nightly" --must-run slow,dist,oracle,browser\n' in makefile
     assert "-m nightly --must-run nightly\n" in makefile

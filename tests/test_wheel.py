@@ -31,6 +31,8 @@ def test_wheel_installs_and_runs_outside_the_checkout(tmp_path: Path) -> None:
     shipped = {n.removeprefix("rlhf_lightning/conf/") for n in names if n.startswith("rlhf_lightning/conf/")}
     assert {str(f.relative_to(ROOT / "conf")) for f in (ROOT / "conf").rglob("*.yaml")} <= shipped
     assert "rlhf_lightning/world/world.yaml" in names
+    static = ROOT / "rlhf_lightning" / "feedback" / "labeling" / "static"
+    assert {f"rlhf_lightning/feedback/labeling/static/{file.name}" for file in static.iterdir()} <= set(names)
     # a clean environment that borrows the installed dependencies but not this project
     run(sys.executable, "-m", "venv", "--without-pip", "env")
     python = str(tmp_path / "env" / "bin" / "python")

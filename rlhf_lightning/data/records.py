@@ -29,7 +29,7 @@ from rlhf_lightning.data.messages import (
 
 __all__ = [
     "Content", "Demonstration", "LeftOut", "Message", "Preference", "PromptRecord", "RowError", "check_length",
-    "demonstration", "preference", "prompt", "rated",
+    "demonstration", "given_responses", "preference", "prompt", "rated",
 ]  # fmt: skip
 
 Content = list[Message] | str
@@ -176,6 +176,14 @@ def prompt(row: Row, columns: Columns = PLAIN) -> PromptRecord:
     _need_user(messages)
     last = need_text(next(m["content"] for m in reversed(messages) if m["role"] == "user"), "the last user turn")
     return PromptRecord(messages, last, metadata | {"messages": messages}, tools)
+
+
+def given_responses(row: Row, columns: Columns = PLAIN) -> list[str]:
+    """Read the responses of a row: a list of texts `responses`, ranked or not, or a pair, the chosen one first."""
+    texts = columns.view(row).get("responses")
+    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+        return [need_string(text, f"responses[{k}]") for k, text in enumerate(texts)]
+    return preference(row, columns).responses
 
 
 def rated(row: Row, columns: Columns) -> tuple[Row, Any, float] | None:

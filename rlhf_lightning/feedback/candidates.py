@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from rlhf_lightning.data.checks import ids_fit
-from rlhf_lightning.data.records import RowError, preference
+from rlhf_lightning.data.records import RowError, given_responses
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.errors import UserError, check_number
+from rlhf_lightning.feedback.comparisons import OF_OTHERS
 from rlhf_lightning.generation.answers import prompt_text
 from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.models.completion import CompletionModel
@@ -20,12 +21,6 @@ from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule
 from rlhf_lightning.modules.online import Generating
 from rlhf_lightning.ops.groups import GroupList
 from rlhf_lightning.rewards.scoring import Reward, score_groups, to_device
-
-OF_OTHERS = {
-    "prompt", "messages", "conversations", "conversation", "response", "completion", "chosen", "rejected", "responses",
-    "ranking", "rating", "scores", "group_scores", "margin", "label", "annotator", "group",
-}  # fmt: skip
-"""Columns about the prompt, which is written as `prompt`, or about other responses."""
 
 
 class Candidates(Generating):
@@ -119,12 +114,8 @@ class Candidates(Generating):
         return rows
 
     def responses_of(self, number: int) -> list[str]:
-        row = self.data.rows["train"].raw(number)
-        listed = self.data.columns.view(row).get("responses")
-        if isinstance(listed, list) and listed and all(isinstance(text, str) for text in listed):
-            return listed
         try:
-            return preference(row, self.data.columns).responses
+            return given_responses(self.data.rows["train"].raw(number), self.data.columns)
         except RowError as error:
             raise UserError(f"{self.data.where('train', [number])} has no responses to score: {error}") from error
 

@@ -14,6 +14,12 @@ from typing import Any
 
 from rlhf_lightning.data.messages import Message
 
+OF_OTHERS = {
+    "prompt", "messages", "conversations", "conversation", "response", "completion", "chosen", "rejected", "responses",
+    "ranking", "rating", "scores", "group_scores", "margin", "label", "annotator", "group",
+}  # fmt: skip
+"""Columns about the prompt, which is written as `prompt`, or about other responses."""
+
 
 @dataclass(frozen=True)
 class Comparison:

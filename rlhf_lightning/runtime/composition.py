@@ -48,6 +48,7 @@ COMMAND_LINE_ONLY = (
     "hydra.launcher.additional_parameters",
     "hydra.launcher.setup",  # shell commands
     "hydra.sweeper.custom_search_space",  # a function's name
+    "label.base_url",  # where OPENAI_API_KEY is sent
 )
 ADDRESSES = ("settings", "tracking_uri")
 """Arguments of loggers that say where credentials are sent, or which program is run."""

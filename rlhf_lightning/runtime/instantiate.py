@@ -57,6 +57,8 @@ EXTRAS = {
     "hydra_plugins.hydra_joblib_launcher": "sweeps",
     "hydra_plugins.hydra_optuna_sweeper": "sweeps",
     "mlflow": "mlflow",
+    "starlette": "label",
+    "uvicorn": "label",
     "wandb": "wandb",
 }
 """Packages -> the extra of this project that installs them."""

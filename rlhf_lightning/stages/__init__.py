@@ -41,6 +41,8 @@ STAGES = {
             models=("evaluate.models", "evaluate.reference"),
             sources=("evaluate.preferences",),
         ),
+        Stage("label", "a page on which annotators compare, rank, edit or write answers", "label:run", output=None),
+        Stage("chat", "talk to a model in the terminal", "chat:run", output=None),
         Stage("audit", "checks of model, data and reward before a long run", "audit:run", output=None),
         Stage("export", "the rows of a data source as files", "export:run", output="metrics.json"),
     )

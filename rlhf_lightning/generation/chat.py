@@ -1,0 +1,170 @@
+"""Answers to a conversation: from a model in this process, or from an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from rlhf_lightning.data.messages import Message, RowError
+from rlhf_lightning.data.template import Template
+from rlhf_lightning.errors import UserError, check_number
+from rlhf_lightning.generation.answers import answer, start
+from rlhf_lightning.generation.engine import Engine
+from rlhf_lightning.ops.groups import Group
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+"""The environment variable with the key of a server, and the only place where one is looked for."""
+
+
+class Chat(Protocol):
+    """Answers a conversation."""
+
+    def __call__(self, messages: Sequence[Message], num_generations: int, seed_parts: Sequence[int | str]) -> list[str]:
+        """Return sampled answers to the last message.
+
+        Args:
+            seed_parts: decide the samples, as far as the model can be seeded.
+
+        Raises:
+            UserError: the model cannot answer this conversation, is not reachable, or was closed.
+        """
+        ...
+
+    def close(self) -> None:
+        """End calls that are running in other threads, as far as they can be, and answer no more."""
+
+
+class LocalChat:
+    """A language model in this process, sampled by an engine; calls from several threads wait for each other.
+
+    Args:
+        lm: a causal language model, on the device where it computes.
+        template: encodes conversations.
+        engine: samples; it is started with `lm` here.
+        context: the model's context length in tokens, None where it has none.
+    """
+
+    def __init__(
+        self,
+        lm: Any,
+        template: Template,
+        engine: Engine,
+        *,
+        context: int | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+    ) -> None:
+        self.template, self.engine, self.context = template, engine, context
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self._mutex, self._closed = threading.Lock(), threading.Event()
+        lm.register_forward_pre_hook(self._check_open)  # a token more, then it ends
+        start(engine, lm, template)
+
+    def _check_open(self, *_: Any) -> None:
+        if self._closed.is_set():
+            raise UserError("it was closed")
+
+    def close(self) -> None:
+        """End the call that is running, and answer no more."""
+        self._closed.set()
+        with self._mutex:
+            self.engine.close()
+
+    def __call__(self, messages: Sequence[Message], num_generations: int, seed_parts: Sequence[int | str]) -> list[str]:
+        """Return sampled answers, see :class:`Chat`."""
+        try:
+            ids = self.template.prompt(list(messages))
+        except RowError as error:
+            raise UserError(str(error)) from error
+        if self.context is not None and len(ids) >= self.context:
+            raise UserError(f"the conversation has {len(ids)} tokens, and the model reads at most {self.context}")
+        with self._mutex:
+            self._check_open()
+            answers = answer(
+                self.engine,
+                self.template,
+                [Group(ids, [], index=0, text=messages[-1]["content"])],
+                num_generations,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                seed_parts=seed_parts,
+            )
+        return answers.texts
+
+
+class ServerChat:
+    """A model behind an OpenAI-compatible server, such as vLLM, llama.cpp or Ollama.
+
+    Args:
+        base_url: up to `/v1`; the key, where one is needed, is read from the environment variable OPENAI_API_KEY.
+        model: its name there.
+        timeout: seconds to wait for an answer.
+
+    Raises:
+        UserError: a URL that is none of http or https, or without a model.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str | None,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        timeout: float = 120,
+    ) -> None:
+        address = urlsplit(str(base_url))
+        if address.scheme not in ("http", "https") or not address.hostname or address.username:
+            raise UserError(f"label.base_url={base_url} is not a URL such as http://127.0.0.1:8000/v1")
+        if not model:
+            raise UserError(f"label.base_url={base_url} needs label.model=<the model's name there>")
+        self.url = f"{str(base_url).rstrip('/')}/chat/completions"
+        self.model, self.timeout = str(model), timeout
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+
+    def close(self) -> None:
+        """Nothing is kept open between calls; one that is running ends with its server's answer."""
+
+    def __call__(self, messages: Sequence[Message], num_generations: int, seed_parts: Sequence[int | str]) -> list[str]:
+        """Return sampled answers, see :class:`Chat`; a server that returns one at a time is asked again."""
+        texts: list[str] = []
+        while len(texts) < num_generations:
+            got = self._request(messages, num_generations - len(texts))
+            if not got:
+                raise UserError(f"{self.url} returned no answer")
+            texts += got
+        return texts[:num_generations]
+
+    def _request(self, messages: Sequence[Message], count: int) -> list[str]:
+        body = {
+            "model": self.model, "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
+            "n": count, "temperature": self.temperature, "max_tokens": self.max_new_tokens,
+        }  # fmt: skip
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(KEY_VARIABLE):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                choices = json.loads(response.read())["choices"]
+            return [choice["message"]["content"] or "" for choice in choices]
+        except urllib.error.HTTPError as error:
+            with error:
+                reason = " ".join(error.read(2000).decode(errors="replace").split())[:200]
+            hint = f"; the key is read from {KEY_VARIABLE}" if error.code in (401, 403) else ""
+            raise UserError(f"{self.url} answered {error.code} {error.reason}: {reason}{hint}") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = getattr(error, "reason", None) or f"{type(error).__name__}: {error}"
+            raise UserError(f"{self.url} cannot be used: {reason}") from None
+
+
+def check_sampling(stage: str, max_new_tokens: int, temperature: float) -> None:
+    """Raise a UserError for a sampling option out of its range."""
+    check_number(f"{stage}.max_new_tokens", max_new_tokens, "[1, inf)", whole=True)
+    check_number(f"{stage}.temperature", temperature, "[0, inf)")
