@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlhf_lightning.data.datamodules import DemonstrationData, PreferenceData, PromptData
     from rlhf_lightning.data.template import Template
+    from rlhf_lightning.feedback.aggregation import aggregate
+    from rlhf_lightning.feedback.agreement import agreement
     from rlhf_lightning.generation.engine import Engine, Generations
     from rlhf_lightning.generation.local import LocalEngine
     from rlhf_lightning.modules.dpo import DPO
@@ -33,12 +35,16 @@ __all__ = [
     "RewardModel",
     "Template",
     "__version__",
+    "aggregate",
+    "agreement",
     "pack",
 ]
 
 _MODULES = {
     "data.datamodules": ("DemonstrationData", "PreferenceData", "PromptData"),
     "data.template": ("Template",),
+    "feedback.aggregation": ("aggregate",),
+    "feedback.agreement": ("agreement",),
     "generation.engine": ("Engine", "Generations"),
     "generation.local": ("LocalEngine",),
     "modules.dpo": ("DPO",),

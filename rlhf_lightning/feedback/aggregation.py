@@ -80,7 +80,7 @@ def aggregate(
         return result
     for group, members in parts(labels.comparisons, by_group, result.dropped).items():
         if method == "reliability":
-            result.reliability[group] = MODELS[reliability](entries(Labels(members)))
+            result.reliability[group] = fitted(reliability, members, group)
         for votes in by_comparison(members):
             made, reason = aggregated(votes, method, result.reliability.get(group), min_labels)
             if reason:
@@ -90,6 +90,14 @@ def aggregate(
         reasons = "; ".join(f"{count}: {reason}" for reason, count in result.dropped.items())
         raise UserError(f"no comparison gives a row ({reasons})")
     return result
+
+
+def fitted(name: str, labels: list[LabeledComparison], group: str | None) -> Reliability:
+    """Return a model of the annotators of these labels."""
+    try:
+        return MODELS[name](entries(Labels(labels)))
+    except UserError as error:
+        raise UserError(str(error) if group is None else f"group {group!r}: {error}") from None
 
 
 def check_choice(key: str, value: str, options: Sequence[str]) -> None:

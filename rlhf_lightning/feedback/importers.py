@@ -38,7 +38,8 @@ def metadata(row: Row, others: Collection[str] = ()) -> Row:
 
 def id_of(row: Row, otherwise: str) -> str:
     """Return the id that a row gives its item, `otherwise` where it gives none."""
-    return next((str(row[name]) for name in IDS if has_value(row.get(name))), otherwise)
+    name = next((name for name in IDS if has_value(row.get(name))), None)
+    return otherwise if name is None else need_string(str(row[name]), name)
 
 
 def prompt_messages(value: Any, columns: Columns) -> list[Message]:
@@ -51,7 +52,7 @@ def need_annotator(row: Row) -> str:
     name = row.get("annotator")
     if not has_value(name) or isinstance(name, dict | list):
         raise RowError(f"there is no annotator; data.columns.annotator=<column> names it; {listed(row)}")
-    return str(name)
+    return need_string(str(name), "annotator")
 
 
 def one_of(value: Any, key: str, options: Sequence[str]) -> str:
@@ -88,7 +89,7 @@ def annotated_pair(row: Row, columns: Columns) -> list[Label | LeftOut]:
         asked = [given.get(f"{side}_acceptable") for side in "ab"]
         labels.append(
             LabeledComparison(
-                comparison, VERDICTS[label], need_annotator(given), group_of(given), strength,
+                comparison, VERDICTS[label], need_annotator(given), group_of(given), strength and int(strength),
                 seconds=number(given.get("seconds"), f"{place}.seconds"),
                 acceptable=None if None in asked else tuple(map(bool, asked)),
             )
@@ -122,7 +123,7 @@ def annotations_of(row: Row) -> list[tuple[str, Row]]:
 
 def group_of(row: Row) -> str | None:
     """Return the annotator's group, None where none is given."""
-    return str(row["group"]) if has_value(row.get("group")) else None
+    return need_string(str(row["group"]), "group") if has_value(row.get("group")) else None
 
 
 # ---- Chatbot Arena ---------------------------------------------------------------------------------------------------
@@ -139,17 +140,24 @@ def arena(row: Row, columns: Columns) -> list[Label | LeftOut]:
             raise LeftOut("its conversations part before their last turn, so no two responses are compared") from None
         raise RowError(str(error).replace("chosen", "conversation_a").replace("rejected", "conversation_b")) from None
     rest = metadata(row, ("winner", "conversation_a", "conversation_b", "judge", "tstamp"))
-    voted = row.get("tstamp")
     return [
         LabeledComparison(
             Comparison(id_of(row, digest(prompt, responses)), prompt, responses, rest),
             ARENA[winner],
             need_annotator({"annotator": row.get("judge")} | row),
             shown=(0, 1),
-            time=datetime.fromtimestamp(voted, UTC).isoformat() if isinstance(voted, int | float) else None,
+            time=None if row.get("tstamp") is None else as_time(row["tstamp"]),
             acceptable=(False, False) if winner == "tie (bothbad)" else None,
         )
     ]
+
+
+def as_time(seconds: Any) -> str:
+    """Return seconds since 1970 as ISO 8601."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat()
+    except (TypeError, ValueError, OverflowError, OSError):
+        raise RowError(f"tstamp is {str(seconds)[:40]!r}, not seconds since 1970") from None
 
 
 # ---- Label Studio ----------------------------------------------------------------------------------------------------

@@ -75,10 +75,10 @@ def ranking_label(row: Row, columns: Columns) -> list[Label | LeftOut]:
     responses, ranks = records.ranked(row, columns, blank=True)
     places = range(len(responses))
     shown = None if row.get("shown") is None else tuple(need_list(row["shown"], "shown"))
-    if shown is not None and sorted(shown, key=str) != sorted(places, key=str):
+    if shown is not None and not (all(type(place) is int for place in shown) and sorted(shown) == list(places)):
         raise RowError(f"shown is {row['shown']}, not an order of the {len(responses)} responses")
     check = row.get("check")
-    if check is not None and (isinstance(check, bool) or check not in places):
+    if check is not None and (type(check) is not int or check not in places):
         raise RowError(f"check is {check!r}, not the index of one of {len(responses)} responses")
     acceptable = row.get("acceptable")
     if acceptable is not None and (not isinstance(acceptable, list) or len(acceptable) != len(responses)):

@@ -96,12 +96,11 @@ def shares(profile: Profile) -> dict[str, Interval]:
 
 def tables(result: Agreement) -> Iterator[Table]:
     """Yield what is printed."""
-    table = Table(
-        "figure", "value", "95%", title=f"agreement: {result.shared} of {result.items} items have several labels"
-    )
-    for line in lines(result):
-        table.add_row(*line)
-    yield table
+    if result.figures:
+        table = Table(*HEADER, title=f"agreement: {result.shared} of {result.items} items have several labels")
+        for line in lines(result):
+            table.add_row(*line)
+        yield table
     if len(result.pairs) > 1:
         title = (
             f"Cohen's kappa, the lowest of {len(result.pairs)}" if len(result.pairs) > MOST_PAIRS else "Cohen's kappa"

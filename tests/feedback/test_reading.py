@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from rlhf_lightning.data.layouts import Columns
 from rlhf_lightning.data.messages import RowError
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.feedback.aggregation import aggregate
+from rlhf_lightning.feedback.agreement import agreement
 from rlhf_lightning.feedback.comparisons import Comparison, LabeledComparison
+from rlhf_lightning.feedback.exports import crowd_frame, data_card
 from rlhf_lightning.feedback.reading import labels_of, read_labels
 
 PROMPT = [{"role": "user", "content": "Name a fruit."}]
@@ -250,3 +257,50 @@ def test_files_and_frames(tmp_path: Path) -> None:
     with pytest.raises(RowError, match="rater: there is no rater"):
         labels_of(row(), Columns({"annotator": "rater"}))
     assert read_labels([row(annotator=None, rater="r")], {"annotator": "rater"}).comparisons[0].annotator == "r"
+
+
+VALID: list[dict[str, Any]] = [
+    row(group="g", strength=2, shown=[1, 0], seconds=2.0, time="2026-01-01", check=0, acceptable=[True, True]),
+    {"prompt": "Hi", "chosen": "a", "rejected": "b", "annotator": "x"},
+    studio(PAIRWISE, {"prompt": "Hi", "answer1": "one", "answer2": "two"}),
+    studio(RANKER, {"prompt": "Hi", "items": ITEMS}),
+    {"id": 3, "prompt": "Hi", "answer1": "one", "answer2": "two", "pw": [{"selected": "left"}], "annotator": 1, "annotation_id": 9, "lead_time": 2.0},
+    arena("tie"),
+    {"item_id": "p", "prompt": "Hi", "response_a": "x", "response_b": "y", "annotations": [{"annotator": "k", "label": "b", "strength": 2}]},
+    {"worker": "w", "left": "x", "right": "y", "label": "y", "prompt": "Hi"},
+]  # fmt: skip
+ANY = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=3)
+    | st.sampled_from(["\ud800", 1e300, -1, "x"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["id", "role", "content", "label", "result", "value"]), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_a_row_of_anything_is_read_or_refused(data: st.DataObject) -> None:
+    """One value of a good row is replaced, at any depth: it gives labels that can be used, or a UserError."""
+    changed = copy.deepcopy(data.draw(st.sampled_from(VALID)))
+    node: Any = changed
+    while True:
+        key = data.draw(st.sampled_from(list(node) if isinstance(node, dict) else list(range(len(node)))))
+        if not (isinstance(node[key], dict | list) and node[key]) or data.draw(st.booleans()):
+            break
+        node = node[key]
+    node[key] = data.draw(ANY)
+    with suppress(UserError):
+        labels = read_labels([changed, *VALID[:1]], on_bad_row="skip")
+        agreement(labels, bootstrap=0, reliability=())
+        for method in ("none", "soft"):
+            result = aggregate(labels, method)
+            data_card(result, "x").encode()
+            crowd_frame(result.labels.comparisons)
+            json.dumps(result.rows)
