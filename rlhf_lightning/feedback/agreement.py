@@ -198,23 +198,25 @@ def kappa(confusion: np.ndarray) -> float:
         return float(needs("statsmodels.stats.inter_rater").cohens_kappa(confusion, return_results=False))
 
 
-def shared_units(data: Table, pair: tuple[str, str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (S,) the units that two annotators share, and the label of each of them."""
-    of = [dict(zip(data.unit[own], data.value[own], strict=True)) for own in
-          (data.annotator == data.annotators.index(name) for name in pair)]  # fmt: skip
-    units = [unit for unit in of[0] if unit in of[1]]
-    first, second = ([values[unit] for unit in units] for values in of)
-    return np.array(units, dtype=np.int64), np.array(first, dtype=np.int64), np.array(second, dtype=np.int64)
+def shared_units(data: Table) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Return for every two annotators who share units (S,) those units, and the label of each of the two."""
+    labels = np.full((len(data.annotators), len(data.units)), -1, dtype=np.int32)
+    labels[data.annotator, data.unit] = data.value
+    found = {}
+    for one, other in itertools.combinations(range(len(data.annotators)), 2):
+        units = np.flatnonzero((labels[one] >= 0) & (labels[other] >= 0))
+        if len(units):
+            found[data.annotators[one], data.annotators[other]] = units, labels[one, units], labels[other, units]
+    return found
 
 
 def kappas(data: Table, notes: list[str]) -> dict[tuple[str, str], tuple[float, int]]:
     """Return Cohen's kappa of every two annotators who share enough units, and how many those are."""
     found, few = {}, 0
-    for pair in itertools.combinations(data.annotators, 2):
-        units, first, second = shared_units(data, pair)
+    for pair, (units, first, second) in shared_units(data).items():
         if len(units) >= FEWEST_SHARED:
             found[pair] = kappa(confusion(first, second, len(data.categories))), len(units)
-        elif len(units):
+        else:
             few += 1
     if few:
         notes.append(f"Cohen's kappa leaves out {few} pairs of annotators who share fewer than {FEWEST_SHARED} units")
@@ -228,7 +230,8 @@ def confusion(first: np.ndarray, second: np.ndarray, size: int, weights: np.ndar
 
 def mean_kappa(data: Table, pairs: Sequence[tuple[str, str]]) -> Statistic:
     """Return the mean of Cohen's kappa over pairs of annotators (Light 1971), as a function of the units drawn."""
-    each = [shared_units(data, pair) for pair in pairs]
+    shared = shared_units(data)
+    each = [shared[pair] for pair in pairs]
     size = len(data.categories)
 
     def statistic(drawn: np.ndarray) -> float:

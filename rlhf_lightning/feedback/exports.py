@@ -107,7 +107,7 @@ def data_card(result: Aggregated, source: str, agreement: Sequence[str] = ()) ->
     dates = sorted(label.time[:10] for label in labels.comparisons if label.time)
     lines = [
         "---", "license: unknown", "tags: [preference, rlhf]", "---", "", "# Data card", "",
-        f"* Source: {plain(source)}",
+        f"* Source: {in_markdown(source)}",
         f"* Layout: {', '.join(f'{name} ({count} rows)' for name, count in labels.layouts.items()) or 'labels'}",
         f"* Labels: {len(labels)} by {len(people)} annotators, of {items} comparisons",
         f"* Labels per comparison: {', '.join(f'{n}: {count}' for n, count in sorted(per_item.items()))}",
@@ -115,23 +115,24 @@ def data_card(result: Aggregated, source: str, agreement: Sequence[str] = ()) ->
         f"* Time: {f'median {median(timed):.0f} seconds per label' if timed else 'not recorded'}",
         f"* Aggregation: {result.method}{', every group alone' if result.by_group else ''}",
         f"* Rows: {len(result.rows)}",
-        "* Licence: fill in, here and in the head of this file",
+        "* License: fill in, here and in the head of this file",
         "* Instructions to the annotators, their pay and consent: fill in",
         "", "## Annotators", "", "| annotator | labels |", "| --- | --- |",
-        *(f"| {plain(name)} | {count} |" for name, count in people.most_common()),
+        *(f"| {in_markdown(name)} | {count} |" for name, count in people.most_common()),
         "", "## Groups", "", "| group | labels |", "| --- | --- |",
-        *(f"| {plain(name)} | {count} |" for name, count in groups.most_common()),
+        *(f"| {in_markdown(name)} | {count} |" for name, count in groups.most_common()),
         "", "## Agreement", "", *(agreement or ["Not computed: `rlhf stage=agreement` does."]),
         "", "## Left out", "",
-        *(f"* {count} comparisons: {plain(reason)}" for reason, count in result.dropped.items()),
-        *(f"* {count} rows or labels: {plain(reason)}" for reason, count in labels.left_out.items()),
+        *(f"* {count} comparisons: {in_markdown(reason)}" for reason, count in result.dropped.items()),
+        *(f"* {count} rows or labels: {in_markdown(reason)}" for reason, count in labels.left_out.items()),
     ]  # fmt: skip
     if not result.dropped and not labels.left_out:
         lines.append("Nothing.")
     return "\n".join(lines) + "\n"
 
 
-def plain(text: Any) -> str:
+def in_markdown(text: Any) -> str:
     """Return a text of others on one line of Markdown, without what would be markup, a link or a cell's end."""
-    line = " ".join(str(text).split())
+    line = "".join(c if c.isprintable() else " " for c in str(text))
+    line = " ".join(line.split())
     return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|!" else c for c in line)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rlhf_lightning.data import records
-from rlhf_lightning.data.layouts import READ, Columns, Row, has_value, listed
+from rlhf_lightning.data.layouts import READ, Columns, Row, has_value, listed, number_of
 from rlhf_lightning.data.messages import LeftOut, Message, RowError, need_list, need_string, need_text
 from rlhf_lightning.errors import nearest
 from rlhf_lightning.feedback.comparisons import Comparison, ItemLabel, LabeledComparison, digest
@@ -66,9 +66,10 @@ def number(value: Any, key: str) -> float | None:
     """Return a number of seconds, None where there is none."""
     if not has_value(value):
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+    seconds = -1.0 if isinstance(value, bool) else number_of(value, key)  # a CSV file has it as text
+    if not 0 <= seconds < float("inf"):
         raise RowError(f"{key} is {str(value)[:40]!r}, not a number of seconds")
-    return float(value)
+    return seconds
 
 
 # ---- several annotations in a row ------------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ def preference_label(row: Row, columns: Columns) -> list[Label | LeftOut]:
 def strength_of(row: Row) -> int | None:
     """Return how much better the better response is, None where it is not known."""
     value = row.get("strength")
+    value = int(value) if isinstance(value, str) and value in ("0", "1", "2", "3") else value  # of a CSV file
     if has_value(value) and (isinstance(value, bool) or value not in (0, 1, 2, 3)):
         raise RowError(
             f"strength is {str(value)[:40]!r}; it is 0 for a tie, 1 slightly better, 2 better, 3 much better"

@@ -86,7 +86,7 @@ def normalized(weights: np.ndarray) -> np.ndarray:
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def noisy_bradley_terry(entries: Sequence[Entry], iterations: int = 500, tolerance: float = 1e-6) -> Reliability:
+def noisy_bradley_terry(entries: Sequence[Entry], iterations: int = 500, tolerance: float = 1e-5) -> Reliability:
     """Fit a Bradley-Terry model with annotator noise by EM.
 
     An annotator k says that the first response is better with probability eta_k sigma(d) + (1 - eta_k) sigma(-d), where

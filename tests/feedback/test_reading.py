@@ -187,7 +187,7 @@ def test_the_last_of_an_annotators_labels_counts() -> None:
         (row(shown=[0, 0]), "row 1: shown is .* not an order of the 2 responses"),
         (row(check=2), "row 1: check is 2, not the index of one of 2"),
         (row(strength=4), "row 1: strength is '4'; it is 0 for a tie"),
-        (row(seconds="fast"), "row 1: seconds is 'fast', not a number of seconds"),
+        (row(seconds="fast"), "row 1: seconds is 'fast', not a number"),
         (row(acceptable=[True]), "row 1: acceptable is .* for each response"),
         ({"worker": "w", "left": "x", "right": "y", "label": "z"}, "row 1: label is 'z', not one of x, y"),
         (arena("model_c"), "row 1: winner is 'model_c', not one of .* Did you mean 'model_"),
@@ -250,6 +250,11 @@ def test_files_and_frames(tmp_path: Path) -> None:
             ("t1", "w1", "cat"),
             ("t1", "w2", "dog"),
         ]
+    (tmp_path / "ours.csv").write_text(
+        'prompt,responses,ranking,annotator,seconds,strength\nHi,"[""a"", ""b""]","[1, 0]",ann,2.5,3\n'
+    )
+    (label,) = read_labels(tmp_path / "ours.csv").comparisons
+    assert (label.ranking, label.seconds, label.strength) == ((1, 0), 2.5, 3)
     (tmp_path / "export.json").write_text(
         json.dumps([studio(PAIRWISE, {"prompt": "Hi", "answer1": "one", "answer2": "two"})])
     )

@@ -75,7 +75,7 @@ def test_items_of_one_annotator_say_nothing_of_reliability() -> None:
     votes, _ = simulated([0.9, 0.9, 0.6], 2.0, 100, seed=2)
     alone = [entry(1000 + i, "w2", 1) for i in range(50)]
     for model in (dawid_skene, noisy_bradley_terry):
-        assert model(votes + alone).annotators == pytest.approx(model(votes).annotators, abs=1e-6)
+        assert model(votes + alone).annotators == pytest.approx(model(votes).annotators, abs=1e-4)
         with pytest.raises(UserError, match="no item was labeled by two annotators"):
             model(alone)
     stranger = [entry(2000, "new", -1)]
