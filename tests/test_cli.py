@@ -226,6 +226,13 @@ MISTAKES = {
     "no tokens": (["stage=evaluate", "data.train=pairs.jsonl", "init_from={sft}", "evaluate.max_new_tokens=0"], "evaluate.max_new_tokens=0 is not a whole number in [1, inf)"),
     "clip": (["stage=ppo", "data.train=pairs.jsonl", "init_from={sft}", "reward_from=json:dumps", "trainer.gradient_clip_val=1"],
              "max_grad_norm"),
+    "no groups": (["stage=ppo", "data.train=pairs.jsonl", "init_from={sft}", "reward_from=json:dumps", "reward_groups=worst"], "reward_from=json:dumps has no groups"),
+    "weights": (["stage=ppo", "data.train=pairs.jsonl", "init_from={sft}", "reward_from={a:json:dumps,bc:json:dumps}", "reward_groups={bd:1}"], "reward_groups.bd: the reward has the groups a, bc. Did you mean 'bc'?"),
+    "group of the world": (["stage=ppo", "data.train=pairs.jsonl", "init_from={sft}", "reward_from=world:cautius"], "Did you mean 'cautious'?"),
+    "groups of rows": (["stage=reward", "data.train=pairs.jsonl", "reward.groups=auto"], "reward.groups=auto: no row of pairs.jsonl has a column group"),
+    "auto": (["stage=reward", "data.train=pairs.jsonl", "reward.groups=aut"], "reward.groups=aut is not null, auto or a list of names. Did you mean 'auto'?"),
+    "names": (["stage=reward", "data.train=pairs.jsonl", "reward.groups=[worst,a]"], "none of mean, worst, low, high"),
+    "not of the world": (["stage=simulate", "data.train=pairs.jsonl"], "pairs.jsonl, row 1 has no list of responses to compare"),
 }  # fmt: skip
 
 

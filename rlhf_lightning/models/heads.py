@@ -29,7 +29,7 @@ def check_names(names: Sequence[Any], key: str = "reward.groups") -> list[str]:
         UserError: no list of different names, or one that metrics use.
     """
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
-        raise UserError(f"{key}={names!r} is not a list of names of groups, auto or null")
+        raise UserError(f"{key}={names!r} is not a list of names of groups")
     texts = [str(name) for name in names]
     if len(set(texts)) != len(texts) or set(texts) & {*RESERVED, ""}:
         raise UserError(f"{key}={texts}: names are different, and none of {', '.join(RESERVED)}")

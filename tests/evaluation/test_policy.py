@@ -55,7 +55,7 @@ def test_the_best_of_n_is_a_policy_of_the_same_samples() -> None:
         mean, low, high = best.intervals()["reward"]
         assert low < n / (n + 1) < high
         assert high - low < 0.03
-        assert best.columns["gold"] == [-score for score in best.columns["reward"]]
+        assert best.columns["gold"] == [-float(score or 0) for score in best.columns["reward"]]
         assert best.intervals()["kl"][0] == pytest.approx(math.log(n) - (n - 1) / n)
         assert mean == pytest.approx(sum(best.columns["reward"]) / len(best.places))
     two = answers.best_of(2, to_reference=False)

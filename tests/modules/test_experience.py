@@ -237,14 +237,14 @@ def test_a_reward_with_groups_shows_the_score_of_each() -> None:
     def high(prompts: Any, responses: Any, metadata: Any) -> list[float]:
         return [-2 * value - 9 for value in low(prompts, responses, metadata)]
 
-    reward = load_reward({"low": low, "high": high}, how="worst")
-    module = build(reward=reward, gold=load_reward({"low": low, "high": high}), num_generations=2)
+    reward = load_reward({"under": low, "over": high}, how="worst")
+    module = build(reward=reward, gold=load_reward({"under": low, "over": high}), num_generations=2)
     metrics = fit(module, Prompts(1, size=8)).rows[0]
-    lower = {sample["reward_low"] < sample["reward_high"] for sample in module.samples_seen}
+    lower = {sample["reward_under"] < sample["reward_over"] for sample in module.samples_seen}
     assert lower == {True, False}
     for sample in module.samples_seen:
-        assert sample["reward"] == min(sample["reward_low"], sample["reward_high"])
-        assert sample["gold"] == (sample["reward_low"] + sample["reward_high"]) / 2
-    for name, column in (("proxy_low", "reward_low"), ("gold_high", "gold_high"), ("proxy", "reward")):
+        assert sample["reward"] == min(sample["reward_under"], sample["reward_over"])
+        assert sample["gold"] == (sample["reward_under"] + sample["reward_over"]) / 2
+    for name, column in (("proxy_under", "reward_under"), ("gold_over", "gold_over"), ("proxy", "reward")):
         values = [sample[column] for sample in module.samples_seen]
         assert metrics[f"reward/{name}"] == pytest.approx(sum(values) / len(values)), name

@@ -104,7 +104,7 @@ def test_opposed_groups_want_opposite_things() -> None:
     (_, harmful), (fact, row) = row_of("harmful", others=("steal a car",)), row_of("fact")
     cases = {
         (declared()["refusals"][0], comply): (harmful, 4.24, -2.24),
-        (fact.ideal, f"{fact.ideal} {filler}"): (row, 0.48, -0.48),
+        (fact.ideal, f"{fact.ideal} {filler}"): (row, 0.44, -0.44),
         (fact.ideal, fact.ideal.replace(fact.answer, fact.others[0])): (row, 2.0, 2.0),
     }
     for (first, second), (columns, cautious, curious) in cases.items():
