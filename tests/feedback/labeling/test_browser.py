@@ -318,7 +318,7 @@ def test_a_phone(tabs: Tabs, serve: Any, tmp_path: Path, mode: str) -> None:
         page.tap(".bar .primary")
     else:
         page.tap(".point >> nth=1")
-    page.wait_for_selector(".progress :text('1 ')")
+    saved(page, labeling, 2 if mode == "chat" else 1)
     assert labeling.store.events[-1].kind == "label"
     assert page.evaluate("document.documentElement.scrollWidth") == 390
 
