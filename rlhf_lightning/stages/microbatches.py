@@ -26,7 +26,7 @@ from rlhf_lightning.stages.sizes import (
 )
 
 CPU_TOKENS = 1024
-"""On a CPU a forward pass over more tokens is no faster per token, and keeps more activations."""
+"""On a CPU a forward pass over more tokens is hardly faster per token, and keeps more activations."""
 CPU_BYTES = 1.5 * GB
 """Activations that a CPU may keep whatever the number of tokens: steps of small models are not split."""
 COUNT_BATCHES = ("limit_train_batches", "overfit_batches", "fast_dev_run", "val_check_interval")
@@ -49,7 +49,7 @@ def split_steps(run: Run, data: Any, kept: int | None = None) -> None:
 
 
 def choose(run: Run, data: RowData) -> int:
-    """Return the fewest microbatches that are as fast as larger ones (CPU), or that fit the memory (accelerator)."""
+    """Return the fewest microbatches that are about as fast as larger ones (CPU), or that fit the memory (accelerator)."""
     started = ranks()
     devices = started[1] if started is not None else ranks_asked(run.settings["trainer"])
     if devices is None:  # known after the Trainer is built
@@ -65,7 +65,7 @@ def choose(run: Run, data: RowData) -> int:
 
 
 def tokens_per_pass(settings: dict[str, Any]) -> float:
-    """Return the tokens of a forward pass beyond which a CPU gains nothing."""
+    """Return the tokens of a forward pass beyond which a CPU gains little."""
     return max(CPU_TOKENS, CPU_BYTES / bytes_per_token(layer_sizes(read_config(settings)), read_job(settings)))
 
 
