@@ -49,7 +49,7 @@ def split_steps(run: Run, data: Any, kept: int | None = None) -> None:
 
 
 def choose(run: Run, data: RowData) -> int:
-    """Return the fewest microbatches that are about as fast as larger ones (CPU), or that fit the memory (accelerator)."""
+    """Return the fewest microbatches that are about as fast as larger ones (CPU), or that fit (accelerator)."""
     started = ranks()
     devices = started[1] if started is not None else ranks_asked(run.settings["trainer"])
     if devices is None:  # known after the Trainer is built
