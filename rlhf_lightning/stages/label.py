@@ -174,7 +174,7 @@ def until_stopped(server: Server) -> int | None:
     try:
         while not received:
             if not server.wait(0.2) and not received:
-                raise UserError("the labeling page has ended by itself; see the log. What was confirmed is saved")
+                raise UserError("the labeling server stopped unexpectedly, see the log; confirmed labels are saved")
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

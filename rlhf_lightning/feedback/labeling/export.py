@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 @dataclass
-class Labels:
+class StoredLabels:
     """What holds of a store: withdrawn and undone labels are not in it.
 
     `comparisons` are in the order of their time; `demonstrations` are rows; `notes` are skips and flags.
@@ -33,10 +33,10 @@ class Labels:
     notes: list[Row] = field(default_factory=list)
 
 
-def read_labels(store: Store, history: History | None = None) -> Labels:
+def stored_labels(store: Store, history: History | None = None) -> StoredLabels:
     """Return the labels of a store."""
     history = history or History(store.events)
-    items, labels = {key: Item.read(value) for key, value in store.items.items()}, Labels()
+    items, labels = {key: Item.read(value) for key, value in store.items.items()}, StoredLabels()
     for event, one in sorted(_holding(history, "labels"), key=lambda pair: pair[0].number):
         item = items[str(event.item)]
         if "ranking" in event.value:
@@ -85,7 +85,7 @@ def _about(annotator: str, group: str | None, time: str | None, **more: Any) -> 
     return {"annotator": annotator, **{name: value for name, value in known.items() if value is not None}}
 
 
-def preference_rows(labels: Labels) -> list[Row]:
+def preference_rows(labels: StoredLabels) -> list[Row]:
     """Return a row for every two answers of which a comparison prefers one; check questions are left out."""
     rows = []
     for one in labels.comparisons:
@@ -100,7 +100,7 @@ def preference_rows(labels: Labels) -> list[Row]:
     return rows
 
 
-def ranking_rows(labels: Labels) -> list[Row]:
+def ranking_rows(labels: StoredLabels) -> list[Row]:
     """Return a row for every ranking that prefers something; check questions are left out."""
     rows = []
     for one in labels.comparisons:
@@ -111,7 +111,7 @@ def ranking_rows(labels: Labels) -> list[Row]:
     return rows
 
 
-WRITES: dict[str, tuple[tuple[str, Callable[[Labels], list[Row]]], ...]] = {
+WRITES: dict[str, tuple[tuple[str, Callable[[StoredLabels], list[Row]]], ...]] = {
     "compare": (("labels", lambda it: [one.row() for one in it.comparisons]), ("preferences", preference_rows)),
     "chat": (("labels", lambda it: [one.row() for one in it.comparisons]), ("preferences", preference_rows)),
     "rank": (("labels", lambda it: [one.row() for one in it.comparisons]), ("rankings", ranking_rows)),
@@ -128,7 +128,7 @@ def export(store: Store, folder: str | Path, instructions: str = "") -> dict[str
     demonstrations.jsonl, by the store's mode; notes.jsonl, the skips and flags; and card.md.
     """
     folder, history = Path(folder), History(store.events)
-    labels = read_labels(store, history)
+    labels = stored_labels(store, history)
     written = {}
     for name, rows_of in (*WRITES[store.settings["mode"]], ("notes", lambda it: it.notes)):
         rows = rows_of(labels)
@@ -139,7 +139,7 @@ def export(store: Store, folder: str | Path, instructions: str = "") -> dict[str
     return written
 
 
-def data_card(store: Store, history: History, labels: Labels, written: dict[str, int], instructions: str) -> str:
+def data_card(store: Store, history: History, labels: StoredLabels, written: dict[str, int], instructions: str) -> str:
     """Return the data card: what was asked of whom, and how it went, in Markdown."""
     withdrawn = sum(one.withdrawn is not None for one in history.annotators.values())
     people = {name: one for name, one in history.annotators.items() if one.labels}
@@ -185,7 +185,7 @@ def data_card(store: Store, history: History, labels: Labels, written: dict[str,
     return "\n".join(lines)
 
 
-def _positions(labels: Labels) -> list[tuple[str, str]]:
+def _positions(labels: StoredLabels) -> list[tuple[str, str]]:
     """Return how often there was a tie, and how often what was shown first was best."""
     best = [one.ranking[one.shown[0]] == 0 for one in labels.comparisons if one.shown and len(set(one.ranking)) > 1]
     ties = sum(len(set(one.ranking)) == 1 for one in labels.comparisons)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.data.records import demonstration, preference
-from rlhf_lightning.feedback.labeling.export import export, preference_rows, read_labels
+from rlhf_lightning.feedback.labeling.export import export, preference_rows, stored_labels
 from rlhf_lightning.feedback.labeling.security import Links
 from tests.helpers.labeling import items_of, label_all, labeling_of, rows
 
@@ -82,7 +82,7 @@ def test_check_questions_are_labels_and_no_preferences(tmp_path: Path) -> None:
     checks = items_of([{"prompt": "1+1", "chosen": "2", "rejected": "3"}], checks=True)
     labeling = labeling_of(tmp_path, rows(2), ("anna",), checks=checks, check_share=1.0)
     label_all(labeling, "anna")
-    labels = read_labels(labeling.store)
+    labels = stored_labels(labeling.store)
     assert sum(one.check == 0 for one in labels.comparisons) == 1
     assert {row["id"] for row in preference_rows(labels)} == {"row-0", "row-1"}
 
