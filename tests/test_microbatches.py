@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from rlhf_lightning.data.datamodules import DemonstrationData
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.runtime.memory import Job, Shape, bytes_per_token, estimate
 from rlhf_lightning.stages import STAGES, microbatches, sizes
 from rlhf_lightning.stages.microbatches import choose, split_steps, tokens_that_fit
+from rlhf_lightning.stages.training import check_arguments
 from tests.test_plan import settings
 
 LARGE = Shape(10**9, 0, hidden=2048, intermediate=8192, layers=20, key_values=1024, vocabulary=32_768)
@@ -96,6 +98,13 @@ def test_the_number_replaces_auto(overrides: list[str], stage: str, data: Any, e
     run = made(*overrides, stage=stage)
     split_steps(run, data)
     assert run.settings["trainer"]["accumulate_grad_batches"] == expected
+
+
+@pytest.mark.parametrize("given", ["atuo", "0", "1.5", "true"])
+def test_another_value_is_refused(given: str) -> None:
+    arguments = settings("stage=sft", f"trainer.accumulate_grad_batches={given}")["trainer"]
+    with pytest.raises(UserError, match="is neither auto nor a whole number of at least 1"):
+        check_arguments(arguments)
 
 
 def test_a_resumed_run_keeps_its_number() -> None:

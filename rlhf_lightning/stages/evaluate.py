@@ -110,7 +110,8 @@ def evaluations(run: Run, policies: dict[str, str], reference: str) -> dict[str,
         raise UserError(
             "evaluate.best_of chooses by reward_from: give a reward model folder, module:function, or world"
         )
-    for n in options["best_of"]:
+    choices = options["best_of"] if isinstance(options["best_of"], list) else [options["best_of"]]
+    for n in choices:
         check_number("evaluate.best_of", n, "[1, inf)", whole=True)
         if n > options["num_generations"]:
             raise UserError(f"evaluate.best_of={n} needs evaluate.num_generations={n} or more")
@@ -129,7 +130,7 @@ def evaluations(run: Run, policies: dict[str, str], reference: str) -> dict[str,
             device=run.device,
             title=f"{name}: answers",
         )
-        for n in options["best_of"]:
+        for n in choices:
             answered[f"{name}_bo{n}"] = answered[name].best_of(n, to_reference=folder == reference)
     return answered
 

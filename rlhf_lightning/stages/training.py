@@ -122,6 +122,9 @@ def build_trainer(run: Run, callbacks: Sequence[Callback] = ()) -> Trainer:
 def check_arguments(arguments: dict[str, Any]) -> None:
     """Raise a UserError for a value of one of the Trainer's arguments of which Lightning says less, or nothing."""
     check_precision(arguments["precision"])
+    given = arguments["accumulate_grad_batches"]
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise UserError(f"trainer.accumulate_grad_batches={given} is neither {AUTO} nor a whole number of at least 1")
     for name, value in arguments.items():
         if isinstance(value, str) and name.startswith(("limit_", "min_", "max_")) and name != "max_time":
             raise UserError(f"trainer.{name}={value!r} is not a number")

@@ -37,6 +37,8 @@ ROWS, SAMPLES = 64, 2
 def test_best_of_n_needs_a_reward_and_n_generations(folders: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluate.best_of=3 needs evaluate.num_generations=3 or more"):
         evaluate(configured(tmp_path, evaluate__best_of=[3], reward_from="world"), tmp_path, folders["start"])
+    with pytest.raises(UserError, match=r"evaluate.best_of=4 needs evaluate.num_generations=4 or more"):
+        evaluate(configured(tmp_path, evaluate__best_of=4, reward_from="world"), tmp_path, folders["start"])
     with pytest.raises(UserError, match="evaluate.best_of chooses by reward_from"):
         evaluate(configured(tmp_path, evaluate__best_of=[2]), tmp_path, folders["start"])
 
