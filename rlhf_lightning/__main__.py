@@ -27,7 +27,7 @@ from rlhf_lightning.runtime.launch import arguments_of_rank
 from rlhf_lightning.runtime.processes import quoted
 from rlhf_lightning.runtime.run_folder import remove_start
 from rlhf_lightning.runtime.secrets import redact
-from rlhf_lightning.runtime.settings import check_groups, check_types, groups, require, task_overrides
+from rlhf_lightning.runtime.settings import DATA_SPLITS, check_groups, check_types, groups, require, task_overrides
 from rlhf_lightning.stages import STAGES
 
 SELECTORS = ("stage", "pipeline", "experiment", "sweep")
@@ -52,7 +52,8 @@ def app(cfg: DictConfig) -> float | list[float] | None:
         if cfg.pipeline:
             from rlhf_lightning.runtime.pipeline import run_pipeline
 
-            return run_pipeline(cfg, [key for stage in STAGES.values() for key in stage.models])
+            splits = DATA_SPLITS | {key: split for stage in STAGES.values() for key, split in stage.sources.items()}
+            return run_pipeline(cfg, [key for stage in STAGES.values() for key in stage.models], splits)
         if cfg.stage not in STAGES:
             raise UserError(f"choose what to run with stage= one of {', '.join(STAGES)}")
         if cfg.plan:

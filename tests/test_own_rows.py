@@ -39,6 +39,9 @@ def test_a_pipeline_notices_a_changed_file_of_a_list_a_pattern_and_a_split(tmp_p
     write(tmp_path / "train-b.jsonl", [{"text": "c"}])
     assert all(content_digests(values) != digest for values, digest in zip(given, before, strict=True))
     assert content_digests({"data.train": "org/name:main"}) == []
+    held_out, splits = {"evaluate.preferences": files[0]}, {"evaluate.preferences": "val"}
+    assert len(content_digests(held_out, splits)) == 1
+    assert content_digests(held_out) == []  # no key of data
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ Row = dict[str, Any]
 SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "eval", "test")}
 """A split of ours -> what a split, or the begin of a file's name, is called for it."""
 PATTERN = "*?["
+PART = re.compile(r"(.+)\[(\d*):(\d*)\]")
 WORLD = "the built-in world"
 
 
@@ -56,7 +58,8 @@ def read_source(
 
     Args:
         source: a path, a pattern of paths, a folder, a hub data set name, with `:split` or `:configuration:split`
-            where it has several; a list of these; a list of dicts; "world"; or a Source, which is returned.
+            where it has several, and with `[start:stop]` at the end for a part of its rows, as in `datasets`; a list of
+            these; a list of dicts; "world"; or a Source, which is returned.
         split: "train" or "val"; selects the split of a hub data set, a folder or the world.
         limit: read only the first rows, of each of several sources.
         kind: what the built-in world should make: demonstrations, preferences or prompts.
@@ -81,7 +84,21 @@ def read_source(
         return _limited(Source(key, digest, lambda: _numbered(rows), lambda: len(rows)), limit)
     if source == "world":
         return _world(kind, split, limit, dict(world or {}))
-    return _limited(_named(str(source), split, key, stream), limit)
+    place, start, stop = _part(str(source), key)
+    return _limited(_named(place, split, key, stream), limit, start, stop)
+
+
+def _part(name: str, key: str) -> tuple[str, int, int | None]:
+    """Return a name without `[start:stop]` at its end, and start and stop; of a file called so it is the name."""
+    match = PART.fullmatch(name)
+    if match is None or Path(name).expanduser().exists():
+        return name, 0, None
+    start, stop = int(match[2] or 0), int(match[3]) if match[3] else None
+    if stop is not None and stop <= start:
+        raise UserError(
+            f"{key}={name}: there is no row from {start} to {stop}; the first row is 0, the last is excluded"
+        )
+    return match[1], start, stop
 
 
 def _named(name: str, split: str, key: str, stream: bool) -> Source:
@@ -106,12 +123,21 @@ def _named(name: str, split: str, key: str, stream: bool) -> Source:
     return _hub(name, split, stream, key)
 
 
-def _limited(source: Source, limit: int | None) -> Source:
-    if limit is None:
+def _limited(source: Source, limit: int | None, start: int = 0, stop: int | None = None) -> Source:
+    """Return the rows of a source from `start` to `stop`, and of these the first `limit`."""
+    name = source.name if not start and stop is None else f"{source.name}[{start}:{'' if stop is None else stop}]"
+    stop = min((end for end in (stop, None if limit is None else start + limit) if end is not None), default=None)
+    if stop is None and not start:
         return source
-    key = _digest(f"{source.key}:{limit}".encode())
-    rows, count = (lambda: itertools.islice(source.rows(), limit)), (lambda: min(limit, source.count() or limit))
-    return Source(source.name, key, rows, count)
+    key = _digest(f"{source.key}:{f'{start}:' if start else ''}{stop}".encode())
+
+    def count() -> int | None:
+        total = source.count()
+        if total is None:
+            return None if stop is None else stop - start
+        return max((total if stop is None else min(stop, total)) - start, 0)
+
+    return Source(name, key, lambda: itertools.islice(source.rows(), start, stop), count)
 
 
 def _numbered(rows: Any) -> Iterator[tuple[str, Row]]:
@@ -309,7 +335,7 @@ def _world(kind: str, split: str, limit: int | None, options: Row) -> Source:
 
 def is_local(name: Any) -> bool:
     """Return whether a source is a file, a folder or a pattern of files of this machine."""
-    places = (str(name), str(name).partition(":")[0])
+    places = (str(name), str(name).partition(":")[0], str(name).partition("[")[0])
     return isinstance(name, str) and (
         any(Path(p).expanduser().exists() for p in places) or bool(set(PATTERN) & set(name))
     )

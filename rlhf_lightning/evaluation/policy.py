@@ -33,6 +33,7 @@ SHARES = (
     "accuracy",
 )
 """Metrics that are shares; their interval is Wilson's."""
+REWARDS = ("reward", "gold")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class Evaluation:
         """Return metric -> (mean, low, high) of the difference to another policy on the same rows.
 
         Paired: the difference is taken response by response, which both policies sampled with the same random numbers,
-        so what the prompts have in common does not widen the interval.
+        so what the prompts have in common does not widen the interval. Of rewards there is also `<reward>_win_rate`,
+        the share of responses with a higher one than the other's; equal ones count half.
         """
         theirs = {place: number for number, place in enumerate(other.places)}
         pairs = [(mine, theirs[place]) for mine, place in enumerate(self.places) if place in theirs]
@@ -100,8 +102,12 @@ class Evaluation:
             both = [(i, ours[i], others[j]) for i, j in pairs if ours[i] is not None and others[j] is not None]
             if both:
                 gaps = [float(a) - float(b) for _, a, b in both]  # type: ignore[arg-type]
-                found[metric] = mean_interval(gaps, [self.prompts[i] for i, *_ in both])
-        return {metric: found[metric] for metric in self.columns if metric in found}
+                asked = [self.prompts[i] for i, *_ in both]
+                found[metric] = mean_interval(gaps, asked)
+                if metric in REWARDS:
+                    found[f"{metric}_win_rate"] = share_interval([(gap > 0) + 0.5 * (gap == 0) for gap in gaps], asked)
+        rates = [f"{metric}_win_rate" for metric in REWARDS]
+        return {metric: found[metric] for metric in [*self.columns, *rates] if metric in found}
 
 
 def evaluate_policy(

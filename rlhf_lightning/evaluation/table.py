@@ -12,7 +12,9 @@ from rlhf_lightning.ops.statistics import Interval
 
 COLUMNS = {
     "gold": "gold reward (95%)",
+    "gold_win_rate": "wins by gold",
     "reward": "reward model",
+    "reward_win_rate": "wins by reward",
     "accuracy": "pair accuracy",
     "kl": "KL (nats)",
     "length": "tokens",
@@ -22,10 +24,11 @@ COLUMNS = {
     "corrected": "corrects",
     "flattered": "flatters",
 }
-WITH_INTERVAL = ("gold", "accuracy")
+PAIR_COLUMNS = {"accuracy": "accuracy (95%)", "shorter_accuracy": "where the shorter response is better"}
+WITH_INTERVAL = ("gold", "gold_win_rate", "reward_win_rate", "accuracy", "shorter_accuracy")
 OF_GROUPS = ("gold", "reward", "accuracy")
 """Metrics that each group of people has a value of."""
-HELD_OUT = "held-out prompts"
+HELD_OUT, HELD_OUT_PAIRS = "held-out prompts", "held-out pairs"
 DIFFERENCES = "paired differences to {}"
 BY_GROUP = "by group"
 
@@ -53,8 +56,8 @@ def show(
         printed.add_column(name, justify="right" if number else "left")
     for row in rows:
         printed.add_row(*row)
-    if console.width < 170 and not console.is_terminal:
-        console = Console(file=console.file, width=170)  # a log is not folded
+    if console.width < 240 and not console.is_terminal:
+        console = Console(file=console.file, width=240)  # a log is not folded
     console.print(printed)
 
 
@@ -77,6 +80,6 @@ def cell(name: str, value: Interval | None) -> str:
     if value is None:
         return ""
     mean, low, high = value
-    if name.partition("_")[0] in WITH_INTERVAL and math.isfinite(low):
+    if (name in WITH_INTERVAL or name.partition("_")[0] in ("gold", "accuracy")) and math.isfinite(low):
         return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
     return f"{mean:.1f}" if name == "length" else f"{mean:.3f}"

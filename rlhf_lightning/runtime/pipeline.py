@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,12 @@ GIVEN = {  # what a stage may write as {name} and the user gives as a key
 }
 
 
-def run_pipeline(cfg: DictConfig, maps: Collection[str] = ()) -> None:
+def run_pipeline(cfg: DictConfig, maps: Collection[str] = (), splits: Mapping[str, str] = DATA_SPLITS) -> None:
     """Run the stages of `cfg.pipeline` in order.
 
     Args:
         maps: keys of the configuration that are empty and to be filled, such as `evaluate.models`.
+        splits: keys of the configuration that name data -> the split that is read.
 
     Raises:
         UserError: naming the stage that failed and how to go on, or the stage that is a pipeline again.
@@ -66,7 +67,11 @@ def run_pipeline(cfg: DictConfig, maps: Collection[str] = ()) -> None:
         overrides = [as_override(key, value, maps) for key, value in (values | debug).items()] + mine
         arguments = stage_values(shown["pipeline"]["stages"][name], written) | debug
         digest = fingerprint(
-            [overrides, parent_weights(stage, folders), content_digests(values | debug | parsed(mine, everything))]
+            [
+                overrides,
+                parent_weights(stage, folders),
+                content_digests(values | debug | parsed(mine, everything), splits),
+            ]
         )
         if is_done(folder, digest):
             console.print(f"[dim]stage {number + 1} of {len(stages)}: {name} is done[/dim]")
@@ -147,10 +152,10 @@ def parent_weights(stage: dict[str, Any], folders: dict[str, str | None]) -> dic
     }
 
 
-def content_digests(values: dict[str, Any]) -> list[Any]:
+def content_digests(values: dict[str, Any], splits: Mapping[str, str] = DATA_SPLITS) -> list[Any]:
     """Return the digests of the data files and of the rewards among a stage's values."""
-    given = [(key, part) for key in DATA_SPLITS for part in parts_of(values.get(key)) if is_local(part)]
-    keys = [read_source(part, DATA_SPLITS[key], name=key.removeprefix("data.")).key for key, part in given]
+    given = [(key, part) for key in splits for part in parts_of(values.get(key)) if is_local(part)]
+    keys = [read_source(part, splits[key], name=key.removeprefix("data.")).key for key, part in given]
     rewards = [value for key, value in values.items() if value and key.partition(".")[0] in REWARDS]
     return keys + [digests(value) for value in rewards]
 

@@ -95,7 +95,7 @@ class Run:
         for key in (*(DATA_SPLITS if kind is not None else ()), *self.stage.sources):  # another's keys are its own
             value, name = select(self.settings, key), key.removeprefix("data.")
             if value is not None:
-                split = DATA_SPLITS.get(key, "val")
+                split = {**DATA_SPLITS, **self.stage.sources}[key]
                 rows = {"data.ptx": "demonstrations"}.get(key, str(kind) if key in DATA_SPLITS else "preferences")
                 stream = split == "train" and data.get("window") is not None
                 options = world if key in ("data.train", "data.val") else world | {"records": None}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -22,7 +22,8 @@ class Stage:
         needs_start: it cannot start from a tiny model that is built by the run.
         output: the file in its run folder that says it is done; None is never done.
         models: keys of the configuration that name further models, or map names to models.
-        sources: keys of the configuration, beside those of `data`, that name held-out rows.
+        sources: keys of the configuration, beside those of `data`, that name rows -> the split that they are, whose
+            limit holds: "val" for data.val_rows.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Stage:
     needs_start: bool = False
     output: str | None = "model/manifest.json"
     models: tuple[str, ...] = ()
-    sources: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     def load(self) -> Callable[[Any], float | None]:
         """Import and return the function that runs it."""

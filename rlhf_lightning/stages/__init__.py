@@ -39,7 +39,7 @@ STAGES = {
             "evaluate:run",
             output="metrics.json",
             models=("evaluate.models", "evaluate.reference"),
-            sources=("evaluate.preferences",),
+            sources={"evaluate.preferences": "val", "evaluate.bag_of_words": "train"},
         ),
         Stage("label", "a page on which annotators compare, rank, edit or write answers", "label:run", output=None),
         Stage("chat", "talk to a model in the terminal", "chat:run", output=None),

@@ -15,15 +15,19 @@ from rlhf_lightning.callbacks.loggers import log_table
 from rlhf_lightning.callbacks.samples import as_markdown
 from rlhf_lightning.callbacks.throughput import peak_memory_gb
 from rlhf_lightning.data.datamodules import PreferenceData
+from rlhf_lightning.data.sources import Source
 from rlhf_lightning.data.tokenize import report_rows
 from rlhf_lightning.errors import UserError, check_number
+from rlhf_lightning.evaluation.baselines import bag_of_words, longer
 from rlhf_lightning.evaluation.policy import Evaluation, evaluate_policy
-from rlhf_lightning.evaluation.reward_model import evaluate_reward_model
+from rlhf_lightning.evaluation.reward_model import TextPair, accuracies, evaluate_reward_model, text_pairs
 from rlhf_lightning.evaluation.table import (
     BY_GROUP,
     COLUMNS,
     DIFFERENCES,
     HELD_OUT,
+    HELD_OUT_PAIRS,
+    PAIR_COLUMNS,
     as_markdown_table,
     cells,
     group_columns,
@@ -66,6 +70,7 @@ def run(run: Run) -> float | None:
             load_scalar_model(folder, trained=True), preferences(run, folder), run.device
         )
         evaluated += pairs
+    beaten = baselines(run, reward_models) if reward_models else {}
     if policies:
         reference = resolve_model(str(options["reference"] or next(iter(policies.values()))), cache)
         compared_to = next((name for name, folder in policies.items() if folder == reference), next(iter(policies)))
@@ -77,7 +82,7 @@ def run(run: Run) -> float | None:
         write_jsonl(run.folder / "samples" / f"{name}.jsonl", rows)
         for logger in loggers:
             log_table(logger, f"samples/{name}", rows[:16], "\n\n".join(map(as_markdown, rows[:16])), 0)
-    metrics, tables = figures(table, answered, compared_to)
+    metrics, tables = figures(table, answered, compared_to, beaten)
     for logger in loggers:
         logger.log_metrics({name: metrics[name] for name in metrics if not name.endswith(("_low", "_high"))}, 0)
         for tag, titled in tables.items():
@@ -140,11 +145,15 @@ Shown = tuple[str, dict[str, dict[str, Interval]], Mapping[str, str]]
 
 
 def figures(
-    table: dict[str, dict[str, Interval]], answered: dict[str, Evaluation], compared_to: str
+    table: dict[str, dict[str, Interval]],
+    answered: dict[str, Evaluation],
+    compared_to: str,
+    beaten: dict[str, dict[str, Interval]],
 ) -> tuple[dict[str, Any], dict[str, Shown]]:
     """Return every mean and end of an interval by name, and what is shown of them.
 
-    That is a table of the models, of their differences to one of them, and of both by groups of people.
+    That is a table of the models, of their differences to one of them, of both by groups of people, and of reward
+    models beside the baselines `beaten`.
     """
     gaps = {
         f"{name}-{compared_to}": answer.minus(answered[compared_to])
@@ -152,7 +161,7 @@ def figures(
         if name != compared_to
     }
     metrics: dict[str, Any] = {}
-    for name, row in (table | gaps).items():
+    for name, row in (table | gaps | beaten).items():
         for metric, (mean, low, high) in row.items():
             metrics[f"{name}/{metric}"] = mean
             if math.isfinite(low):
@@ -160,6 +169,9 @@ def figures(
     tables: dict[str, Shown] = {"evaluation": (HELD_OUT, table, COLUMNS)}
     if gaps:
         tables["differences"] = (DIFFERENCES.format(compared_to), gaps, COLUMNS)
+    if beaten:
+        reward_models = {name: row for name, row in table.items() if "accuracy" in row}
+        tables["pairs"] = (HELD_OUT_PAIRS, reward_models | beaten, PAIR_COLUMNS)
     if groups := groups_in(table, answered):
         tables["groups"] = (BY_GROUP, table | gaps, group_columns(groups))
     return metrics, tables
@@ -180,6 +192,8 @@ def is_reward_model(folder: str) -> bool:
 
 def prompts(run: Run, folder: str) -> Any:
     """Return the prompts tokenized for a model: the held-out ones, or the training ones where there are no others."""
+    if run.settings["data"]["train"] is None and run.settings["data"]["val"] is None:
+        raise UserError("a language model answers prompts: data.train=<file>, or data.val=<file>; data=world has some")
     data = run.data(folder, rows=True, **({"train": None} if run.settings["data"]["val"] is not None else {}))
     data.setup()
     report_rows(data)
@@ -190,9 +204,26 @@ NOT_OF_PAIRS = ("_target_", "ptx", "ptx_batch_size", "columns", "weights")
 """Settings of `data` that are about the prompts."""
 
 
-def preferences(run: Run, folder: str) -> PreferenceData:
-    """Return the held-out preferences tokenized for a reward model."""
-    source = run.sources.get("evaluate.preferences")
+def baselines(run: Run, models: Mapping[str, str]) -> dict[str, dict[str, Interval]]:
+    """Return the accuracies of what the reward models have to beat, on the pairs that the first of them reads."""
+    folder = next(iter(models.values()))
+    pairs = pairs_of(preferences(run, folder))
+    judgements = {"longer": longer}
+    if (source := run.sources.get("evaluate.bag_of_words")) is not None:
+        judgements["bag_of_words"] = bag_of_words(pairs_of(preferences(run, folder, source)))
+    if taken := judgements.keys() & models.keys():
+        raise UserError(f"evaluate.models.{min(taken)}: this is the name of a baseline; choose another")
+    return {name: accuracies(judge(pairs), pairs) for name, judge in judgements.items()}
+
+
+def pairs_of(data: PreferenceData) -> list[TextPair]:
+    """Return the pairs of all rows of `data` as texts."""
+    return [pair for row in range(len(data.rows["val"])) for pair in text_pairs(data.group("val", row), data.template)]
+
+
+def preferences(run: Run, folder: str, source: Source | None = None) -> PreferenceData:
+    """Return the held-out preferences, or others, tokenized for a reward model."""
+    source = source or run.sources.get("evaluate.preferences")
     if source is None:
         raise UserError(f"{folder} is a reward model; give held-out pairs with evaluate.preferences=<file or world>")
     options = {k: v for k, v in run.settings["data"].items() if k not in NOT_OF_PAIRS}

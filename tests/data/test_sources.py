@@ -47,6 +47,28 @@ def test_formats(tmp_path: Path, name: str) -> None:
     assert read_source(str(path), "train", limit=2).key != source.key
 
 
+def test_a_part_of_the_rows(tmp_path: Path) -> None:
+    """As `train[1:2]` in the package datasets: the first row is 0, the last is excluded, and rows keep their numbers."""
+    path = write(tmp_path / "train.jsonl", ROWS)
+    parts = {"[1:]": ROWS[1:], "[:2]": ROWS[:2], "[1:2]": ROWS[1:2], "[:]": ROWS, "[1:9]": ROWS[1:]}
+    for part, rows in parts.items():
+        for name in (f"{path}{part}", f"{tmp_path}{part}", f"{tmp_path}/tr*{part}", f"{tmp_path}:train{part}"):
+            assert [row for _, row in read_source(name, "train").rows()] == rows
+            assert read_source(name, "train").count() == len(rows)
+    assert [where for where, _ in read_source(f"{path}[1:]", "train").rows()] == ["row 2", "row 3"]
+    assert [row for _, row in read_source(f"{path}[1:]", "train", limit=1).rows()] == ROWS[1:2]
+    assert read_source(f"{path}[:2]", "train").key == read_source(str(path), "train", limit=2).key
+    assert len({read_source(f"{path}{part}", "train").key for part in parts}) == 4 + 1  # [1:9] is asked for by number
+    both = read_source([f"{path}[2:]", f"{path}[0:1]"], "train")
+    assert [row for _, row in both.rows()] == [ROWS[2], ROWS[0]]
+    with pytest.raises(UserError, match=r"there is no row from 2 to 1; the first row is 0"):
+        read_source(f"{path}[2:1]", "train")
+    with pytest.raises(UserError, match=r"train\.jsonl\[9:\]"):
+        tokenize(read_source(f"{path}[9:]", "train"), lambda row: Group([1], [[2]]), tmp_path, [])
+    shutil.copy(path, tmp_path / "odd[1:2].jsonl")  # a part of a name is none
+    assert len(list(read_source(f"{tmp_path}/odd[1:2].jsonl", "train").rows())) == 3
+
+
 def test_files_from_windows(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_bytes(b"\xef\xbb\xbfprompt,response\r\na,x\r\n")
     (tmp_path / "d.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a", "response": "x"}\r\n')

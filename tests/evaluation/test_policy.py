@@ -22,7 +22,7 @@ from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.ops.groups import Group
-from rlhf_lightning.ops.statistics import mean_interval, wilson_interval
+from rlhf_lightning.ops.statistics import mean_interval, share_interval, wilson_interval
 from rlhf_lightning.rewards.folder import FolderReward
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.stages import STAGES
@@ -193,7 +193,20 @@ def test_a_difference_needs_both_values() -> None:
     places = [(0, 0), (1, 0), (2, 0), (3, 0)]
     ours = Evaluation({"gold": [3.0, 5.0, 8.0, None], "reward": [1.0] * 4}, places, [(1,), (2,), (3,), (4,)], [])
     theirs = Evaluation({"gold": [0.0, 1.0, 9.0]}, [places[3], places[2], places[0]], [(4,), (3,), (1,)], [])
-    assert ours.minus(theirs) == {"gold": mean_interval([-6.0, 7.0])}  # rows 0 and 2
+    assert ours.minus(theirs) == {  # rows 0 and 2
+        "gold": mean_interval([-6.0, 7.0]),
+        "gold_win_rate": share_interval([0.0, 1.0]),
+    }
+
+
+def test_win_rates_count_ties_half_and_only_of_rewards() -> None:
+    places, prompts = [(0, 0), (0, 1), (1, 0), (2, 0)], [(1,), (1,), (2,), (3,)]
+    ours = Evaluation({"reward": [1.0, 2.0, 3.0, 0.0], "length": [9.0, 9.0, 9.0, 9.0]}, places, prompts, [])
+    theirs = Evaluation({"reward": [0.0, 2.0, 4.0, -1.0], "length": [1.0, 1.0, 1.0, 1.0]}, places, prompts, [])
+    found = ours.minus(theirs)
+    assert list(found) == ["reward", "length", "reward_win_rate"]
+    assert found["reward_win_rate"] == share_interval([1.0, 0.5, 0.0, 1.0], [1, 1, 2, 3])
+    assert theirs.minus(ours)["reward_win_rate"][0] == pytest.approx(1 - found["reward_win_rate"][0])
 
 
 def test_world_metrics_and_bookkeeping(compared: tuple[Path, float]) -> None:
