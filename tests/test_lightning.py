@@ -380,6 +380,23 @@ def test_every_option_trains(place: Path, choice: str) -> None:
 
 
 @pytest.mark.slow
+def test_the_last_samples_are_of_the_averaged_weights(place: Path) -> None:
+    """An average that stays at the weights of the first update: what was sampled then is sampled again at the end."""
+    run = [word for word in RUN if not word.startswith("callbacks.samples")]
+    run += [
+        "callbacks=ema",
+        "callbacks.samples.max_new_tokens=8",
+        "max_steps=2",
+        "optimizer.lr=0.1",
+        "callbacks.samples.every_n_steps=1",
+    ]
+    for decay, same in ((1.0, True), (0.0, False)):
+        rlhf(place, *run, f"callbacks.ema.decay={decay}", f"name=decay{same}")
+        _, first, last = sorted(place.glob(f"outputs/sft/decay{same}/*/samples/*.jsonl"))
+        assert (first.read_text() == last.read_text()) is same
+
+
+@pytest.mark.slow
 def test_a_callback_of_the_working_directory_is_found_once_allowed(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(ROWS)
     (tmp_path / "mine.py").write_text(

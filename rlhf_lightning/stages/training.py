@@ -107,6 +107,8 @@ def build_trainer(run: Run, callbacks: Sequence[Callback] = ()) -> Trainer:
             raise UserError("val_every_n_steps and trainer.val_check_interval say the same; give one of them")
         options["val_check_interval"] = steps * arguments["accumulate_grad_batches"]
         options["check_val_every_n_epoch"] = None
+    averaging = [callback for callback in configured if isinstance(callback, WeightAveraging)]
+    configured = [*averaging, *(callback for callback in configured if callback not in averaging)]  # the last samples
     return run.build(
         "trainer",
         callbacks=[*callbacks, Stop(), *configured, *([bar] if bar else []), Notices()],
