@@ -27,6 +27,7 @@ STRATEGIES = ("ddp", "fsdp2", "tensor_parallel")
 STAGES = {
     "sft": [],
     "reward": [],
+    "groups": ["reward.groups=[a,b]"],
     "dpo": ["dpo.beta=0.5"],
     # so few tokens a pass that the ranks need different numbers of passes, in sampling and in learning
     "ppo": [
@@ -39,6 +40,7 @@ STAGES = {
     "rloo": ["rloo.max_new_tokens=6", "rloo.num_generations=2"],
     "grpo": ["grpo.max_new_tokens=6", "grpo.num_generations=2", "adapter=lora"],
 }
+STAGE_OF = {"groups": "reward"}  # the others are called like the stage
 ONLINE = ("ppo", "rloo", "grpo")
 PER_COMMIT = {("dpo", "ddp"), ("dpo", "fsdp2"), ("ppo", "fsdp2"), ("ppo", "tensor_parallel")}  # the rest at night
 BROKEN = """
@@ -59,7 +61,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with pairs of unequal length, a reward and an SFT model."""
     folder = tmp_path_factory.mktemp("ddp")
     rows = [
-        {"prompt": f"Say {i}.", "chosen": f"It is {i}." + " Yes." * (i % 3), "rejected": f"No, {i + 1}!"}
+        {
+            "prompt": f"Say {i}.",
+            "chosen": f"It is {i}." + " Yes." * (i % 3),
+            "rejected": f"No, {i + 1}!",
+            "group": "ab"[i % 2],
+        }
         for i in range(16)
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -86,11 +93,11 @@ def run(folder: Path, stage: str, name: str, *more: str) -> Path:
     if stage in ONLINE:
         more = ("reward_from=rewards:length", f"{stage}.missing_eos_penalty=0", *more)
     rlhf(
-        folder, f"stage={stage}", f"init_from={start(folder)}", f"data={data}",
+        folder, f"stage={STAGE_OF.get(stage, stage)}", f"init_from={start(folder)}", f"data={data}",
         "data.train=pairs.jsonl", "data.val=pairs.jsonl", "data.batch_size=8", "max_epochs=9", "max_steps=4",
-        "optimizer.lr=1e-3", f"name={name}", *STAGES[stage], *more,
+        "optimizer.lr=1e-3", f"name={stage}-{name}", *STAGES[stage], *more,
     )  # fmt: skip
-    return next((folder / "outputs" / stage / name).iterdir())
+    return next((folder / "outputs" / STAGE_OF.get(stage, stage) / f"{stage}-{name}").iterdir())
 
 
 def series(run: Path, tag: str) -> list[float]:
@@ -246,7 +253,7 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(strategy: str, folder: 
         text=True,
     )
     place = folder / "outputs" / "sft" / f"signal-{strategy}"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not list(place.glob("*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.5)
     child.send_signal(signal.SIGTERM)
