@@ -117,7 +117,9 @@ class Loader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for place, key in enumerate(keys):
             if key in keys[:place]:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} comes twice", node.value[place][0].start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} comes twice", node.value[place][0].start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
