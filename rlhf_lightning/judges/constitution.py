@@ -135,7 +135,7 @@ def read_yaml(path: Path) -> Any:
             content = opened.read(LARGEST + 1)
         if len(content) > LARGEST:
             raise UserError(f"constitution {path} has more than {LARGEST} bytes")
-        return yaml.load(content.decode("utf-8"), Loader)  # noqa: S506  a SafeLoader
+        return yaml.load(content.decode("utf-8"), Loader)
     except OSError as error:
         raise UserError(f"constitution {path} cannot be read: {error.strerror}") from error
     except RecursionError as error:

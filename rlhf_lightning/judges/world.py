@@ -146,8 +146,8 @@ class WorldJudge:
         row = comparison.metadata
         if problem := row_problem(row):
             raise UserError(
-                f"comparison {comparison.id} is no row of the built-in world ({problem}), and only of those judge=world "
-                "knows what a response is worth; sample candidates with data=world"
+                f"comparison {comparison.id} is no row of the built-in world ({problem}), and only of those "
+                "judge=world knows what a response is worth; sample candidates with data=world"
             )
         seed = self._key(comparison, comparison.responses)
         values = [Labeller().value(row, text, "balanced-0") for text in comparison.responses]
