@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import urllib.error
@@ -84,18 +85,44 @@ class LocalChat:
             raise UserError(str(error)) from error
         if self.context is not None and len(ids) >= self.context:
             raise UserError(f"the conversation has {len(ids)} tokens, and the model reads at most {self.context}")
+        return self._answer([Group(ids, [], index=0, text=messages[-1]["content"])], num_generations, seed_parts)
+
+    def batch(
+        self, conversations: Sequence[Sequence[Message]], ids: Sequence[int], seed_parts: Sequence[int | str]
+    ) -> list[str | None]:
+        """Return one answer to each conversation; None where the model has no room for an answer to it.
+
+        Args:
+            ids: a number for each conversation, which with `seed_parts` decides its answer.
+
+        Raises:
+            RowError: a conversation that the template does not take.
+        """
+        room = math.inf if self.context is None else self.context - self.max_new_tokens
+        prompts = [
+            Group(self.template.prompt(list(messages)), [], index=number, text=messages[-1]["content"])
+            for messages, number in zip(conversations, ids, strict=True)
+        ]
+        answers: list[str | None] = [None] * len(prompts)
+        places = [place for place, group in enumerate(prompts) if len(group.prompt) <= room]
+        if places:
+            texts = self._answer([prompts[place] for place in places], 1, seed_parts)
+            for place, text in zip(places, texts, strict=True):
+                answers[place] = text
+        return answers
+
+    def _answer(self, prompts: Sequence[Group], num_generations: int, seed_parts: Sequence[int | str]) -> list[str]:
         with self._mutex:
             self._check_open()
-            answers = answer(
+            return answer(
                 self.engine,
                 self.template,
-                [Group(ids, [], index=0, text=messages[-1]["content"])],
+                prompts,
                 num_generations,
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.temperature,
                 seed_parts=seed_parts,
-            )
-        return answers.texts
+            ).texts
 
 
 class ServerChat:

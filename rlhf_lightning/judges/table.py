@@ -37,6 +37,7 @@ JUDGES = {
     for kind in (
         JudgeKind("local", "rlhf_lightning.judges.local:local_judge", model="model"),
         JudgeKind("server", "rlhf_lightning.judges.server:server_judge"),
+        JudgeKind("world", "rlhf_lightning.judges.world:WorldJudge"),
         JudgeKind("many", "rlhf_lightning.judges.voting:Jury"),
     )
 }

@@ -20,6 +20,13 @@ STAGES = {
             needs_start=True,
             output="candidates.jsonl",
         ),
+        Stage(
+            "revise",
+            "answers criticized and revised by a constitution",
+            "revise:run",
+            needs_start=True,
+            output="demonstrations.jsonl",
+        ),
         Stage("simulate", "labels by simulated annotators", "simulate:run", output="labels.jsonl"),
         Stage(
             "agreement",
