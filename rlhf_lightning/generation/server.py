@@ -22,7 +22,8 @@ LONGEST_WAIT = 120.0
 """Seconds that a server may ask to wait before the next try."""
 PASSING = {408, 409, 429}
 """Statuses of failures that may pass, beside 5xx."""
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class ServerError(UserError):
@@ -140,7 +141,9 @@ class Server:
                 f"{self.url} cannot be used: its answer is no JSON: {self._clean(text)[:80]!r}", passing=True
             ) from None
         if not isinstance(answer, dict) or not isinstance(answer.get(needed), list):
-            raise ServerError(f"{self.url} cannot be used: its answer has no {needed}: {self._clean(text)[:80]!r}", True)
+            raise ServerError(
+                f"{self.url} cannot be used: its answer has no {needed}: {self._clean(text)[:80]!r}", True
+            )
         return answer
 
     def _refused(self, response: Any) -> ServerError:
