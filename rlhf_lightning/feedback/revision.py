@@ -14,7 +14,7 @@ from rlhf_lightning.judges.constitution import Constitution, Principle
 
 Ask = Callable[[Sequence[Sequence[Message]], Sequence[int], Sequence[int | str]], Sequence[str | None]]
 """(conversations, a number for each, seed parts) -> an answer to each, None where there is none."""
-NEXT_TURN = re.compile(r"\n+(?:Human|User|Assistant|<\|im_start\|>)\b?:?.*", re.S)
+NEXT_TURN = re.compile(r"\n+(?:(?:Human|User|Assistant):|<\|im_start\|>).*", re.S)
 """A base model does not end: it goes on to write the turns that follow."""
 NO_ROOM, NO_CRITIQUE, NO_REVISION = "no room for an answer", "empty critique", "empty revision"
 

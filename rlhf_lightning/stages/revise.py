@@ -74,7 +74,7 @@ def make_teacher(run: Run, chat: LocalChat, constitution: Constitution) -> Teach
     Raises:
         UserError: no such teacher, or a judge that is none.
     """
-    options, judge = run.options, run.settings["judge"] or {}
+    options, judge = run.options, run.settings.get("judge") or {}
     if options["teacher"] not in TEACHERS:
         raise UserError(
             f"revise.teacher={options['teacher']} is not one of {', '.join(TEACHERS)}."
