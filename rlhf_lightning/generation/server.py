@@ -140,7 +140,9 @@ class Server:
                 f"{self.url} cannot be used: its answer is no JSON: {self._clean(text)[:80]!r}", passing=True
             ) from None
         if not isinstance(answer, dict) or not isinstance(answer.get(needed), list):
-            raise ServerError(f"{self.url} cannot be used: its answer has no {needed}: {self._clean(text)[:80]!r}", True)
+            raise ServerError(
+                f"{self.url} cannot be used: its answer has no {needed}: {self._clean(text)[:80]!r}", True
+            )
         return answer
 
     def _refused(self, response: Any) -> ServerError:

@@ -94,6 +94,8 @@ class CachedModel:
     def _write(self, question: Question, reply: Reply) -> None:
         value = [reply.text, reply.probabilities, reply.prompt_tokens, reply.completion_tokens, reply.seconds]
         try:
-            self.database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", [self.key(question), json.dumps(value)])
+            self.database.execute(
+                "INSERT OR REPLACE INTO replies VALUES (?, ?)", [self.key(question), json.dumps(value)]
+            )
         except sqlite3.Error as error:
             raise self._unusable(error) from error

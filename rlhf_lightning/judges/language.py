@@ -70,7 +70,9 @@ class LanguageJudge:
     ) -> None:
         for key, value, options in (("method", method, METHODS), ("on_failure", on_failure, FAILURES)):
             if value not in options:
-                raise UserError(f"judge.{key}={value} is not one of {', '.join(options)}.{nearest(str(value), options)}")
+                raise UserError(
+                    f"judge.{key}={value} is not one of {', '.join(options)}.{nearest(str(value), options)}"
+                )
         check_number("judge.scale", scale, "[2, 9]", whole=True)
         check_number("judge.samples", samples, "[1, inf)", whole=True)
         check_number("judge.temperature", temperature, "[0, inf)")

@@ -115,7 +115,9 @@ class LocalModel:
         self.model = Frozen(CompletionModel(lm))
         self.engine = engine or LocalEngine(batch_tokens)
         start(self.engine, lm, template)
-        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature} | ({"seed": seed} if temperature else {})
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature} | (
+            {"seed": seed} if temperature else {}
+        )
         self.identity = {**(identity or {"name": name}), "written": sampling}
 
     def to(self, device: torch.device | str) -> LocalModel:

@@ -26,7 +26,9 @@ SHORT = 8
 """Tokens of an answer of one letter or number, where a server gives no log-probabilities."""
 IN_A_ROW = 20
 """Questions without an answer after which the server is taken to be gone."""
-CONTROL = re.compile(r"<(?=[|｜]|/?s>|/?(?:start|end)_of_turn>|/?(?:bos|eos|pad)>|/?think>)|\[(?=/?INST\])", re.IGNORECASE)
+CONTROL = re.compile(
+    r"<(?=[|｜]|/?s>|/?(?:start|end)_of_turn>|/?(?:bos|eos|pad)>|/?think>)|\[(?=/?INST\])", re.IGNORECASE
+)
 """How control tokens of the usual chat templates begin. A server may take them for its own, so a space is put in."""
 
 
@@ -102,7 +104,9 @@ class ServerModel:
         check_number("judge.temperature", temperature, "[0, inf)")
         self.server, self.name, self.concurrency = server, model, concurrency
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
-        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature} | ({"seed": seed} if temperature else {})
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature} | (
+            {"seed": seed} if temperature else {}
+        )
         self.identity = {"base_url": server.url, "model": model, "written": sampling}
         self.logprobs, self._mutex = True, threading.Lock()
 
@@ -149,9 +153,7 @@ class ServerModel:
         answer = None
         if question.options and self.logprobs:
             try:
-                answer = self.server.chat(
-                    **body, max_tokens=1, temperature=0.0, logprobs=True, top_logprobs=TOP
-                )
+                answer = self.server.chat(**body, max_tokens=1, temperature=0.0, logprobs=True, top_logprobs=TOP)
             except ServerError as error:
                 if error.status not in (400, 422):
                     raise

@@ -105,7 +105,9 @@ def test_what_is_no_constitution_is_told_in_one_line(
 
 
 def test_a_name_that_is_none_of_ours_and_a_file_that_is_not_there() -> None:
-    with pytest.raises(UserError, match="there is no constitution 'defualt': give one of default, world, or a file.*'default'"):
+    with pytest.raises(
+        UserError, match="there is no constitution 'defualt': give one of default, world, or a file.*'default'"
+    ):
         load_constitution("defualt")
     with pytest.raises(UserError, match=r"missing\.yaml cannot be read"):
         load_constitution("./missing.yaml")
