@@ -22,7 +22,8 @@ LONGEST_WAIT = 120.0
 """Seconds that a server may ask to wait before the next try."""
 PASSING = {408, 409, 429}
 """Statuses of failures that may pass, beside 5xx."""
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class ServerError(UserError):

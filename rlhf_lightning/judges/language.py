@@ -161,7 +161,7 @@ class LanguageJudge:
         _, principle = self.principle(comparison)
         letters = prompts.LETTERS[:size]
         return [
-            Asked(question, _by_share, partial(read_ranking, letters=letters), lambda ranks, step=step: ranks[::step])
+            Asked(question, _by_share, partial(read_ranking, letters=letters), partial(_reordered, step=step))
             for step in (1, -1)
             for question in self._questions(
                 prompts.listwise(comparison.prompt, responses[::step], principle, self.written), letters
@@ -225,6 +225,10 @@ class LanguageJudge:
             None if value is None else asked.seen(value), failure, reply.text, reply.prompt_tokens,
             reply.completion_tokens, reply.seconds, 0.0 if reply.cached else cost, mass, reply.cached,
         )  # fmt: skip
+
+
+def _reordered(ranks: Any, step: int) -> tuple[int, ...]:
+    return tuple(ranks[::step])
 
 
 def _share_of_first(probabilities: Probabilities) -> float:

@@ -11,8 +11,9 @@ MARKED = re.compile(r"\[\[\s*(.{1,200}?)\s*\]\]", re.DOTALL)
 NAMED = r"(?:(?:the\s+)?(?:response|answer|option|assistant)\s+)?"
 SIDE = {"a": 1.0, "b": 0.0, "c": 0.5, "tie": 0.5}
 REFUSES = re.compile(
-    r"^\W*(?:i(?:'|’)?m (?:really |very |so )?sorry|sorry\b|i apologi[sz]e|i (?:cannot|can(?:'|’)?t|can not|won(?:'|’)?t|"
-    r"will not|am unable|am not able|must decline|decline)|i(?:'|’)m (?:unable|not able|not comfortable)|as an ai\b)",
+    r"^\W*(?:i'?m (?:really |very |so )?sorry|sorry\b|i apologi[sz]e|as an ai\b|"
+    r"i'm (?:unable|not able|not comfortable)|i (?:cannot|can'?t|can not|won'?t|will not)|"
+    r"i (?:am unable|am not able|must decline|decline))",
     re.IGNORECASE,
 )
 TextVerdict = tuple[float | tuple[int, ...] | None, str | None]
@@ -67,4 +68,4 @@ def _bare(text: str, verdict: str) -> str | None:
 
 
 def _failed(text: str) -> TextVerdict:
-    return None, REFUSAL if REFUSES.match(text.strip()) else UNREADABLE
+    return None, REFUSAL if REFUSES.match(text.strip().replace("’", "'")) else UNREADABLE

@@ -27,6 +27,9 @@ STAGES = {
             needs_start=True,
             output="demonstrations.jsonl",
         ),
+        Stage(
+            "judge", "labels by a judge, and how far it can be trusted", "judge:run", output="labels.jsonl", judges=True
+        ),
         Stage("simulate", "labels by simulated annotators", "simulate:run", output="labels.jsonl"),
         Stage(
             "agreement",
