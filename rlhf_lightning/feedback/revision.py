@@ -10,13 +10,18 @@ from typing import Any, Protocol
 from rlhf_lightning.data.comparisons import OF_OTHERS
 from rlhf_lightning.data.messages import Message, turn
 from rlhf_lightning.errors import UserError, check_number
+from rlhf_lightning.generation.server import Server, concurrently
 from rlhf_lightning.judges.constitution import Constitution, Principle
+from rlhf_lightning.judges.server import text_of
+from rlhf_lightning.ops.seeding import derive_seed
 
-Ask = Callable[[Sequence[Sequence[Message]], Sequence[int], Sequence[int | str]], Sequence[str | None]]
-"""(conversations, a number for each, seed parts) -> an answer to each, None where there is none."""
-NEXT_TURN = re.compile(r"\n+(?:Human|User|Assistant|<\|im_start\|>)\b?:?.*", re.S)
+Reply = str | UserError
+"""An answer, or why there is none."""
+Ask = Callable[[Sequence[Sequence[Message]], Sequence[int], Sequence[int | str]], Sequence[Reply]]
+"""(conversations, a number for each, seed parts) -> an answer to each."""
+NEXT_TURN = re.compile(r"\n+(?:(?:Human|User|Assistant):|<\|im_start\|>).*", re.S)
 """A base model does not end: it goes on to write the turns that follow."""
-NO_ROOM, NO_CRITIQUE, NO_REVISION = "no room for an answer", "empty critique", "empty revision"
+NO_CRITIQUE, NO_REVISION = "empty critique", "empty revision"
 
 
 @dataclass(frozen=True)
@@ -41,14 +46,14 @@ class Draft:
 class Teacher(Protocol):
     """Criticizes and revises."""
 
-    def critiques(self, drafts: Sequence[Draft], seed_parts: Sequence[int | str]) -> Sequence[str | None]:
-        """Return a critique of each draft, None where there is none."""
+    def critiques(self, drafts: Sequence[Draft], seed_parts: Sequence[int | str]) -> Sequence[Reply]:
+        """Return a critique of each draft."""
         ...
 
     def revisions(
         self, drafts: Sequence[Draft], critiques: Sequence[str], seed_parts: Sequence[int | str]
-    ) -> Sequence[str | None]:
-        """Return a revised response for each draft, None where there is none."""
+    ) -> Sequence[Reply]:
+        """Return a revised response for each draft."""
         ...
 
 
@@ -79,12 +84,12 @@ class ChatTeacher:
         """Return what asks for a critique."""
         return f"{principle.critique} {self.rules}".strip()
 
-    def critiques(self, drafts: Sequence[Draft], seed_parts: Sequence[int | str]) -> list[str | None]:
+    def critiques(self, drafts: Sequence[Draft], seed_parts: Sequence[int | str]) -> list[Reply]:
         return self._answers(drafts, [self._criticized(draft) for draft in drafts], seed_parts)
 
     def revisions(
         self, drafts: Sequence[Draft], critiques: Sequence[str], seed_parts: Sequence[int | str]
-    ) -> list[str | None]:
+    ) -> list[Reply]:
         asked = [
             [*self._criticized(draft), turn("assistant", critique), turn("user", draft.principle.revise)]
             for draft, critique in zip(drafts, critiques, strict=True)
@@ -99,9 +104,9 @@ class ChatTeacher:
 
     def _answers(
         self, drafts: Sequence[Draft], asked: list[list[Message]], seed_parts: Sequence[int | str]
-    ) -> list[str | None]:
+    ) -> list[Reply]:
         answers = self.ask(asked, [draft.row for draft in drafts], seed_parts)
-        return [answer if answer is None else NEXT_TURN.sub("", answer).strip() for answer in answers]
+        return [answer if isinstance(answer, UserError) else NEXT_TURN.sub("", answer).strip() for answer in answers]
 
 
 @dataclass(frozen=True)
@@ -120,13 +125,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Revised:
-    """An answer and its revisions."""
+    """An answer and its revisions; where there is no answer, `problem` says why."""
 
     row: int
     columns: dict[str, Any]
     conversation: list[Message]
     first: str | None
     steps: list[Step] = field(default_factory=list)
+    problem: str | None = None
 
     @property
     def response(self) -> str | None:
@@ -137,7 +143,7 @@ class Revised:
     def failure(self) -> str | None:
         """Why it is no demonstration: no answer, or no round that gave a revision."""
         if self.first is None:
-            return NO_ROOM
+            return self.problem
         return None if any(step.revision for step in self.steps) else self.steps[-1].failure
 
     def as_row(self) -> dict[str, Any]:
@@ -176,14 +182,46 @@ def _draft(answer: Revised, principle: Principle) -> Draft:
 def _round(drafts: Sequence[Draft], teacher: Teacher, seed_parts: tuple[int | str, ...]) -> list[Step]:
     """Return what a round makes of each draft."""
     critiques = teacher.critiques(drafts, (*seed_parts, "critique")) if drafts else []
-    steps = [
-        Step(draft.principle.name, failure=NO_ROOM if critique is None else NO_CRITIQUE)
-        for draft, critique in zip(drafts, critiques, strict=True)
-    ]
-    given = [(place, critique) for place, critique in enumerate(critiques) if critique]
-    asked = [drafts[place] for place, _ in given]
-    texts = teacher.revisions(asked, [c for _, c in given], (*seed_parts, "revision")) if asked else []
-    for (place, critique), text in zip(given, texts, strict=True):
-        name, failure = drafts[place].principle.name, NO_ROOM if text is None else NO_REVISION
-        steps[place] = Step(name, critique, text) if text else Step(name, critique, failure=failure)
+    given = {place: critique for place, critique in enumerate(critiques) if isinstance(critique, str) and critique}
+    asked = [drafts[place] for place in given]
+    revisions = teacher.revisions(asked, list(given.values()), (*seed_parts, "revision")) if asked else []
+    texts = dict(zip(given, revisions, strict=True))
+    steps = []
+    for place, draft in enumerate(drafts):
+        name, critique, text = draft.principle.name, given.get(place), texts.get(place)
+        if critique is None:
+            steps.append(Step(name, failure=str(critiques[place]) or NO_CRITIQUE))
+        elif isinstance(text, str) and text:
+            steps.append(Step(name, critique, text))
+        else:
+            steps.append(Step(name, critique, failure=str(text) or NO_REVISION))
     return steps
+
+
+def server_ask(
+    server: Server, model: str, *, concurrency: int = 4, max_new_tokens: int = 256, temperature: float = 1.0
+) -> Ask:
+    """Return what asks a server, several conversations at a time.
+
+    It raises the UserError of the first request where none succeeds: then the server is gone, not an answer.
+    """
+
+    def ask(
+        conversations: Sequence[Sequence[Message]], ids: Sequence[int], seed_parts: Sequence[int | str]
+    ) -> list[Reply]:
+        def one(place: int) -> str:
+            messages = [{"role": m["role"], "content": m["content"]} for m in conversations[place]]
+            seed = derive_seed(*seed_parts, ids[place]) % 2**31
+            body = {"max_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+            return text_of(server.chat(model=model, messages=messages, **body))
+
+        replies: list[Reply] = [""] * len(conversations)
+        for place, result in concurrently(one, range(len(conversations)), concurrency):
+            if isinstance(result, Exception) and not isinstance(result, UserError):
+                raise result
+            replies[place] = result
+        if replies and all(isinstance(reply, UserError) for reply in replies):
+            raise replies[0]  # type: ignore[misc]
+        return replies
+
+    return ask

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_lightning.errors import UserError, check_number
-from rlhf_lightning.feedback.revision import Draft
+from rlhf_lightning.feedback.revision import Draft, Reply
 from rlhf_lightning.judges.constitution import Constitution
 from rlhf_lightning.judges.world import check_known, violates
 from rlhf_lightning.world.gold import SLACK, WORD, gold, row_problem
@@ -34,7 +34,7 @@ class WorldTeacher:
         check_known(constitution, "revise.constitution")
         self.constitution, self.error_rate, self.seed = constitution, error_rate, seed
 
-    def critiques(self, drafts: Sequence[Draft], seed_parts: Sequence[int | str]) -> list[str | None]:
+    def critiques(self, drafts: Sequence[Draft], seed_parts: Sequence[int | str]) -> list[Reply]:
         return [self._critique(draft, seed_parts) for draft in drafts]
 
     def _critique(self, draft: Draft, seed_parts: Sequence[int | str]) -> str:
@@ -49,7 +49,7 @@ class WorldTeacher:
 
     def revisions(
         self, drafts: Sequence[Draft], critiques: Sequence[str], seed_parts: Sequence[int | str]
-    ) -> list[str | None]:
+    ) -> list[Reply]:
         return [
             draft.response if critique == NOTHING else REPAIRS[draft.principle.name](draft.columns, draft.response)
             for draft, critique in zip(drafts, critiques, strict=True)

@@ -82,26 +82,26 @@ class LocalChat:
 
     def batch(
         self, conversations: Sequence[Sequence[Message]], ids: Sequence[int], seed_parts: Sequence[int | str]
-    ) -> list[str | None]:
-        """Return one answer to each conversation; None where the model has no room for an answer to it.
+    ) -> list[str | UserError]:
+        """Return one answer to each conversation, or why there is none: the model has no room for it.
 
         Args:
             ids: a number for each conversation, which with `seed_parts` decides its answer.
-
-        Raises:
-            RowError: a conversation that the template does not take.
         """
         room = math.inf if self.context is None else self.context - self.max_new_tokens
-        prompts = [
-            Group(self.template.prompt(list(messages)), [], index=number, text=messages[-1]["content"])
-            for messages, number in zip(conversations, ids, strict=True)
-        ]
-        answers: list[str | None] = [None] * len(prompts)
-        places = [place for place, group in enumerate(prompts) if len(group.prompt) <= room]
-        if places:
-            texts = self._answer([prompts[place] for place in places], 1, seed_parts)
-            for place, text in zip(places, texts, strict=True):
-                answers[place] = text
+        answers: list[str | UserError] = [UserError("no room for an answer")] * len(conversations)
+        prompts: dict[int, Group] = {}
+        for place, messages in enumerate(conversations):
+            try:
+                tokens = self.template.prompt(list(messages))
+            except RowError as error:
+                answers[place] = UserError(str(error))
+                continue
+            if len(tokens) <= room:
+                prompts[place] = Group(tokens, [], index=ids[place], text=messages[-1]["content"])
+        texts = self._answer(list(prompts.values()), 1, seed_parts) if prompts else []
+        for place, text in zip(prompts, texts, strict=True):
+            answers[place] = text
         return answers
 
     def _answer(self, prompts: Sequence[Group], num_generations: int, seed_parts: Sequence[int | str]) -> list[str]:

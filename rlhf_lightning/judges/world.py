@@ -11,7 +11,7 @@ from rlhf_lightning.errors import UserError, check_number, nearest
 from rlhf_lightning.judges.constitution import Constitution, Principle, load_constitution
 from rlhf_lightning.judges.judge import Answer, Ranking, Rating, Verdict
 from rlhf_lightning.world.gold import Score, gold, row_problem
-from rlhf_lightning.world.labeller import Labeller, ranking, shown_values
+from rlhf_lightning.world.labeller import ranking, shown_values
 
 HIGH_RISK, LOOKS_HARMFUL = "high-risk", "looks-harmful"
 """Names of the rules for conflicts that the world knows."""
@@ -150,7 +150,7 @@ class WorldJudge:
                 "judge=world knows what a response is worth; sample candidates with data=world"
             )
         seed = self._key(comparison, comparison.responses)
-        values = [Labeller().value(row, text, "balanced-0") for text in comparison.responses]
+        values = [gold(row, text).total for text in comparison.responses]
         if self.constitution is None:
             return None, values, seed
         principle: Principle = self.constitution.sample(seed)

@@ -12,18 +12,20 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from rlhf_lightning.data.messages import RowError
+from rlhf_lightning.data.template import Template
 from rlhf_lightning.data.tokenize import report_rows
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.evaluation.policy import interval
 from rlhf_lightning.evaluation.refusal import is_refusal
 from rlhf_lightning.evaluation.table import COLUMNS, show
-from rlhf_lightning.feedback.revision import ChatTeacher, Revised, Step, Teacher, revise
+from rlhf_lightning.feedback.revision import Ask, ChatTeacher, Revised, Step, Teacher, revise, server_ask
 from rlhf_lightning.feedback.shards import read, remove
 from rlhf_lightning.feedback.world_teacher import WorldTeacher
 from rlhf_lightning.files import write_json, write_jsonl
 from rlhf_lightning.generation.chat import LocalChat
+from rlhf_lightning.generation.server import Server
 from rlhf_lightning.judges.constitution import Constitution, load_constitution
+from rlhf_lightning.models.loading import context_length, load_causal_lm, load_tokenizer, resolve_model
 from rlhf_lightning.ops.statistics import Interval, share_interval
 from rlhf_lightning.rewards.scoring import Reward, score
 from rlhf_lightning.runtime.run import Run
@@ -74,7 +76,7 @@ def make_teacher(run: Run, chat: LocalChat, constitution: Constitution) -> Teach
     Raises:
         UserError: no such teacher, or a judge that is none.
     """
-    options, judge = run.options, run.settings["judge"] or {}
+    options, judge = run.options, run.settings.get("judge") or {}
     if options["teacher"] not in TEACHERS:
         raise UserError(
             f"revise.teacher={options['teacher']} is not one of {', '.join(TEACHERS)}."
@@ -84,7 +86,28 @@ def make_teacher(run: Run, chat: LocalChat, constitution: Constitution) -> Teach
         return ChatTeacher(chat.batch, constitution, options["examples"])
     if judge.get("kind") == "world":
         return WorldTeacher(constitution, judge["error_rate"], judge["seed"])
-    raise UserError("revise.teacher=judge needs a judge that can teach: judge=world, local or server")
+    sampling = {"max_new_tokens": options["max_new_tokens"], "temperature": options["temperature"]}
+    if judge.get("kind") == "server":
+        server = Server(judge["base_url"], timeout=judge["timeout"], retries=judge["retries"])
+        ask: Ask = server_ask(server, judge["model"], concurrency=judge["concurrency"], **sampling)
+    elif judge.get("kind") == "local":
+        ask = loaded_chat(run, str(judge["model"]), judge["dtype"], judge["template"], **sampling).batch
+    else:
+        raise UserError("revise.teacher=judge needs a judge that can teach: judge=local, server or world")
+    return ChatTeacher(ask, constitution, options["examples"])
+
+
+def loaded_chat(run: Run, model: str, dtype: str, template: str, **sampling: Any) -> LocalChat:
+    """Return another model of this process."""
+    folder = resolve_model(model, run.settings["paths"]["cache"])
+    lm: Any = load_causal_lm(folder, dtype=dtype).eval()
+    return LocalChat(
+        lm.to(run.device),
+        Template(load_tokenizer(folder), template),
+        run.build("sampler"),
+        context=context_length(folder),
+        **sampling,
+    )
 
 
 def batches(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -104,11 +127,12 @@ def first_answers(data: Any, rows: Sequence[int], chat: LocalChat, seed: int) ->
         if "messages" not in values:
             raise UserError(f"{data.where('train', [row])} is raw text: only answers to a conversation can be revised")
     conversations = [values["messages"] for values in columns]
-    try:
-        answers = chat.batch(conversations, rows, (seed, "revise", "first"))
-    except RowError as error:
-        raise UserError(str(error)) from error
-    return [Revised(*parts) for parts in zip(rows, columns, conversations, answers, strict=True)]
+    answers = chat.batch(conversations, rows, (seed, "revise", "first"))
+    revised = []
+    for row, values, conversation, answer in zip(rows, columns, conversations, answers, strict=True):
+        first, problem = (None, str(answer)) if isinstance(answer, UserError) else (answer, None)
+        revised.append(Revised(row, values, conversation, first, problem=problem))
+    return revised
 
 
 def as_record(answer: Revised) -> dict[str, Any]:
@@ -118,7 +142,8 @@ def as_record(answer: Revised) -> dict[str, Any]:
 
 def from_record(record: dict[str, Any]) -> Revised:
     """Return what :func:`as_record` kept."""
-    return Revised(**record | {"steps": [Step(**step) for step in record["steps"]]})
+    steps = [Step(**step) for step in record["steps"]]
+    return Revised(**{name: value for name, value in record.items() if name != "steps"}, steps=steps)
 
 
 def finish(run: Run, done: Sequence[Revised], gold: Reward | None) -> None:
