@@ -11,7 +11,7 @@ from rlhf_lightning.data.comparisons import digest
 from rlhf_lightning.data.layouts import Row
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.judges.calibration import calibrated, calibration_error, cross_fitted, fit_temperature
-from rlhf_lightning.ops.statistics import Interval, mean_interval, share_interval
+from rlhf_lightning.ops.statistics import Interval, share_interval
 
 CALIBRATIONS = ("none", "temperature")
 Rankings = Sequence[Sequence[int]]
@@ -67,8 +67,7 @@ def figures(rows: Sequence[Row], known: Mapping[str, Rankings], ordered: bool = 
 
     def add(name: str, values: Sequence[float], clusters: Sequence[str]) -> None:
         if values:
-            interval = share_interval if set(values) <= {0.0, 1.0} else mean_interval
-            table[name] = interval(values, clusters)
+            table[name] = share_interval(values, clusters)  # too wide where there are ties, which count half
 
     labeled = [pair for pair in pairs if pair.known is not None and pair.known != 0.5]
     add("accuracy", [credit(p.probability, p.known) for p in labeled], [p.cluster for p in labeled])
