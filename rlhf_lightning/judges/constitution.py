@@ -105,6 +105,12 @@ def load_constitution(source: str | Path | Sequence[str]) -> Constitution:
     return build(read_yaml(SHIPPED / f"{name}.yaml"), name)
 
 
+def constitution_digests(settings: Mapping[str, Any]) -> list[str]:
+    """Return the digest of every constitution that a setting names, of which the names are dotted."""
+    named = [value for key, value in settings.items() if key.rpartition(".")[2] == "constitution" and value is not None]
+    return [load_constitution(value).digest for value in named]
+
+
 class Loader(yaml.SafeLoader):
     """YAML's plain types; a key that comes twice is an error, and so is a reference: nested ones grow without limit."""
 
