@@ -17,8 +17,8 @@ from rlhf_lightning.stages import STAGES
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rlhf_lightning"
 ROOMS = [
-    "errors", "distributed", "files", "ops", "world", "models", "data", "generation", "rewards", "modules", "callbacks",
-    "feedback", "evaluation", "runtime", "stages", "__main__",
+    "errors", "distributed", "files", "ops", "world", "models", "data", "generation", "judges", "rewards", "modules",
+    "callbacks", "feedback", "evaluation", "runtime", "stages", "__main__",
 ]  # fmt: skip
 """Each imports only from those before it, and itself."""
 APART = {("feedback", "evaluation"), ("evaluation", "feedback")}

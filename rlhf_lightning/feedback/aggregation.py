@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf_lightning.data.comparisons import Comparison, LabeledComparison
 from rlhf_lightning.data.layouts import Row
 from rlhf_lightning.errors import UserError, check_number, nearest
-from rlhf_lightning.feedback.comparisons import Comparison, LabeledComparison
 from rlhf_lightning.feedback.reading import Labels, read_labels
 from rlhf_lightning.feedback.reliability import MODELS, Reliability
 from rlhf_lightning.feedback.units import entries, sign

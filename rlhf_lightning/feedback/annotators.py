@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from rlhf_lightning.feedback.comparisons import LabeledComparison
+from rlhf_lightning.data.comparisons import LabeledComparison
 from rlhf_lightning.feedback.units import Entry
 from rlhf_lightning.ops.statistics import Interval, mean_interval, share_interval
 

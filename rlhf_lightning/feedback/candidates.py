@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from rlhf_lightning.data.checks import ids_fit
+from rlhf_lightning.data.comparisons import OF_OTHERS
 from rlhf_lightning.data.records import RowError, given_responses
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.errors import UserError, check_number
-from rlhf_lightning.feedback.comparisons import OF_OTHERS
 from rlhf_lightning.generation.answers import prompt_text
 from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.models.completion import CompletionModel

@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rlhf_lightning.data.comparisons import LabeledComparison
 from rlhf_lightning.data.layouts import Row
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.feedback.aggregation import Aggregated, demonstrations
-from rlhf_lightning.feedback.comparisons import LabeledComparison
 from rlhf_lightning.files import atomic_folder, atomic_path, write_jsonl
 
 FORMATS = ("demonstrations", "datasets", "crowdkit")

@@ -11,10 +11,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rlhf_lightning.data import records
+from rlhf_lightning.data.comparisons import Comparison, ItemLabel, LabeledComparison, digest
 from rlhf_lightning.data.layouts import READ, Columns, Row, has_value, listed, number_of
 from rlhf_lightning.data.messages import LeftOut, Message, RowError, need_list, need_string, need_text
 from rlhf_lightning.errors import nearest
-from rlhf_lightning.feedback.comparisons import Comparison, ItemLabel, LabeledComparison, digest
 
 Label = LabeledComparison | ItemLabel
 IDS = ("id", "item_id", "comparison_id", "question_id", "task_id")

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_lightning.data import records
+from rlhf_lightning.data.comparisons import Comparison, ItemLabel, LabeledComparison, digest
 from rlhf_lightning.data.layouts import Canonical, Columns, Row, has_value, listed, read_row
 from rlhf_lightning.data.messages import LeftOut, RowError, need_list
 from rlhf_lightning.data.sources import Source, read_source
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.feedback.comparisons import Comparison, ItemLabel, LabeledComparison, digest
 from rlhf_lightning.feedback.importers import (
     Label,
     annotated_pair,

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from rlhf_lightning.data.comparisons import Comparison, LabeledComparison
 from rlhf_lightning.data.messages import RowError
 from rlhf_lightning.data.records import prompt as read_prompt
 from rlhf_lightning.errors import UserError, check_number
-from rlhf_lightning.feedback.comparisons import Comparison, LabeledComparison
 from rlhf_lightning.world.gold import WORD
 from rlhf_lightning.world.labeller import Labeller, check_shares, group_value
 from rlhf_lightning.world.prompts import Prompt, flawed

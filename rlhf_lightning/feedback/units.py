@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_lightning.feedback.comparisons import LabeledComparison
+from rlhf_lightning.data.comparisons import LabeledComparison
 from rlhf_lightning.feedback.reading import Labels
 
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from rlhf_lightning.data.comparisons import LabeledComparison
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.feedback.comparisons import LabeledComparison
 from rlhf_lightning.feedback.simulated import population, simulate
 from rlhf_lightning.files import write_json, write_jsonl
 from rlhf_lightning.runtime.run import Run

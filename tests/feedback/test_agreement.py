@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
+from rlhf_lightning.data.comparisons import Comparison, ItemLabel, LabeledComparison
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.feedback.agreement import agreement, alpha, fleiss, kappa, percent
-from rlhf_lightning.feedback.comparisons import Comparison, ItemLabel, LabeledComparison
 
 KRIPPENDORFF = """
 1 2 3 3 2 1 4 1 2 . . .

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rlhf_lightning.data.comparisons import Comparison, LabeledComparison
 from rlhf_lightning.data.layouts import Columns
 from rlhf_lightning.data.messages import RowError
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.feedback.aggregation import aggregate
 from rlhf_lightning.feedback.agreement import agreement
-from rlhf_lightning.feedback.comparisons import Comparison, LabeledComparison
 from rlhf_lightning.feedback.exports import crowd_frame, data_card
 from rlhf_lightning.feedback.reading import labels_of, read_labels
 

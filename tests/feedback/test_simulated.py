@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from rlhf_lightning.data.comparisons import LabeledComparison
 from rlhf_lightning.data.records import preference
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.feedback.comparisons import LabeledComparison
 from rlhf_lightning.feedback.simulated import population, simulate
 from rlhf_lightning.world import gold, group_value, rows
 from rlhf_lightning.world.prompts import Prompt

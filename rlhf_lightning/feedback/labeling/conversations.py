@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf_lightning.data.comparisons import Comparison
 from rlhf_lightning.data.messages import Message, turn
 from rlhf_lightning.errors import UserError, check_number
-from rlhf_lightning.feedback.comparisons import Comparison
 from rlhf_lightning.feedback.labeling.history import Annotator
 from rlhf_lightning.feedback.labeling.items import MOST_RANKED, Item
 from rlhf_lightning.feedback.labeling.refused import Refused

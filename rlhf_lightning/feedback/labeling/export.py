@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rlhf_lightning.data.comparisons import LabeledComparison
 from rlhf_lightning.data.messages import turn
-from rlhf_lightning.feedback.comparisons import LabeledComparison
 from rlhf_lightning.feedback.labeling.history import Annotator, History
 from rlhf_lightning.feedback.labeling.items import Item
 from rlhf_lightning.feedback.labeling.overview import agreement, pairs_of

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from rlhf_lightning.data.comparisons import OF_OTHERS, Comparison
 from rlhf_lightning.data.layouts import Columns
 from rlhf_lightning.data.messages import Message, turn
 from rlhf_lightning.data.records import RowError, demonstration, given_responses, preference, prompt
 from rlhf_lightning.data.sources import Row, Source
 from rlhf_lightning.errors import UserError, nearest
-from rlhf_lightning.feedback.comparisons import OF_OTHERS, Comparison
 from rlhf_lightning.files import fingerprint
 from rlhf_lightning.ops.seeding import permutation
 

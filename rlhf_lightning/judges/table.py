@@ -1,0 +1,67 @@
+"""The table of judges, what `judge=<name>` chooses. A new one is a file here, a row, and a file in conf/judge."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_lightning.errors import UserError, nearest
+from rlhf_lightning.judges.judge import Judge
+
+
+@dataclass(frozen=True)
+class JudgeKind:
+    """A kind of judge.
+
+    Args:
+        name: the `kind` in its settings.
+        makes: `module:function` that takes the other settings as keyword arguments and returns the judge.
+        model: the setting that names a model folder or hub name, a parent of the run; None where there is none.
+    """
+
+    name: str
+    makes: str
+    model: str | None = None
+
+    def load(self) -> Callable[..., Judge]:
+        """Import and return what makes it."""
+        module, _, function = self.makes.partition(":")
+        return getattr(importlib.import_module(module), function)
+
+
+JUDGES = {
+    kind.name: kind
+    for kind in (
+        JudgeKind("local", "rlhf_lightning.judges.local:local_judge", model="model"),
+        JudgeKind("server", "rlhf_lightning.judges.server:server_judge"),
+        JudgeKind("many", "rlhf_lightning.judges.voting:Jury"),
+    )
+}
+
+
+def load_judge(settings: Mapping[str, Any], key: str = "judge") -> Judge:
+    """Return the judge that settings name by their `kind`; settings that it does not take belong to others.
+
+    Raises:
+        UserError: no such kind, or settings that it refuses.
+    """
+    kind = settings.get("kind")
+    if kind not in JUDGES:
+        given = "no judge is chosen" if kind is None else f"{key}.kind={kind} is no judge"
+        raise UserError(f"{given}: judge= one of {', '.join(JUDGES)}.{nearest(str(kind), JUDGES) if kind else ''}")
+    make = JUDGES[kind].load()
+    accepted = inspect.signature(make).parameters
+    return make(**{name: value for name, value in settings.items() if name in accepted})
+
+
+def models(settings: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield the folders and hub names of the models that a judge of these settings loads into this process."""
+    settings = settings or {}
+    kind = JUDGES.get(str(settings.get("kind")))
+    if kind is not None and kind.model and settings.get(kind.model):
+        yield str(settings[kind.model])
+    for member in (settings.get("members") or {}).values():
+        yield from models(member)
