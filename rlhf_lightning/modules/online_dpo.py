@@ -29,7 +29,8 @@ from rlhf_lightning.rewards.scoring import Reward
 
 Loss = Literal["sigmoid", "ipo"]
 Pairs = Literal["extremes", "all"]
-CHOICES = {"loss": get_args(Loss), "pairs": get_args(Pairs)}
+Labels = Literal["hard", "soft"]
+CHOICES = {"loss": get_args(Loss), "pairs": get_args(Pairs), "labels": get_args(Labels)}
 
 
 @dataclass
@@ -39,11 +40,13 @@ class Preferences:
     Args:
         groups: the best and the worst response of each prompt, or all; equal ranks where there is no preference.
         reference: log pi_ref (K,) of the responses of each group, summed over their tokens.
+        scores: (K,) of the responses of each group, with the penalty of a missing EOS.
         metrics: what the choice looked like, means over the prompts with a preference, of all ranks.
     """
 
     groups: list[Group]
     reference: list[Tensor]
+    scores: list[Tensor]
     metrics: dict[str, float]
 
     def exists(self, place: int) -> bool:
@@ -62,6 +65,9 @@ class OnlineDPO(Online):
         reward: scores responses; or compares them, see :mod:`rlhf_lightning.rewards.pairwise`.
         num_generations: responses per prompt, at least 2.
         pairs: "extremes" compares the best with the worst response, "all" is the mean over all pairs of a prompt.
+        labels: "hard" is certain that the response of the higher score is better, "soft" with the probability that the
+            scores say: sigma of their difference (Bradley-Terry), of a judge its own. With soft labels the optimum is
+            that of PPO, pi_ref exp(r / beta) / Z; with hard ones the margins of pairs grow without bound.
         beta: weight of the implicit KL to the reference; larger stays closer to it. None is that of the loss: 0.1
             (sigmoid), 0.5 (ipo).
         loss: sigmoid, or ipo of log-probabilities averaged over a response, see
@@ -90,13 +96,14 @@ class OnlineDPO(Online):
         missing_eos_penalty: float = 1.0,
         missing_eos_score: float | None = None,
         pairs: Pairs = "extremes",
+        labels: Labels = "hard",
         beta: float | None = None,
         loss: Loss = "sigmoid",
         num_minibatches: int = 1,
         max_grad_norm: float = 1.0,
         seed: int = 0,
     ) -> None:
-        for key, value in (("loss", loss), ("pairs", pairs)):
+        for key, value in (("loss", loss), ("pairs", pairs), ("labels", labels)):
             if value not in CHOICES[key]:
                 hint = nearest(value, CHOICES[key])
                 raise UserError(f"online_dpo.{key}={value!r} is not one of {', '.join(CHOICES[key])}.{hint}")
@@ -114,6 +121,7 @@ class OnlineDPO(Online):
         )  # fmt: skip
         self.automatic_optimization = False
         self.pairs: Pairs = pairs
+        self.labels: Labels = labels
         self.loss: Loss = loss
         self.beta, self.num_minibatches, self.max_grad_norm = beta, num_minibatches, max_grad_norm
 
@@ -138,15 +146,16 @@ class OnlineDPO(Online):
     @torch.no_grad()
     def preferences(self, rollout: Rollout) -> Preferences:
         """Rank the responses to every prompt by their scores, less the penalty of a missing EOS."""
-        scores, n = self.shaped_scores(rollout).tolist(), rollout.num_generations
+        shaped, n = self.shaped_scores(rollout), rollout.num_generations
         reference = (rollout.tokens["ref_logprobs"] * rollout.mask).sum(1)
         groups: list[Group] = []
         summed: list[Tensor] = []
+        scores: list[Tensor] = []
         chosen: list[int] = []
         rejected: list[int] = []
         for place, group in enumerate(rollout.groups):
             rows = slice(place * n, (place + 1) * n)
-            ranks = text_ranks(rollout.texts[rows], scores[rows])
+            ranks = text_ranks(rollout.texts[rows], shaped[rows].tolist())
             best, worst = ranks.index(0), ranks.index(max(ranks))
             if best != worst:
                 chosen.append(rows.start + best)
@@ -155,12 +164,13 @@ class OnlineDPO(Online):
             responses = [group.responses[k] for k in kept]
             groups.append(Group(group.prompt, responses, ranks=[ranks[k] for k in kept], index=group.index))
             summed.append(reference[rows][kept])
+            scores.append(shaped[rows][kept].to(self.device))
         lengths = rollout.mask.sum(1).float()
         metrics = {"online_dpo/ties": 1 - self.mean(torch.tensor([float(max(g.ranks or ()) > 0) for g in groups]))}
         for name, members in (("chosen", chosen), ("rejected", rejected)):
             metrics[f"reward/{name}"] = self.mean(rollout.scores[members])
             metrics[f"rollout/{name}_length"] = self.mean(lengths[members])
-        return Preferences(groups, summed, metrics)
+        return Preferences(groups, summed, scores, metrics)
 
     # ---- update ----------------------------------------------------------------------------------------------------
 
@@ -198,8 +208,10 @@ class OnlineDPO(Online):
             )
         )
         for number, (members, batch, is_real) in enumerate(microbatches, start=1):
-            reference = torch.cat([preferences.reference[member] for member in members])
-            losses = self.losses(batch.to(self.device), reference, is_real, first)
+            reference, scores = (
+                torch.cat([of[m] for m in members]) for of in (preferences.reference, preferences.scores)
+            )
+            losses = self.losses(batch.to(self.device), reference, scores, is_real, first)
             loss = losses.sum() * (self.data_ranks / prompts * float(is_real))
             if not torch.isfinite(loss):
                 raise UserError(f"the loss is {loss.item()} in iteration {self.iteration}; lower optimizer.lr")
@@ -208,11 +220,14 @@ class OnlineDPO(Online):
         optimizer.step()
         return norm
 
-    def losses(self, batch: GroupBatch, reference: Tensor, is_real: bool = True, first: bool = False) -> Tensor:
+    def losses(
+        self, batch: GroupBatch, reference: Tensor, scores: Tensor, is_real: bool = True, first: bool = False
+    ) -> Tensor:
         """Return the loss of each group (G,), a mean over its pairs, and track rewards and accuracy.
 
         Args:
             reference: log pi_ref (S,) of the responses.
+            scores: (S,) of the responses.
             is_real: whether its preferences count.
             first: the policy is still the one that sampled.
         """
@@ -224,10 +239,15 @@ class OnlineDPO(Online):
         better, worse = ranked_pairs(batch.ranks, batch.group_of)
         group = batch.group_of[better]
         pairs = torch.bincount(group, minlength=batch.groups).clamp_min(1)
-        each = preference_loss(ratios[better] - ratios[worse], self.beta, self.loss)
+        label = self.probability(scores[better] - scores[worse]) if self.labels == "soft" else 1.0
+        each = preference_loss(ratios[better] - ratios[worse], self.beta, self.loss, label)
         losses = logprobs.new_zeros(batch.groups).index_add(0, group, each) / pairs
         self.track_update(losses, self.beta * ratios.detach(), better, worse, float(is_real))
         return losses
+
+    def probability(self, gaps: Tensor) -> Tensor:
+        """Return the probability (P,) that the better response is better, from the difference of the scores."""
+        return (0.5 + gaps / 2).clamp(max=1.0) if compares(self.reward) else gaps.sigmoid()
 
     def track_update(self, losses: Tensor, rewards: Tensor, better: Tensor, worse: Tensor, real: float) -> None:
         """Track means over prompts (G,) and pairs (P,); a dummy pass tracks the same names, as ranks do."""

@@ -1,11 +1,12 @@
 """Rewards that compare two responses to a prompt, such as a judge, where others score one.
 
 Such a reward has a method `compare(prompts, pairs, metadata)` that returns for each pair of responses to a prompt the
-probability (P,) that the first is the better one; 0.5 is no preference.
+probability (P,) that the first is the better one; 0.5 is no preference, and so is NaN, no verdict.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def compares(reward: Any) -> bool:
@@ -68,8 +71,11 @@ class WinRate:
             [metadata[i] for i, _ in places],
         )
         values = torch.as_tensor(returned).detach().float().cpu()
-        if values.shape != (len(places),) or not ((values >= 0) & (values <= 1)).all():
+        failed = values.isnan()
+        if values.shape != (len(places),) or not (failed | ((values >= 0) & (values <= 1))).all():
             raise UserError(
                 f"the judge returned {values.tolist()[:4]} for {len(places)} pairs; one probability each is needed"
             )
-        return values.tolist()
+        if failed.any():
+            log.warning("the judge has no verdict on %d of %d pairs: no preference", int(failed.sum()), len(places))
+        return values.nan_to_num(0.5).tolist()

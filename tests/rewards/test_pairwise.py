@@ -42,7 +42,7 @@ def test_equal_texts_are_no_reason_to_ask() -> None:
     assert WinRate(Silent(), 2)(["p"] * 2, ["same", "same "], [{}, {}]).tolist() == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("returned", [[0.5], [0.5, 1.5], [0.5, float("nan")], [[0.5], [0.5]]])
+@pytest.mark.parametrize("returned", [[0.5], [0.5, 1.5], [0.5, float("inf")], [[0.5], [0.5]]])
 def test_a_judge_returns_probabilities(returned: Any) -> None:
     class Wrong:
         def compare(self, *_: Any) -> Any:
@@ -50,6 +50,15 @@ def test_a_judge_returns_probabilities(returned: Any) -> None:
 
     with pytest.raises(UserError, match="for 2 pairs; one probability each is needed"):
         WinRate(Wrong(), 2)(["p"] * 4, ["a", "b", "c", "d"], [{}] * 4)
+
+
+def test_no_verdict_is_no_preference(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing:
+        def compare(self, *_: Any) -> torch.Tensor:
+            return torch.tensor([float("nan"), 1.0])
+
+    assert WinRate(Failing(), 2)(["p"] * 4, ["a", "b", "c", "d"], [{}] * 4).tolist() == [0.5, 0.5, 1.0, 0.0]
+    assert "no verdict on 1 of 2 pairs" in caplog.text
 
 
 def test_what_compares() -> None:
