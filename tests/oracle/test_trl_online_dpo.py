@@ -100,6 +100,7 @@ def theirs(folder: Path, longest: int, **options: Any) -> Curve:
         iteration = 0
 
         def _generate(self, model: Any, prompts: Any, images: Any = None) -> Any:
+            assert self.processing_class is not None
             texts = [
                 self.processing_class.apply_chat_template(p, add_generation_prompt=True, tokenize=False)
                 for p in prompts
