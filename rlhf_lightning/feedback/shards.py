@@ -67,21 +67,26 @@ def places(folder: Path) -> dict[int, tuple[Path, int]]:
     return lines
 
 
-def merge(folder: Path, target: Path) -> Iterator[dict[str, Any]]:
-    """Yield the values of all shards in order, each after it was written to `target`, which appears when all are."""
+def read(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of all shards, `row` and `value`, in order."""
     lines = places(folder)
     files = {path: path.open("rb") for path in {path for path, _ in lines.values()}}
     try:
-        with atomic_path(target) as temporary, temporary.open("w", encoding="utf-8") as written:
-            for number in sorted(lines):
-                path, begin = lines[number]
-                files[path].seek(begin)
-                value = json.loads(files[path].readline())["value"]
-                written.write(json.dumps(value) + "\n")
-                yield value
+        for number in sorted(lines):
+            path, begin = lines[number]
+            files[path].seek(begin)
+            yield json.loads(files[path].readline())
     finally:
         for file in files.values():
             file.close()
+
+
+def merge(folder: Path, target: Path) -> Iterator[dict[str, Any]]:
+    """Yield the values of all shards in order, each after it was written to `target`, which appears when all are."""
+    with atomic_path(target) as temporary, temporary.open("w", encoding="utf-8") as written:
+        for line in read(folder):
+            written.write(json.dumps(line["value"]) + "\n")
+            yield line["value"]
 
 
 def remove(folder: Path) -> None:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from rlhf_lightning.data.comparisons import Comparison, LabeledComparison
 from rlhf_lightning.data.messages import RowError
 from rlhf_lightning.data.records import prompt as read_prompt
 from rlhf_lightning.errors import UserError, check_number
-from rlhf_lightning.world.gold import WORD
-from rlhf_lightning.world.labeller import Labeller, check_shares, group_value
+from rlhf_lightning.world.gold import WORD, row_problem
+from rlhf_lightning.world.labeller import Labeller, check_shares, group_value, ranking, shown_values
 from rlhf_lightning.world.prompts import Prompt, flawed
 
-NEEDED = ("family", "ideal", "answer", "others", "claim", "count")
-"""Columns of the world's prompts, from which annotators see what a response is worth."""
 OF_RESPONSES = {
     "prompt",
     "messages",
@@ -61,27 +58,17 @@ class SimulatedAnnotator:
         """Return the label of a comparison whose prompt is described by the columns of `row`."""
         size = len(comparison.responses)
         shown = rng.sample(range(size), size)
-        seen = [self.labeller.value(row, text, self.name) for text in comparison.responses]
-        for place, number in enumerate(shown):
-            seen[number] += self.position_bias * (size - 1 - place) / (size - 1)
+        values = [self.labeller.value(row, text, self.name) for text in comparison.responses]
+        seen = shown_values(values, shown, self.position_bias)
         if self.careless:
             seen = [rng.random() for _ in seen]
-        seen = [round(value, 6) for value in seen]  # equal worth must not differ by rounding
-        order = sorted(range(size), key=lambda i: (-seen[i], 0.0 if self.ties else rng.random()))
-        tied = [self.ties and seen[a] == seen[b] for a, b in pairwise(order)]
-        ranks = [sum(not tie for tie in tied[:place]) for place in range(size)]
-        for place in range(size - 1):
-            if rng.random() < self.labeller.noise:
-                order[place], order[place + 1] = order[place + 1], order[place]
-        ranking = [0] * size
-        for place, number in enumerate(order):
-            ranking[number] = ranks[place]
-        gap = abs(seen[0] - seen[1])
-        strength = 0 if len(set(ranking)) == 1 else 1 + (gap >= BETTER) + (gap >= MUCH_BETTER)
+        ranks = ranking(seen, self.labeller.noise, rng, self.ties)
+        gap = abs(round(seen[0], 6) - round(seen[1], 6))
+        strength = 0 if len(set(ranks)) == 1 else 1 + (gap >= BETTER) + (gap >= MUCH_BETTER)
         words = sum(len(WORD.findall(text)) for text in comparison.responses)
         seconds = (0 if self.careless else words / WORDS_PER_SECOND) + PAUSE
         return LabeledComparison(
-            comparison, tuple(ranking), self.name, self.name.rpartition("-")[0],
+            comparison, ranks, self.name, self.name.rpartition("-")[0],
             strength=strength if size == 2 else None, shown=tuple(shown),
             seconds=round(seconds * rng.lognormvariate(0, 0.3), 1), check=check,
         )  # fmt: skip
@@ -190,10 +177,10 @@ def comparisons(
     texts = row.get("responses")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where} has no list of responses to compare; sample some with stage=candidates")
-    if missing := [name for name in NEEDED if name not in row]:
+    if problem := row_problem(row):
         raise UserError(
-            f"{where} is no row of the built-in world (it has no {', '.join(missing)}), and only of those simulated "
-            "annotators know what a response is worth; sample candidates with data=world"
+            f"{where} is no row of the built-in world ({problem}), and only of those simulated annotators know what a "
+            "response is worth; sample candidates with data=world"
         )
     try:
         content = read_prompt(row).content

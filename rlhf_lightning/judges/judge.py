@@ -28,6 +28,8 @@ class Answer:
         text: what the judge wrote, where it wrote.
         prompt_tokens, completion_tokens: what was read and written for it.
         seconds: until it came.
+        cost: what it cost, in the currency of the prices; 0 where it was cached.
+        mass: the share of the probability of all tokens that those of verdicts have, where they were looked at.
         cached: it was on disk.
     """
 
@@ -37,6 +39,8 @@ class Answer:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0
+    cost: float = 0.0
+    mass: float | None = None
     cached: bool = False
 
 
@@ -49,11 +53,13 @@ class Verdict:
         swapped: an answer per sample, the first response shown second; its values, too, are probabilities that the
             first response is better.
         principle: the one by which it judged.
+        votes: of several judges, the probability of each.
     """
 
     forward: tuple[Answer, ...]
     swapped: tuple[Answer, ...]
     principle: str | None = None
+    votes: dict[str, float | None] | None = None
 
     @property
     def orders(self) -> tuple[float | None, float | None]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.errors import UserError, nearest
@@ -37,6 +38,7 @@ JUDGES = {
     for kind in (
         JudgeKind("local", "rlhf_lightning.judges.local:local_judge", model="model"),
         JudgeKind("server", "rlhf_lightning.judges.server:server_judge"),
+        JudgeKind("world", "rlhf_lightning.judges.world:WorldJudge"),
         JudgeKind("many", "rlhf_lightning.judges.voting:Jury"),
     )
 }
@@ -57,11 +59,19 @@ def load_judge(settings: Mapping[str, Any], key: str = "judge") -> Judge:
     return make(**{name: value for name, value in settings.items() if name in accepted})
 
 
-def models(settings: Mapping[str, Any] | None) -> Iterator[str]:
-    """Yield the folders and hub names of the models that a judge of these settings loads into this process."""
-    settings = settings or {}
-    kind = JUDGES.get(str(settings.get("kind")))
-    if kind is not None and kind.model and settings.get(kind.model):
-        yield str(settings[kind.model])
-    for member in (settings.get("members") or {}).values():
-        yield from models(member)
+def models(settings: Mapping[str, Any] | None) -> list[str]:
+    """Return the folders and hub names of the models that a judge of these settings loads into this process."""
+    found: list[str] = []
+    with_models(settings or {}, lambda name: found.append(name) or name)
+    return found
+
+
+def with_models(settings: Mapping[str, Any], resolve: Callable[[str], str]) -> dict[str, Any]:
+    """Return settings of a judge with the names of its models resolved; the judge keeps the name that was given."""
+    result, kind = dict(settings), JUDGES.get(str(settings.get("kind")))
+    if kind is not None and kind.model and (given := settings.get(kind.model)):
+        result[kind.model] = resolve(str(given))
+        result["name"] = settings.get("name") or Path(str(given)).name
+    if members := settings.get("members"):
+        result["members"] = {name: with_models(member, resolve) for name, member in members.items()}
+    return result

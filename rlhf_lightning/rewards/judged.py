@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from rlhf_lightning.judges.judge import Judge
 from rlhf_lightning.judges.table import load_judge
 
 
-def load_judged(name: str, settings: Mapping[str, Any] | None) -> JudgeReward:
-    """Return the reward `judge:<config>` of the settings below `judge`."""
+def load_judged(name: str, dtype: str, settings: Mapping[str, Any] | None) -> JudgeReward:
+    """Return the reward `judge:<judge>` of the settings below `judge`, which have the `dtype` of its model."""
     if not settings or not settings.get("kind"):
         raise UserError(f"reward_from={name}: the settings of the judge are missing; choose judge={name[6:]}")
     return JudgeReward(load_judge(settings))
@@ -27,11 +27,12 @@ class JudgeReward:
     """Scores responses by a judge's ratings.
 
     Args:
-        judge: rates and compares; a failed rating is None, see `reward_none`.
+        judge: rates and compares.
+        fill: a failed rating is the mean of the other ratings of the call, in place of None.
     """
 
-    def __init__(self, judge: Judge) -> None:
-        self.judge = judge
+    def __init__(self, judge: Judge, fill: bool = False) -> None:
+        self.judge, self.fill = judge, fill
 
     def to(self, device: torch.device | str) -> JudgeReward:
         """Move a judge that is a model and return self."""
@@ -54,17 +55,18 @@ class JudgeReward:
         for number, ratings in self.judge.rate(asked):
             for place, rating in zip(members[number], ratings, strict=True):
                 scores[place] = rating.value
-        return scores
+        known = [score for score in scores if score is not None]
+        return [fmean(known) if score is None else score for score in scores] if self.fill and known else scores
 
     def compare(
         self, prompts: Sequence[str], pairs: Sequence[tuple[str, str]], metadata: Sequence[dict[str, Any]]
     ) -> Tensor:
-        """Return the probability (P,) that the first response of each pair is better; NaN where the judge failed.
+        """Return the probability (P,) that the first response of each pair is better, the mean of both orders.
 
-        The mean of both orders.
+        It is 0.5, no preference, where the judge gave no verdict.
         """
         asked = [comparison([p], pair, extra) for p, pair, extra in zip(prompts, pairs, metadata, strict=True)]
-        result = torch.full((len(asked),), math.nan)
+        result = torch.full((len(asked),), 0.5)
         for number, verdict in self.judge.compare(asked):
             if verdict.probability is not None:
                 result[number] = verdict.probability

@@ -73,19 +73,26 @@ class RewardPerGroup(GroupedReward):
         return {name: score(member, prompts, responses, metadata) for name, member in self.members.items()}
 
 
-def load_reward(spec: Any, dtype: str = "float32", how: Combination = MEAN, none: str = "error") -> Reward:
+def load_reward(
+    spec: Any,
+    dtype: str = "float32",
+    how: Combination = MEAN,
+    none: str = "error",
+    settings: Mapping[str, Any] | None = None,
+) -> Reward:
     """Return the reward that `spec` names: the mean of a list of several, of a map one reward per group.
 
     Args:
         spec: a callable, a value of `reward_from` (:func:`rlhf_lightning.rewards.spec.parse`), a list or map of these.
         dtype: of the weights of reward models.
         how: how the scores of groups are combined, a value of `reward_groups`.
-        none: what a None from a member of a list means, a value of `reward_none`.
+        none: what a None from a member of a list, or from a judge, means: a value of `reward_none`.
+        settings: the configuration, of which `judge:<judge>` reads the key `judge`.
 
     Raises:
         UserError: when the module, the function or the folder is not there, or `how` is about groups that are not.
     """
-    reward = _load(spec, dtype, how, none)
+    reward = _load(spec, dtype, how, none, settings)
     if how != MEAN and not any(getattr(r, "groups", None) for r in [reward, *getattr(reward, "members", ())]):
         raise UserError(
             f"reward_groups={how}: reward_from={spec} has no groups; a reward model gets them with reward.groups"
@@ -93,20 +100,23 @@ def load_reward(spec: Any, dtype: str = "float32", how: Combination = MEAN, none
     return reward
 
 
-def _load(spec: Any, dtype: str, how: Combination, none: str) -> Reward:
+def _load(spec: Any, dtype: str, how: Combination, none: str, settings: Mapping[str, Any] | None) -> Reward:
     if callable(spec):
         return spec
     if isinstance(spec, Mapping) and spec:
-        return RewardPerGroup({str(name): _load(member, dtype, how, none) for name, member in spec.items()}, how)
-    members = [_load(member, dtype, how, NONE[0]) for member in spec] if isinstance(spec, list | tuple) else []
+        return RewardPerGroup({str(n): _load(member, dtype, how, none, settings) for n, member in spec.items()}, how)
+    members = [_load(m, dtype, how, NONE[0], settings) for m in spec] if isinstance(spec, list | tuple) else []
     if members:
         return MeanReward(members, none)
-    if none != NONE[0]:
-        raise UserError(f"reward_none={none} is for a list of rewards: nothing but {spec} could give a score")
     named = parse(spec)
     if not named:
-        raise UserError("reward_from is needed: a reward model folder, module:function, or world")
-    return named[0].load(dtype, how)
+        raise UserError("reward_from is needed: a reward model folder, module:function, judge:<judge>, or world")
+    reward = named[0].load(dtype, how, settings)
+    if none != NONE[0]:
+        if not hasattr(reward, "fill"):
+            raise UserError(f"reward_none={none} is for a list of rewards: nothing but {spec} could give a score")
+        reward.fill = True
+    return reward
 
 
 def to_device(reward: Any, device: torch.device | str) -> None:

@@ -25,12 +25,14 @@ class Kind:
         digest: returns what changes when the reward does; None where that is unknown.
         loader: `module:function` that builds the reward from (name, dtype), a model from (name, dtype, how).
         is_model: the name is a model folder, a parent of the stage.
+        settings: the key of the configuration whose value the loader gets as a third argument, or None.
     """
 
     matches: Callable[[str], bool]
     digest: Callable[[str], str | None]
     loader: str
     is_model: bool = False
+    settings: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,17 @@ class RewardSpec:
         """Return what changes when the reward does: its weights, its source, the version of the world."""
         return KINDS[self.kind].digest(self.name)
 
-    def load(self, dtype: str, how: Any = "mean") -> Any:
-        """Build the reward; of a model `dtype` is that of its weights, `how` the combination of its groups' heads."""
+    def load(self, dtype: str, how: Any = "mean", settings: Mapping[str, Any] | None = None) -> Any:
+        """Build the reward.
+
+        Args:
+            dtype, how: of a model that of its weights, and the combination of its groups' heads.
+            settings: the configuration, for rewards that have settings of their own.
+        """
         module, _, function = KINDS[self.kind].loader.partition(":")
         load = getattr(importlib.import_module(module), function)
+        if key := KINDS[self.kind].settings:
+            return load(self.name, dtype, (settings or {}).get(key))
         return load(self.name, dtype, how) if self.is_model else load(self.name, dtype)
 
     @property
@@ -72,7 +81,15 @@ def parse(value: Any, key: str = "reward_from") -> list[RewardSpec]:
     for kind, row in KINDS.items():
         if row.matches(name):
             return [RewardSpec(kind, name)]
-    raise UserError(f"{key}={name!r} is neither a reward model folder, 'module:function', 'world', nor 'world:<group>'")
+    raise UserError(
+        f"{key}={name!r} is neither a reward model folder, 'module:function', 'judge:<judge>', 'world', nor "
+        "'world:<group>'"
+    )
+
+
+def judges(value: Any, key: str = "reward_from") -> list[str]:
+    """Return the options of conf/judge that a value names as `judge:<option>`."""
+    return [reward.name.partition(":")[2] for reward in parse(value, key) if reward.kind == "judge"]
 
 
 def digests(value: Any) -> list[str | None]:
@@ -89,6 +106,12 @@ def _world_version(name: str) -> str:
     from rlhf_lightning.world import VERSION
 
     return f"world {VERSION}"
+
+
+def _judge_version(name: str) -> str:
+    from rlhf_lightning.judges.prompts import VERSION
+
+    return f"{name} {VERSION}"  # its settings and models are the run's
 
 
 # ---- functions -----------------------------------------------------------------------------------------------------
@@ -153,6 +176,12 @@ KINDS = {
     ),
     "folder": Kind(
         lambda name: Path(name).is_dir(), weights_key, "rlhf_lightning.rewards.folder:load_folder", is_model=True
+    ),
+    "judge": Kind(
+        lambda name: name.partition(":")[0] == "judge",  # reserved: no function of a module of that name
+        _judge_version,
+        "rlhf_lightning.rewards.judged:load_judged",
+        settings="judge",
     ),
     "function": Kind(_is_function, source_digest, "rlhf_lightning.rewards.functions:load_function"),
 }

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.rewards.spec import judges
 from rlhf_lightning.runtime.instantiate import check_escaped, check_targets, targets, texts
 from rlhf_lightning.runtime.secrets import notice_variables
 from rlhf_lightning.runtime.settings import flat
@@ -48,8 +49,10 @@ COMMAND_LINE_ONLY = (
     "hydra.launcher.additional_parameters",
     "hydra.launcher.setup",  # shell commands
     "hydra.sweeper.custom_search_space",  # a function's name
-    "label.base_url",  # where OPENAI_API_KEY is sent
+    "judge.base_url",  # where OPENAI_API_KEY is sent
+    "label.base_url",
 )
+REWARDS = ("reward_from", "gold_from")
 ADDRESSES = ("settings", "tracking_uri")
 """Arguments of loggers that say where credentials are sent, or which program is run."""
 TRACKING = "${oc.env:MLFLOW_TRACKING_URI,sqlite:///${paths.run}/mlflow.db}"
@@ -81,7 +84,11 @@ def guard() -> None:
     ) -> DictConfig:
         try:
             check_search_path(self, config_name)
+            overrides = [*overrides, *judge_of_command(overrides)]
             cfg = compose(self, config_name, overrides, *args, **kwargs)
+            if chosen := judge_of(cfg):  # by a file
+                overrides = [*overrides, chosen]
+                cfg = compose(self, config_name, overrides, *args, **kwargs)
         except (HydraException, OmegaConfBaseException, UserError):
             raise
         except Exception as error:  # YAML that is none, and what Hydra and OmegaConf do not foresee
@@ -92,6 +99,37 @@ def guard() -> None:
         return cfg
 
     ConfigLoaderImpl.load_configuration = load_configuration  # type: ignore[method-assign]
+
+
+def judge_of_command(overrides: list[str]) -> list[str]:
+    """Return the choice of the judge that a reward on the command line names, unless it is chosen there."""
+    given = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(overrides)}
+    if "judge" in given:
+        return []
+    rewards = [given[key].value() for key in REWARDS if key in given and not given[key].is_sweep_override()]
+    names = {name for value in rewards for name in judges(value)}
+    return [f"judge={names.pop()}"] if len(names) == 1 else []
+
+
+def judge_of(cfg: DictConfig) -> str | None:
+    """Return the choice of the judge that a reward names and that is not chosen yet.
+
+    Raises:
+        UserError: several judges, or another one than was chosen.
+    """
+    container: Any = OmegaConf.to_container(cfg, resolve=False)
+    names = sorted({name for key in REWARDS for name in judges(container.get(key), key)})
+    chosen = container["hydra"]["runtime"]["choices"].get("judge")
+    if not names or names == [chosen]:
+        return None
+    if len(names) > 1:
+        raise UserError(
+            f"reward_from and gold_from name several judges, {', '.join(names)}, and their settings are all below "
+            "judge; judge=many lets several vote"
+        )
+    if chosen not in (None, "null"):
+        raise UserError(f"reward_from=judge:{names[0]} is another judge than judge={chosen}")
+    return f"judge={names[0]}"
 
 
 def check_search_path(loader: ConfigLoaderImpl, config_name: str | None) -> None:
@@ -151,7 +189,8 @@ def check_command_line_only(cfg: DictConfig, given: dict[str, Any]) -> None:
     for key, value in given.items():
         trusted |= flat(value, key)
     copied = [f"hydra.job.env_set.{name}" for name in cfg.hydra.job.env_copy]
-    for key in COMMAND_LINE_ONLY:
+    members = (cfg.get("judge") and cfg.judge.get("members")) or {}
+    for key in (*COMMAND_LINE_ONLY, *(f"judge.members.{name}.base_url" for name in members)):
         node = OmegaConf.select(cfg, key, throw_on_missing=False)
         node = OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
         for name, value in flat(node, key).items():

@@ -38,6 +38,11 @@ def explain(error: Exception, overrides: list[str]) -> str:
     if match := re.search(r"Could not find '([\w./-]+)'", text):
         group, _, option = match[1].partition("/")
         options = groups().get(group, [])
+        if group == "judge" and f"judge:{option}" in " ".join(overrides):
+            return (
+                f"judge:{option} is no judge: {', '.join(options)}.{nearest(option, options)} A reward of yours in a "
+                "module named judge is found when the module has another name"
+            )
         if options:
             hint = NOT_SUPPORTED.get((group, option.partition("_")[0])) or nearest(option, options)
             return f"{group}={option} is not one of: {', '.join(options)}.{hint}"

@@ -19,7 +19,7 @@ from rich.console import Console
 from rlhf_lightning.data.sources import is_local, read_source
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import file_digest, fingerprint, read_json, write_json
-from rlhf_lightning.models.folder import MANIFEST, parent_entry
+from rlhf_lightning.models.folder import MANIFEST, parent_entry, weights_key
 from rlhf_lightning.rewards.spec import digests
 from rlhf_lightning.runtime.instantiate import check_escaped
 from rlhf_lightning.runtime.processes import quoted, run_child
@@ -31,6 +31,7 @@ console = Console()
 REWARDS = ("reward_from", "gold_from")
 MAPS = ("data.columns", "data.world.labeller.group", "reward_groups", "simulate.groups", *REWARDS)
 """Keys whose value may be a map, which a stage fills in member by member."""
+JUDGES_MODEL = re.compile(r"judge\.(members\.\w+\.)?model")
 KEY = re.compile(r"[+~]*(\w+)[\w./@+-]*")
 GIVEN = {  # what a stage may write as {name} and the user gives as a key
     "root": "data_root: a value is needed, the folder with train.jsonl.gz and test.jsonl.gz",
@@ -91,7 +92,7 @@ def stage_values(stage: dict[str, Any], folders: dict[str, str | None]) -> dict[
         root = KEY.fullmatch(str(key))
         if root is None:
             raise UserError(f"pipeline: {key!r} is not a key of the configuration")
-        if root[1] in ("hydra", "allow_targets"):
+        if root[1] in ("hydra", "allow_targets") or str(key).endswith(".base_url"):
             raise UserError(f"pipeline: {key} is taken from the command line only, not from a file")
     return {key: filled(value, folders) for key, value in values.items() if key}
 
@@ -148,11 +149,12 @@ def parent_weights(stage: dict[str, Any], folders: dict[str, str | None]) -> dic
 
 
 def content_digests(values: dict[str, Any]) -> list[Any]:
-    """Return the digests of the data files and of the rewards among a stage's values."""
+    """Return the digests of the data files, of the rewards and of the judges' models among a stage's values."""
     given = [(key, part) for key in DATA_SPLITS for part in parts_of(values.get(key)) if is_local(part)]
     keys = [read_source(part, DATA_SPLITS[key], name=key.removeprefix("data.")).key for key, part in given]
     rewards = [value for key, value in values.items() if value and key.partition(".")[0] in REWARDS]
-    return keys + [digests(value) for value in rewards]
+    judges = [str(value) for key, value in values.items() if JUDGES_MODEL.fullmatch(key) and Path(str(value)).is_dir()]
+    return keys + [digests(value) for value in rewards] + [weights_key(model) for model in judges]
 
 
 def parts_of(value: Any) -> list[Any]:

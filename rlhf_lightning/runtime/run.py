@@ -17,6 +17,7 @@ from rlhf_lightning.data.datamodules import KINDS
 from rlhf_lightning.data.sources import Source, read_source
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import fingerprint
+from rlhf_lightning.judges import table as judges
 from rlhf_lightning.models.folder import parent_entry
 from rlhf_lightning.models.loading import context_length, load_tokenizer, resolve_model
 from rlhf_lightning.models.tiny import build_tiny
@@ -82,6 +83,15 @@ class Run:
         use_gpu = self.settings["trainer"]["accelerator"] in ("gpu", "cuda")
         return "cuda" if use_gpu and torch.cuda.is_available() else "cpu"
 
+    @cached_property
+    def judge(self) -> dict[str, Any] | None:
+        """The settings of the judge with its models resolved; None where this run asks none."""
+        rewards = [self.settings["reward_from"], self.settings.get("gold_from")]
+        settings = self.settings["judge"]
+        if not settings or not (self.stage.judges or any(spec.judges(value) for value in rewards)):
+            return None
+        return judges.with_models(settings, lambda name: resolve_model(name, self.settings["paths"]["cache"]))
+
     # ---- identity --------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -109,6 +119,7 @@ class Run:
         """(role, folder) of every model that this run starts from; a tiny model, built by this run, is none."""
         models = [("init", self.start)] if self.start else []
         models += [("reward", reward.name) for reward in spec.parse(self.settings["reward_from"]) if reward.is_model]
+        models += [("judge", model) for model in judges.models(self.judge)]
         for key in self.stage.models:
             value = select(self.settings, key)
             models += value.items() if isinstance(value, dict) else [(key.rpartition(".")[2], value)]
@@ -119,7 +130,7 @@ class Run:
         """What decides the result: configuration, models, data and rewards by content."""
         rewards = [self.settings["reward_from"], self.settings.get("gold_from")]
         return {
-            "config": identity(self.settings),
+            "config": identity(self.settings | {"judge": self.judge}),
             "parents": [parent_entry(*parent)["weights"] for parent in self.parents],
             "data": {key: source.key for key, source in self.sources.items()},
             "rewards": [spec.digests(value) for value in rewards],
@@ -253,4 +264,5 @@ class Run:
         dtype = self.settings["model"]["load"]["dtype"] if trained_on else "float32"
         how = self.settings["reward_groups"] if trained_on else "mean"
         none = self.settings["reward_none"] if trained_on else "error"
-        return load_reward(value, dtype, how, none) if spec.parse(value, key) else None
+        settings = self.settings | {"judge": self.judge}
+        return load_reward(value, dtype, how, none, settings) if spec.parse(value, key) else None

@@ -21,8 +21,10 @@ DECIDING = {
     "ModelPruning", "StochasticWeightAveraging", "Timer", "WeightAveraging",
 }  # fmt: skip
 """Lightning's callbacks that decide a run's result; the others look at it."""
-OPTIONAL = ("adapter", "callbacks", "logger", "schedule")
+OPTIONAL = ("adapter", "callbacks", "judge", "logger", "schedule")
 """Groups that may be null: `logger=null` and `~logger` are the same."""
+HOW_TO_ASK = ("batch_tokens", "cache", "concurrency", "price_per_million", "retries", "timeout")
+"""Settings of a judge that decide how it is asked, not what it says."""
 BUILT = ("optimizer", "sampler", "trainer")
 TRAINER_KEYS = {
     "callbacks": "callbacks.<name>._target_=<class>",
@@ -59,7 +61,17 @@ def identity(settings: dict[str, Any]) -> dict[str, Any]:
         if node and str(node.get("_target_")).rpartition(".")[2] in kinds:
             deciding[f"callbacks.{name}"] = node
     data = {key: value for key, value in settings["data"].items() if key not in ("cache_dir", "num_workers")}
-    return deciding | {"data": data}
+    return deciding | {"data": data, "judge": deciding_judge(settings["judge"])}
+
+
+def deciding_judge(settings: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the settings of a judge that decide what it says; its models are parents, by their content."""
+    if settings is None:
+        return None
+    result = {key: value for key, value in settings.items() if key not in HOW_TO_ASK}
+    if members := result.get("members"):
+        result["members"] = {name: deciding_judge(member) for name, member in members.items()}
+    return result
 
 
 def select(settings: dict[str, Any], key: str) -> Any:

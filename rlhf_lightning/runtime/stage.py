@@ -22,6 +22,7 @@ class Stage:
         needs_start: it cannot start from a tiny model that is built by the run.
         output: the file in its run folder that says it is done; None is never done.
         models: keys of the configuration that name further models, or map names to models.
+        judges: it asks the judge of the configuration, whatever the reward is.
         sources: keys of the configuration, beside those of `data`, that name held-out rows.
     """
 
@@ -34,6 +35,7 @@ class Stage:
     needs_start: bool = False
     output: str | None = "model/manifest.json"
     models: tuple[str, ...] = ()
+    judges: bool = False
     sources: tuple[str, ...] = ()
 
     def load(self) -> Callable[[Any], float | None]:

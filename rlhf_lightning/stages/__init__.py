@@ -28,6 +28,16 @@ STAGES = {
             needs_start=True,
             output="candidates.jsonl",
         ),
+        Stage(
+            "revise",
+            "answers criticized and revised by a constitution",
+            "revise:run",
+            needs_start=True,
+            output="demonstrations.jsonl",
+        ),
+        Stage(
+            "judge", "labels by a judge, and how far it can be trusted", "judge:run", output="labels.jsonl", judges=True
+        ),
         Stage("simulate", "labels by simulated annotators", "simulate:run", output="labels.jsonl"),
         Stage(
             "agreement",

@@ -72,6 +72,18 @@ def gold(row: dict[str, Any], response: str) -> Score:
     )
 
 
+def row_problem(row: dict[str, Any]) -> str | None:
+    """Return why a row is no prompt of the world, which the gold reward can read; None where it is one."""
+    kinds = {"family": str, "ideal": str, "answer": str, "others": list, "claim": str, "count": int}
+    if missing := [name for name in kinds if name not in row]:
+        return f"it has no {', '.join(missing)}"
+    if wrong := next((name for name, kind in kinds.items() if not isinstance(row[name], kind)), None):
+        return f"its {wrong} is {row[wrong]!r:.40}"
+    if row["family"] not in OUTCOMES:
+        return f"its family is {row['family']!r:.40}, not one of {', '.join(OUTCOMES)}"
+    return None if all(isinstance(name, str) for name in row["others"]) else "its others are no texts"
+
+
 def _fact(row: dict[str, Any], response: str, words: list[str]) -> float:
     if set(row["others"]) & set(words):
         return -1.0

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from rlhf_lightning.errors import UserError, nearest
@@ -70,6 +71,35 @@ def check_shares(shares: Mapping[str, Any], key: str) -> dict[str, float]:
     if not total:
         raise UserError(f"{key}={dict(shares)} gives no group a share above 0")
     return {group: share / total for group, share in shares.items() if share}
+
+
+def ranking(values: Sequence[float], noise: float, rng: random.Random, ties: bool = True) -> tuple[int, ...]:
+    """Return the rank of each of K responses, 0 the best, as somebody sees them who makes mistakes.
+
+    Args:
+        values: (K,) perceived values.
+        noise: probability that two neighbors of the ranking change places; of a pair that it is flipped.
+        ties: responses of equal value share a rank; otherwise chance decides.
+    """
+    seen = [round(value, 6) for value in values]  # equal worth must not differ by rounding
+    order = sorted(range(len(seen)), key=lambda i: (-seen[i], 0.0 if ties else rng.random()))
+    tied = [ties and seen[a] == seen[b] for a, b in pairwise(order)]
+    ranks = [sum(not tie for tie in tied[:place]) for place in range(len(order))]
+    for place in range(len(order) - 1):
+        if rng.random() < noise:
+            order[place], order[place + 1] = order[place + 1], order[place]
+    ranking = [0] * len(order)
+    for place, number in enumerate(order):
+        ranking[number] = ranks[place]
+    return tuple(ranking)
+
+
+def shown_values(values: Sequence[float], shown: Sequence[int], position_bias: float) -> list[float]:
+    """Return the values (K,) as perceived in the order `shown`: the first gains the bias, the last nothing."""
+    seen = list(values)
+    for place, number in enumerate(shown):
+        seen[number] += position_bias * (len(shown) - 1 - place) / (len(shown) - 1)
+    return seen
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,263 @@
+"""The one client of OpenAI-compatible servers: bounded, patient with what passes, and it sends its key nowhere else."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from rlhf_lightning.errors import UserError, check_number
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+"""The environment variable with the key of a server, and the only place where one is looked for."""
+LARGEST = 8 << 20
+"""Bytes of an answer."""
+LONGEST_WAIT = 120.0
+"""Seconds that a server may ask to wait before the next try."""
+PASSING = {408, 409, 429}
+"""Statuses of failures that may pass, beside 5xx."""
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class ServerError(UserError):
+    """A request failed.
+
+    Args:
+        message: one line.
+        passing: the same request may succeed later.
+        wait: seconds until then, where the server says so.
+        status: of HTTP, None where no answer came.
+    """
+
+    def __init__(
+        self, message: str, passing: bool = False, wait: float | None = None, status: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.passing, self.wait, self.status = passing, wait, status
+
+
+class Server:
+    """An OpenAI-compatible server, such as vLLM, llama.cpp, Ollama or `transformers serve`.
+
+    A redirect is refused: the key and the texts are for the host that the user named. Threads may share it.
+
+    Args:
+        base_url: up to `/v1`; the key, where one is needed, is read from the environment variable OPENAI_API_KEY.
+        timeout: seconds for an answer.
+        retries: of a request that failed with 429, 5xx, a time-out, no connection or half an answer.
+        backoff: seconds before the first retry; twice as many before each further one, with jitter. `Retry-After` of
+            the server comes first.
+        key: of the configuration, for messages.
+
+    Raises:
+        UserError: a URL that is none of http or https, or the extra `judge` is not installed.
+    """
+
+    def __init__(
+        self, base_url: str, *, timeout: float = 120, retries: int = 0, backoff: float = 0.5, key: str = "judge"
+    ) -> None:
+        address = urlsplit(str(base_url))
+        if address.scheme not in ("http", "https") or not address.hostname or address.username:
+            raise UserError(f"{key}.base_url={base_url} is not a URL such as http://127.0.0.1:8000/v1")
+        check_number(f"{key}.timeout", timeout, "(0, inf)")
+        check_number(f"{key}.retries", retries, "[0, inf)", whole=True)
+        try:
+            import httpx2
+            import openai
+        except ImportError as error:
+            raise UserError("openai is not installed: pip install 'rlhf-lightning[judge]'") from error
+        self.url, self.timeout, self.retries, self.backoff = str(base_url).rstrip("/"), timeout, retries, backoff
+        self._openai, self._closed = openai, threading.Event()
+        self._secret = os.environ.get(KEY_VARIABLE, "")
+        self._headers: dict[str, Any] = {"Accept-Encoding": "identity"}  # the limit counts what is decoded
+        if not self._secret:
+            self._headers["Authorization"] = openai.Omit()
+        http = httpx2.Client(
+            follow_redirects=False, timeout=timeout, event_hooks={"response": [self._limit]},
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
+        )  # fmt: skip
+        self._client = openai.OpenAI(
+            base_url=self.url, api_key=self._secret or "none", organization="", project="", max_retries=0,
+            timeout=timeout, http_client=http,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Start no further try; requests that run in other threads end with their answer or time-out."""
+        self._closed.set()
+        self._client.close()
+
+    def chat(self, **body: Any) -> dict[str, Any]:
+        """Return the answer to a request for a chat completion, an object with `choices`.
+
+        Raises:
+            ServerError: there is none after all tries.
+        """
+        create = self._client.chat.completions.with_raw_response.create
+        for attempt in range(self.retries + 1):
+            try:
+                return self._once(lambda: create(**body, extra_headers=self._headers), "choices")
+            except ServerError as error:
+                if not error.passing or attempt == self.retries:
+                    raise
+                wait = self.backoff * 2**attempt * random.uniform(0.5, 1.0) if error.wait is None else error.wait
+                if wait > LONGEST_WAIT:
+                    raise ServerError(f"{error}; it asks to wait {wait:.0f} seconds") from None
+                if self._closed.wait(wait):
+                    raise
+        raise AssertionError("unreachable")
+
+    def models(self) -> list[str]:
+        """Return the names of the server's models, none where it does not say."""
+        try:
+            ask = self._client.models.with_raw_response.list
+            listed = self._once(lambda: ask(extra_headers=self._headers), "data")["data"]
+            return [str(model["id"]) for model in listed]
+        except (ServerError, KeyError, TypeError):
+            return []
+
+    def _once(self, call: Callable[[], Any], needed: str) -> dict[str, Any]:
+        """Return the object of one answer, in which the list `needed` is there."""
+        openai = self._openai
+        try:
+            text = call().text
+        except openai.APIStatusError as error:
+            raise self._refused(error.response) from None
+        except openai.APITimeoutError:
+            raise ServerError(f"{self.url} gave no answer in {self.timeout:g} seconds", passing=True) from None
+        except openai.APIConnectionError as error:
+            reason = self._clean(str(error.__cause__ or error)) or type(error.__cause__).__name__
+            raise ServerError(f"{self.url} cannot be used: {reason}", passing=True) from None
+        except (openai.OpenAIError, RuntimeError, ValueError) as error:  # it was closed, or is no text
+            raise ServerError(f"{self.url} cannot be used: {self._clean(str(error))}") from None
+        try:
+            answer = json.loads(self._redacted(text))
+        except (ValueError, RecursionError):
+            raise ServerError(
+                f"{self.url} cannot be used: its answer is no JSON: {self._clean(text)[:80]!r}", passing=True
+            ) from None
+        if not isinstance(answer, dict) or not isinstance(answer.get(needed), list):
+            raise ServerError(
+                f"{self.url} cannot be used: its answer has no {needed}: {self._clean(text)[:80]!r}", True
+            )
+        return answer
+
+    def _refused(self, response: Any) -> ServerError:
+        """Return what an answer with another status than 200 means."""
+        status = int(response.status_code)
+        if 300 <= status < 400:
+            target = self._clean(response.headers.get("location", ""))[:200]
+            return ServerError(
+                f"{self.url} redirects to {target or 'nowhere'}, which is refused: give the URL of the server itself",
+                status=status,
+            )
+        hint = f"; the key is read from {KEY_VARIABLE}" if status in (401, 403) else ""
+        passing = status in PASSING or status >= 500
+        reason = self._clean(response.text)[:200]
+        message = f"{self.url} answered {status} {self._clean(response.reason_phrase)}: {reason}{hint}"
+        return ServerError(message, passing, retry_after(response.headers.get("retry-after")), status)
+
+    def _redacted(self, text: str) -> str:
+        """Return a server's text without the key, which some repeat."""
+        return text.replace(self._secret, f"${KEY_VARIABLE}") if len(self._secret) > 3 else text
+
+    def _clean(self, text: str) -> str:
+        """Return a server's text on one line, without the key and without control characters."""
+        return "".join(c if c.isprintable() else " " for c in " ".join(self._redacted(text).split()))
+
+    def _limit(self, response: Any) -> None:
+        """Bound size and duration of an answer's body before it is read."""
+        if response.headers.get("content-encoding", "identity").lower() != "identity":
+            raise ServerError(f"{self.url} cannot be used: its answer is compressed, which was not asked for")
+        response.stream = limited(response.stream, self.url, self.timeout)
+
+
+def answers_of(answer: Mapping[str, Any]) -> list[str]:
+    """Return the texts of the choices of an answer, "" for one that has none.
+
+    Raises:
+        ServerError: a choice is no message.
+    """
+    try:
+        contents = [choice["message"]["content"] for choice in answer["choices"]]
+    except (KeyError, TypeError):
+        raise ServerError("the server's answer has a choice without a message", passing=True) from None
+    return [content if isinstance(content, str) else "" for content in contents]
+
+
+def limited(stream: Any, url: str, timeout: float) -> Any:
+    """Return a stream of httpx2 that ends with a ServerError when it is too long, or comes too slowly."""
+    import httpx2
+
+    class Limited(httpx2.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            size, end = 0, time.monotonic() + timeout
+            for block in stream:
+                size += len(block)
+                if size > LARGEST:
+                    raise ServerError(f"{url} cannot be used: its answer has more than {LARGEST >> 20} MiB")
+                if time.monotonic() > end:
+                    raise ServerError(f"{url} gave no answer in {timeout:g} seconds", passing=True)
+                yield block
+
+        def close(self) -> None:
+            stream.close()
+
+    return Limited()
+
+
+def retry_after(value: str | None) -> float | None:
+    """Return the seconds that a header `Retry-After` asks for, a number or a date; None where it says nothing."""
+    if value is None:
+        return None
+    try:
+        return max(float(value), 0.0) if float(value) == float(value) else None
+    except ValueError:
+        pass
+    try:
+        return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+    except ValueError:
+        return None
+
+
+def concurrently(
+    function: Callable[[Item], Result], items: Sequence[Item], threads: int
+) -> Iterator[tuple[int, Result | Exception]]:
+    """Yield (place, result or exception) of a function of each item, called in so many threads at a time.
+
+    When the caller stops, no further call begins, and nothing waits for those that run.
+    """
+    lock, ready = threading.Condition(), list[tuple[int, Any]]()
+    todo, stopped = iter(enumerate(items)), threading.Event()
+
+    def work() -> None:
+        while not stopped.is_set():
+            with lock:
+                place, item = next(todo, (-1, None))
+            if place < 0:
+                return
+            try:
+                result: Any = function(item)  # type: ignore[arg-type]
+            except Exception as error:
+                result = error
+            with lock:
+                ready.append((place, result))
+                lock.notify()
+
+    for _ in range(min(threads, len(items))):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in items:
+            with lock:
+                while not ready:
+                    lock.wait()
+                done = ready.pop(0)
+            yield done
+    finally:
+        stopped.set()
