@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.generation.engine import Engine, Generations
     from rlhf_lightning.generation.local import LocalEngine
     from rlhf_lightning.modules.dpo import DPO
+    from rlhf_lightning.modules.online_dpo import OnlineDPO
     from rlhf_lightning.modules.ppo import PPO
     from rlhf_lightning.modules.reward import RewardModel
     from rlhf_lightning.modules.sft import SFT
@@ -30,6 +31,7 @@ __all__ = [
     "GroupBatch",
     "GroupList",
     "LocalEngine",
+    "OnlineDPO",
     "PreferenceData",
     "PromptData",
     "RewardModel",
@@ -48,6 +50,7 @@ _MODULES = {
     "generation.engine": ("Engine", "Generations"),
     "generation.local": ("LocalEngine",),
     "modules.dpo": ("DPO",),
+    "modules.online_dpo": ("OnlineDPO",),
     "modules.ppo": ("PPO",),
     "modules.reward": ("RewardModel",),
     "modules.sft": ("SFT",),

@@ -52,13 +52,15 @@ def test_every_stage_runs_and_leaves_its_folder(pairs: Path, sft: str) -> None:
     for stage in ("ppo", "rloo", "grpo"):
         options = [f"{stage}.max_new_tokens=4", "data.ptx=pairs.jsonl", f"{stage}.ptx_coef=0.1"]
         rlhf(pairs, f"stage={stage}", f"init_from={sft}", f"reward_from={reward}", *data, *options)
+    options = [f"reward_from={reward}", "online_dpo.max_new_tokens=4", "adapter=lora"]
+    rlhf(pairs, "stage=online_dpo", f"init_from={sft}", *data, *options)
     losses = (newest(pairs, "ppo") / "metrics.json").read_text()
     assert json.loads(losses)["optim/critic_lr"] < 1e-5  # critic=auto: the reward model has the same tokenizer
     rlhf(
         pairs, "stage=evaluate", f"init_from={sft}", f"reward_from={reward}", "data.train=pairs.jsonl",
         "evaluate.max_new_tokens=4",
     )  # fmt: skip
-    for stage in ("reward", "dpo", "ppo", "rloo", "grpo"):
+    for stage in ("reward", "dpo", "ppo", "rloo", "grpo", "online_dpo"):
         run = newest(pairs, stage)
         manifest = json.loads((run / "model" / "manifest.json").read_text())
         metrics = json.loads((run / "metrics.json").read_text())

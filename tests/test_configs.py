@@ -203,7 +203,7 @@ def test_an_experiment_keeps_its_rate_with_lora() -> None:
 
 
 def test_an_iteration_has_64_responses() -> None:
-    sizes = {stage: composed(f"stage={stage}") for stage in ("ppo", "rloo", "grpo")}
+    sizes = {stage: composed(f"stage={stage}") for stage in ("ppo", "rloo", "grpo", "online_dpo")}
     assert {cfg.data.batch_size * cfg[stage].num_generations for stage, cfg in sizes.items()} == {64}
 
 

@@ -89,6 +89,9 @@ def test_weights_gradients_and_optimizer_have_closed_forms(folder: str) -> None:
     assert memory.estimate(shape, ppo)["frozen models"] == 2 * size  # the reference and the reward model
     assert memory.estimate(shape, ppo)["optimizer"] == 4 * size  # of the policy and the critic
     assert sizes.read_job(settings("stage=ppo", f"reward_from={folder}")).critic  # critic=auto
+    online = sizes.read_job(settings("stage=online_dpo", f"reward_from={folder}"))
+    assert memory.estimate(shape, online)["frozen models"] == 2 * size
+    assert memory.estimate(shape, online)["optimizer"] == 2 * size
     for head in (
         ["ppo.critic=value_head"],
         ["adapter=lora"],

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
-from rlhf_lightning import DPO, PPO, SFT, DemonstrationData, PreferenceData, PromptData, RewardModel
+from rlhf_lightning import DPO, PPO, SFT, DemonstrationData, OnlineDPO, PreferenceData, PromptData, RewardModel
 from rlhf_lightning.callbacks.checkpoints import AtomicCheckpointIO, RandomState, StepCheckpoint
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.tiny import build_tiny
@@ -25,6 +25,7 @@ DATA = {
     "grouped": PreferenceData,
     "dpo": PreferenceData,
     "ppo": PromptData,
+    "online_dpo": PromptData,
 }
 
 
@@ -71,6 +72,7 @@ def build(stage: str, start: str, cache: Path) -> tuple[LightningModule, Any]:
             lm, reward=gold_reward, max_new_tokens=8, ppo_epochs=2, kl_target=1.0, kl_horizon=20, reward_scale=True,
             **common,
         ),
+        "online_dpo": lambda: OnlineDPO(lm, reward=gold_reward, max_new_tokens=8, num_minibatches=2, **common),
     }  # fmt: skip
     return build_module[stage](), data
 
@@ -104,6 +106,7 @@ def run(stage: str, start: str, folder: Path, kill: int | None, accumulate: int,
         ("dpo", 2, [3, 4]),
         ("ppo", 1, [2, 6]),
         ("ppo", 1, [4]),
+        ("online_dpo", 1, [4]),
     ],
 )
 @quiet_lightning

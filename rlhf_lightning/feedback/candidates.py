@@ -20,6 +20,7 @@ from rlhf_lightning.models.sharding import broadcast_tp
 from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule
 from rlhf_lightning.modules.online import Generating
 from rlhf_lightning.ops.groups import GroupList
+from rlhf_lightning.ops.ranking import text_ranks
 from rlhf_lightning.rewards.scoring import Reward, score_groups, to_device
 
 
@@ -92,7 +93,7 @@ class Candidates(Generating):
             if scores is not None:
                 mine = {name: values[place] for name, values in scores.items()}
                 value |= {"scores": mine.pop(""), "group_scores": mine} if len(mine) > 1 else {"scores": mine[""]}
-                value["ranking"] = ranking(value["responses"], value["scores"])
+                value["ranking"] = text_ranks(value["responses"], value["scores"])
             rows.append({"row": group.index, "value": value})
         return rows
 
@@ -132,11 +133,3 @@ class Candidates(Generating):
         parts = broadcast_tp(self.device_mesh, score_groups(self.reward, prompts, texts, metadata))
         sizes = [len(row["responses"]) for row in responses]
         return {name: [part.tolist() for part in values.split(sizes)] for name, values in parts.items()}
-
-
-def ranking(responses: list[str], scores: list[float]) -> list[int]:
-    """Return the rank of each response, 0 the best; equal texts share a rank whatever the rounding of their scores."""
-    texts = [response.strip() for response in responses]
-    by_text = [scores[texts.index(text)] for text in texts]
-    levels = sorted(set(by_text), reverse=True)
-    return [levels.index(value) for value in by_text]

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from rlhf_lightning.data.template import Template
@@ -21,7 +22,7 @@ from rlhf_lightning.models.adapters import adapter_off
 from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.models.frozen import Frozen
 from rlhf_lightning.models.sharding import max_over_ranks
-from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, StageModule
+from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, StageModule, decay_groups
 from rlhf_lightning.modules.invariants import apart, is_exact
 from rlhf_lightning.modules.rollout import Rollout
 from rlhf_lightning.ops.advantages import moments
@@ -193,13 +194,20 @@ class Online(Generating):
     def trained_model(self) -> Any:
         return self.policy.lm
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return decay_groups(self.policy.lm)
+
+    def scorer(self, n: int) -> Reward:
+        """Return what scores n responses to each of some prompts, in their order."""
+        return self.reward
+
     @torch.no_grad()
     def rollout(self, prompts: GroupList, split: str = "train") -> Rollout:
         """Generate `num_generations` responses to every prompt (one in validation) and score them."""
         self.phase = "generating responses"
         n = self.num_generations if split == "train" else 1
         parts = (split, self.iteration if split == "train" else 0)
-        answers = self.generate(prompts, n, parts, reward=self.reward, gold=self.gold)
+        answers = self.generate(prompts, n, parts, reward=self.scorer(n), gold=self.gold)
         rollout = Rollout(
             answers.groups(prompts.groups),
             n,
@@ -210,6 +218,7 @@ class Online(Generating):
             self.microbatch_tokens,
             rounds=partial(max_over_ranks, self.policy.lm),
             gold=answers.scores.get("gold"),
+            texts=answers.texts,
             parts={name: values for name, values in answers.scores.items() if name not in ("reward", "gold")},
         )
         self.rollout_size = (len(answers.texts), sum(group.tokens for group in rollout.groups))
@@ -274,7 +283,6 @@ class Online(Generating):
         tokens = rollout.tokens
         outcome = {
             "reward/proxy": rollout.scores,
-            "reward/total": tokens["rewards"].sum(1),
             "kl/reference": tokens["kl"].sum(1),
             "rollout/length": rollout.mask.sum(1),
             "rollout/ended_with_eos": rollout.finished,
@@ -287,6 +295,15 @@ class Online(Generating):
         spread = self.mean((rollout.scores.to(self.device) - means["reward/proxy"]) ** 2)
         self.episodes += int(self.reduce(torch.tensor([float(len(rollout.mask))])).item())
         return means | {"reward/proxy_std": math.sqrt(spread), "rollout/episodes": float(self.episodes)}
+
+    def backward_part(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of a part of the loss; ranks reduce with the last one, as their numbers of parts differ."""
+        strategy = self.trainer.strategy
+        if last or not isinstance(strategy, ParallelStrategy):
+            self.manual_backward(loss)
+        else:
+            with strategy.block_backward_sync():
+                self.manual_backward(loss)
 
     @torch.no_grad()
     def validation_step(self, batch: GroupList, batch_idx: int) -> None:

@@ -1,4 +1,4 @@
-"""What the options of PPO, RLOO and GRPO may be."""
+"""What the options of online methods may be."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ RANGES = {
     "kl_horizon": "(0, inf)", "gamma": "[0, 1]", "lam": "[0, 1]", "critic_lam": "[0, 1]", "clip_low": "[0, 1)",
     "clip_high": "[0, inf)", "value_clip": "(0, inf)", "vf_coef": "[0, inf)", "entropy_coef": "[0, inf)",
     "ptx_coef": "[0, inf)", "target_kl": "(0, inf)", "max_grad_norm": "[0, inf)", "critic_lr": "[0, inf)",
+    "beta": "(0, inf)",
 }  # fmt: skip
 COUNTS = {
     "num_generations": "[1, inf)", "max_new_tokens": "[1, inf)", "ppo_epochs": "[1, inf)",
@@ -28,18 +29,23 @@ COUNTS = {
 }  # fmt: skip
 
 
+def check_ranges(stage: str, given: Mapping[str, Any]) -> None:
+    """Raise a UserError for a number outside its range; None is no number."""
+    for table, whole in ((RANGES, False), (COUNTS, True)):
+        for key, interval in table.items():
+            if given.get(key) is not None:
+                check_number(f"{stage}.{key}", given[key], interval, whole)
+
+
 def check_options(given: Mapping[str, Any]) -> None:
-    """Raise a UserError for an option outside its range, or for options that exclude each other."""
+    """Raise a UserError for an option of PPO, RLOO or GRPO outside its range, or for options that exclude others."""
     estimator = given["estimator"]
-    stage = {"gae": "ppo"}.get(estimator, estimator) if estimator in CHOICES["estimator"] else "ppo"
+    stage = str(estimator) if estimator in ("rloo", "grpo") else "ppo"
     for key, options in CHOICES.items():
         if given[key] not in options:
             hint = nearest(given[key], options)
             raise UserError(f"{stage}.{key}={given[key]!r} is not one of {', '.join(options)}.{hint}")
-    for table, whole in ((RANGES, False), (COUNTS, True)):
-        for key, interval in table.items():
-            if given[key] is not None:
-                check_number(f"{stage}.{key}", given[key], interval, whole)
+    check_ranges(stage, given)
     if estimator != "gae" and given["num_generations"] < 2:
         raise UserError(
             f"{estimator} compares responses to one prompt: num_generations={given['num_generations']} must be at "

@@ -7,7 +7,6 @@ from statistics import fmean as mean
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from rlhf_lightning.data.template import Template
@@ -147,8 +146,7 @@ class PPO(Online):
         return CompletionModel(self.build(), value_head=self.estimator == "gae" and self.load_critic is None)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        critic = decay_groups(self.critics, lr=self.critic_lr)
-        return decay_groups(self.policy.lm) + critic
+        return super().parameter_groups() + decay_groups(self.critics, lr=self.critic_lr)
 
     @property
     def critics(self) -> nn.ModuleList:
@@ -199,7 +197,8 @@ class PPO(Online):
         tokens["rewards"] = token_rewards(scores, tokens["kl"], mask, beta)
         if self.estimator == "gae" and self.whiten_rewards:
             tokens["rewards"] = whiten(tokens["rewards"], mask, shift_mean=False, reduce=self.reduce)
-        return self.outcomes(rollout) | {"kl/beta": self.kl.beta}
+        total = self.mean(tokens["rewards"].sum(1))
+        return self.outcomes(rollout) | {"reward/total": total, "kl/beta": self.kl.beta}
 
     @torch.no_grad()
     def advantages(self, rollout: Rollout) -> dict[str, float]:
@@ -314,15 +313,6 @@ class PPO(Online):
         if self.estimator == "gae":
             norms["optim/critic_grad_norm"] = self.clip(self.max_grad_norm, self.critics.parameters()).item()
         return norms
-
-    def backward_part(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of a part of the loss; ranks reduce with the last one, as their numbers of parts differ."""
-        strategy = self.trainer.strategy
-        if last or not isinstance(strategy, ParallelStrategy):
-            self.manual_backward(loss)
-        else:
-            with strategy.block_backward_sync():
-                self.manual_backward(loss)
 
     def token_losses(
         self, rollout: Rollout, rows: Tensor, batch: GroupBatch, first: bool = False

@@ -18,8 +18,9 @@ class Rollout:
     `mask` (S, T) is True at generated tokens. Whether a response ended with EOS is stored in `finished` (S,), never
     inferred from padding. `tokens` holds named (S, T) tensors: old_logprobs, ref_logprobs, values, kl, rewards,
     advantages, returns. `rounds` maps a rank's number of microbatches to the number of forward passes it must make.
-    `parts` holds (S,) scores of groups of people beside `scores` and `gold`, as reward_<group> and gold_<group>.
-    `value_clip` is how far a value may move from the one in `tokens` without being clipped, None for any distance.
+    `texts` (S,) are the responses as text. `parts` holds (S,) scores of groups of people beside `scores` and `gold`, as
+    reward_<group> and gold_<group>. `value_clip` is how far a value may move from the one in `tokens` without being
+    clipped, None for any distance.
     """
 
     groups: list[Group]
@@ -31,6 +32,7 @@ class Rollout:
     microbatch_tokens: int
     rounds: Callable[[int], int] = lambda count: count
     gold: Tensor | None = None
+    texts: Sequence[str] = ()
     parts: dict[str, Tensor] = field(default_factory=dict)
     value_clip: float | None = None
     tokens: dict[str, Tensor] = field(default_factory=dict)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +30,14 @@ def ranked_pairs(ranks: Tensor, group_of: Tensor) -> tuple[Tensor, Tensor]:
     better = (group_of[:, None] == group_of[None, :]) & (ranks[:, None] < ranks[None, :])
     first, second = better.nonzero(as_tuple=True)
     return first, second
+
+
+def text_ranks(responses: Sequence[str], scores: Sequence[float]) -> list[int]:
+    """Return the rank of each response, 0 the best; equal texts share a rank whatever the rounding of their scores."""
+    texts = [response.strip() for response in responses]
+    by_text = [scores[texts.index(text)] for text in texts]
+    levels = sorted(set(by_text), reverse=True)
+    return [levels.index(value) for value in by_text]
 
 
 def pairs_in_order(gaps: Tensor) -> Tensor:

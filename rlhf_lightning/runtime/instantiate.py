@@ -35,6 +35,7 @@ ALLOWED = frozenset(
         "rlhf_lightning.data.datamodules.PromptData",
         "rlhf_lightning.generation.local.LocalEngine",
         "rlhf_lightning.modules.dpo.DPO",
+        "rlhf_lightning.modules.online_dpo.OnlineDPO",
         "rlhf_lightning.modules.ppo.PPO",
         "rlhf_lightning.modules.reward.RewardModel",
         "rlhf_lightning.modules.schedules.schedule",

@@ -14,6 +14,14 @@ STAGES = {
         Stage("rloo", "RLOO against a reward", "online:run", trains=True, online=True, needs_start=True),
         Stage("grpo", "GRPO against a reward", "online:run", trains=True, online=True, needs_start=True),
         Stage(
+            "online_dpo",
+            "DPO on preferences between its own responses",
+            "online:run",
+            trains=True,
+            online=True,
+            needs_start=True,
+        ),
+        Stage(
             "candidates",
             "several scored responses to every prompt",
             "candidates:run",

@@ -1,4 +1,4 @@
-"""`rlhf stage=ppo`, `rloo`, `grpo`: training on rewards of the policy's own responses."""
+"""`rlhf stage=ppo`, `rloo`, `grpo`, `online_dpo`: training on rewards of the policy's own responses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run(run: Run) -> float | None:
     reward = run.reward("reward_from")
     if reward is None:
         raise UserError("reward_from is needed: a reward model folder, module:function, or world")
-    if options["ptx_coef"] and not settings["data"].get("ptx"):
+    if options.get("ptx_coef") and not settings["data"].get("ptx"):
         raise UserError(f"{name}.ptx_coef needs demonstrations: data.ptx=<file>")
     if settings["trainer"]["accumulate_grad_batches"] not in (1, AUTO) or settings["trainer"]["gradient_clip_val"]:
         raise UserError(

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rlhf_lightning import DPO, PPO, SFT, DemonstrationData, PreferenceData, PromptData, RewardModel
+from rlhf_lightning import DPO, PPO, SFT, DemonstrationData, OnlineDPO, PreferenceData, PromptData, RewardModel
 from rlhf_lightning.callbacks.loggers import write_hparams
 from rlhf_lightning.callbacks.samples import Samples
 from rlhf_lightning.callbacks.throughput import Throughput
@@ -25,7 +25,13 @@ from rlhf_lightning.world import measures, rows
 from tests.helpers.lightning import quiet_lightning
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
-DATA = {"sft": DemonstrationData, "reward": PreferenceData, "dpo": PreferenceData, "ppo": PromptData}
+DATA = {
+    "sft": DemonstrationData,
+    "reward": PreferenceData,
+    "dpo": PreferenceData,
+    "ppo": PromptData,
+    "online_dpo": PromptData,
+}
 EVALUATED = {"reward", "kl", "length", "ended_with_eos", "accuracy", "accuracy_mean"}  # beside those of the world
 EVALUATED |= {f"{metric}_{of}" for metric in ("gold", "reward", "accuracy") for of in ("<group>", "worst")}
 GROUPS = ("cautious", "curious")
@@ -52,6 +58,7 @@ def modules(start: str) -> dict[str, LightningModule]:
         "reward": RewardModel(partial(load_scalar_model, start), groups=GROUPS, **common),
         "dpo": DPO(lm, sft_coef=0.1, **common),
         "ppo": PPO(lm, reward=gold, gold=gold, max_new_tokens=4, ptx_coef=0.1, **common),
+        "online_dpo": OnlineDPO(lm, reward=gold, gold=gold, max_new_tokens=4, **common),
     }
 
 
@@ -64,7 +71,7 @@ def logged(stage: str, start: str, folder: Path) -> set[str]:
     )  # fmt: skip
     module, throughput = modules(start)[stage], Throughput()
     logger = TensorBoardLogger(str(folder), name="", version="tensorboard", default_hp_metric=False)
-    monitor = "val/reward" if stage == "ppo" else "val/loss"
+    monitor = "val/reward" if DATA[stage] is PromptData else "val/loss"
     trainer = Trainer(
         max_epochs=1, accelerator="cpu", logger=logger, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, log_every_n_steps=1, num_sanity_val_steps=0,

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
-from rlhf_lightning import DPO, PPO, SFT, DemonstrationData, Group, GroupBatch, RewardModel, pack
+from rlhf_lightning import DPO, PPO, SFT, DemonstrationData, Group, GroupBatch, OnlineDPO, RewardModel, pack
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
 from tests.helpers.lightning import quiet_lightning
@@ -60,6 +60,11 @@ MODULES: dict[str, tuple[Any, list[Group], set[str]]] = {
     "ppo": (ppo, PROMPTS, {"reward/proxy", "val/reward"}),
     "rloo": (lambda: ppo(estimator="rloo", num_generations=2), PROMPTS, {"reward/proxy", "val/reward"}),
     "grpo": (lambda: ppo(estimator="grpo", num_generations=2), PROMPTS, {"reward/proxy", "val/reward"}),
+    "online_dpo": (
+        lambda: OnlineDPO(lm, sgd(), reward=length, template=Ids(), max_new_tokens=4),
+        PROMPTS,
+        {"policy/accuracy", "val/reward"},
+    ),
 }
 
 
