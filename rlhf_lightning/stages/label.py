@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,9 @@ def run(run: Run) -> float | None:
     )
     path = Path(options["database"] or run.folder / "labels.db")
     if options["export"] or options["withdraw"] is not None:
+        if options["database"] is None and not path.exists():
+            what = "label.export=true" if options["withdraw"] is None else f"label.withdraw={options['withdraw']}"
+            raise UserError(f"{what} needs label.database=<file>, the database of the labels")
         with contextlib.closing(Store(path, create=False)) as store:
             if options["withdraw"] is not None:
                 withdraw(store, str(options["withdraw"]), "the command")
@@ -117,10 +121,10 @@ def check_questions(run: Run) -> dict[str, Item]:
         return {}
     if options["mode"] not in ("compare", "rank"):
         raise UserError("label.checks has check questions for label.mode=compare and rank")
-    source = read_source(options["checks"], "train", None, "preferences", name="checks")
-    return read_items(
-        source, options["mode"], Columns(data["columns"]), seed=run.settings["seed"], warn=options["warn"], checks=True
-    )[0]
+    with of_option("checks"):
+        source = read_source(options["checks"], "train", None, "preferences", name="checks")
+        columns, seed = Columns(data["columns"]), run.settings["seed"]
+        return read_items(source, options["mode"], columns, seed=seed, warn=options["warn"], checks=True)[0]
 
 
 def model(run: Run) -> Chat | None:
@@ -139,13 +143,23 @@ def read_instructions(path: Any) -> str:
     """Return the text of the instructions."""
     if path is None:
         return ""
-    file = regular(Path(str(path)).expanduser())
+    with of_option("instructions"):
+        file = regular(Path(str(path)).expanduser())
     if file.stat().st_size > LONGEST_INSTRUCTIONS:
         raise UserError(f"label.instructions={path} has more than {LONGEST_INSTRUCTIONS} bytes")
     try:
         return file.read_text(encoding="utf-8")
     except ValueError as error:
         raise UserError(f"label.instructions={path} is not UTF-8 text: {error}") from error
+
+
+@contextlib.contextmanager
+def of_option(name: str) -> Iterator[None]:
+    """Say with a user's error of which option it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"label.{name}: {str(error).removeprefix(f'data.{name}: ')}") from error
 
 
 # ---- serving ---------------------------------------------------------------------------------------------------------

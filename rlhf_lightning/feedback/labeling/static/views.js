@@ -68,7 +68,7 @@ function rank({ task, undone, bar, submit, prompt }) {
   const cards = task.responses.map((text, place) => {
     const one = card(`Answer ${LETTERS[place]}`, text, { tabindex: "-1" });
     const badge = h("span", { class: "badge", "aria-hidden": "true" });
-    const tie = button("= tie with above", null, () => { select(place); toggleTie(); }, { class: "quiet tie" });
+    const tie = button([h("span", {}, "= tie"), h("span", { class: "spare" }, "with above")], null, () => { select(place); toggleTie(); }, { class: "quiet tie", "aria-label": "Tie with the answer above" });
     const handle = h("button", { type: "button", class: "handle quiet", "aria-label": "Drag to its place", title: "Drag to its place" }, "⠿");
     one.node.querySelector("header").prepend(handle, badge);
     one.node.querySelector("header").append(h("span", { class: "row tools" }, tie,
