@@ -39,7 +39,7 @@ def run(run: Run) -> float | None:
         options["mode"],
         options["scale"],
         read_instructions(options["instructions"]),
-        [str(group) for group in options["groups"]],
+        listed("groups", options["groups"]),
         options["break_minutes"],
     )
     path = Path(options["database"] or run.folder / "labels.db")
@@ -106,7 +106,7 @@ def rows_to_label(run: Run) -> dict[str, Item]:
             Columns(data["columns"]),
             seed=run.settings["seed"],
             pairs=options["pairs"],
-            warn=options["warn"],
+            warn=listed("warn", options["warn"]),
             on_bad_row=data["on_bad_row"],
             progress=partial(bar.advance, task),
         )
@@ -124,7 +124,9 @@ def check_questions(run: Run) -> dict[str, Item]:
     with of_option("checks"):
         source = read_source(options["checks"], "train", None, "preferences", name="checks")
         columns, seed = Columns(data["columns"]), run.settings["seed"]
-        return read_items(source, options["mode"], columns, seed=seed, warn=options["warn"], checks=True)[0]
+        return read_items(
+            source, options["mode"], columns, seed=seed, warn=listed("warn", options["warn"]), checks=True
+        )[0]
 
 
 def model(run: Run) -> Chat | None:
@@ -134,6 +136,10 @@ def model(run: Run) -> Chat | None:
         return None
     sampling = {"max_new_tokens": options["max_new_tokens"], "temperature": options["temperature"]}
     if options["base_url"] is None:
+        if run.start is None:
+            raise UserError("label.mode=chat needs a model: init_from=<model>, or label.base_url and label.model")
+        if options["model"] is not None:
+            raise UserError(f"label.model={options['model']} is a model's name on a server: label.base_url is missing")
         return local_chat(run, **sampling)
     check_sampling("label", **sampling)
     return ServerChat(options["base_url"], options["model"], **sampling)
@@ -151,6 +157,14 @@ def read_instructions(path: Any) -> str:
         return file.read_text(encoding="utf-8")
     except ValueError as error:
         raise UserError(f"label.instructions={path} is not UTF-8 text: {error}") from error
+
+
+def listed(name: str, value: Any) -> list[str]:
+    """Return the texts of an option that is a list, or one text."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(one, str | int) for one in values):
+        raise UserError(f"label.{name}={value} is not a list of texts, such as [a,b]")
+    return [str(one) for one in values]
 
 
 @contextlib.contextmanager

@@ -147,7 +147,9 @@ def items_of(
         texts = _responses(row, mode, columns)
         if len(texts) < 2 or (mode == "rank" and len(texts) > MOST_RANKED):
             most = f" and at most {MOST_RANKED}" if mode == "rank" else ""
-            raise RowError(f"it has {len(texts)} response{'s' * (len(texts) != 1)}; label.mode={mode} needs at least two{most}")
+            raise RowError(
+                f"it has {len(texts)} response{'s' * (len(texts) != 1)}; label.mode={mode} needs at least two{most}"
+            )
         places = [list(range(len(texts)))] if mode == "rank" else drawn_pairs(texts, pairs, seed)
         for chosen in places:
             yield _comparison(row, columns, texts, chosen), None
