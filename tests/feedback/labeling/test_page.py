@@ -40,7 +40,7 @@ def test_a_double_click_on_a_slow_network_is_one_label(tabs: Tabs, serve: Any, t
     labeling = labeling_of(tmp_path, rows(3), ("anna",))
     page = tabs.open(serve(labeling).links["anna"])
     sent: list[Any] = []
-    page.route("**/label", sent.append)  # on its way until it is let through
+    page.route("**/label", lambda route: sent.append(route))  # on its way until it is let through
     page.dblclick(".point >> nth=0")
     press(page, "l", "u")
     page.wait_for_timeout(100)

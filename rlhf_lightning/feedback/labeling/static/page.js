@@ -71,6 +71,7 @@ function lost(error) {
     const here = error.reason === "stale" ? button("Use this tab", null, start) : "";
     return status([error.message, " Your text is not saved; it stays here, so that you can copy it. ", here], 0);
   }
+  top.replaceChildren();
   const action = error.reason === "stale" ? [button("Use this tab", "Enter", start, { class: "primary", autofocus: true })] : [];
   message(error.reason === "stale" ? "This tab is not in use" : "This link does not work", error.message, action);
   page.view = null;
