@@ -180,10 +180,13 @@ def prompt(row: Row, columns: Columns = PLAIN) -> PromptRecord:
 
 def given_responses(row: Row, columns: Columns = PLAIN) -> list[str]:
     """Read the responses of a row: a list of texts `responses`, ranked or not, or a pair, the chosen one first."""
-    texts = columns.view(row).get("responses")
-    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
-        return [need_string(text, f"responses[{k}]") for k, text in enumerate(texts)]
-    return preference(row, columns).responses
+    view = columns.view(row)
+    texts = view.get("responses")
+    if texts and not view.keys() & {"ranking", "chosen"}:
+        texts = need_list(texts, "responses")
+    elif not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
+        return preference(row, columns).responses
+    return [need_string(text, f"responses[{k}]") for k, text in enumerate(texts)]
 
 
 def rated(row: Row, columns: Columns) -> tuple[Row, Any, float] | None:

@@ -87,7 +87,10 @@ def agreement(
     pairs = kappas(data, notes)
     figures: dict[str, Interval] = {}
     if not shared:
-        notes.append("no item was labeled by two annotators: nobody can agree")
+        notes.append(
+            "no item was labeled by two annotators, so there is no agreement to measure; with label.overlap=0.2 "
+            "everyone labels the same fifth of the items"
+        )
     else:
         computed = statistics(listed, data, list(pairs), notes)
         figures = intervals(computed, data.cluster, several, bootstrap, seed, notes, bar)

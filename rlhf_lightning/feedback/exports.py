@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from rlhf_lightning.data.comparisons import LabeledComparison
 from rlhf_lightning.data.layouts import Row
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.feedback import card
 from rlhf_lightning.feedback.aggregation import Aggregated, demonstrations
 from rlhf_lightning.files import atomic_folder, atomic_path, write_jsonl
 
@@ -105,34 +105,25 @@ def data_card(result: Aggregated, source: str, agreement: Sequence[str] = ()) ->
     per_item = Counter(Counter(label.comparison.id for label in labels.comparisons).values())
     timed = [label.seconds for label in labels if label.seconds is not None]
     dates = sorted(label.time[:10] for label in labels.comparisons if label.time)
-    lines = [
-        "---", "license: unknown", "tags: [preference, rlhf]", "---", "", "# Data card", "",
-        f"* Source: {in_markdown(source)}",
-        f"* Layout: {', '.join(f'{name} ({count} rows)' for name, count in labels.layouts.items()) or 'labels'}",
-        f"* Labels: {len(labels)} by {len(people)} annotators, of {items} comparisons",
-        f"* Labels per comparison: {', '.join(f'{n}: {count}' for n, count in sorted(per_item.items()))}",
-        f"* Dates: {f'{dates[0]} to {dates[-1]}' if dates else 'not recorded'}",
-        f"* Time: {f'median {median(timed):.0f} seconds per label' if timed else 'not recorded'}",
-        f"* Aggregation: {result.method}{', every group alone' if result.by_group else ''}",
-        f"* Rows: {len(result.rows)}",
-        "* License: fill in, here and in the head of this file",
-        "* Instructions to the annotators, their pay and consent: fill in",
-        "", "## Annotators", "", "| annotator | labels |", "| --- | --- |",
-        *(f"| {in_markdown(name)} | {count} |" for name, count in people.most_common()),
-        "", "## Groups", "", "| group | labels |", "| --- | --- |",
-        *(f"| {in_markdown(name)} | {count} |" for name, count in groups.most_common()),
-        "", "## Agreement", "", *(agreement or ["Not computed: `rlhf stage=agreement` does."]),
-        "", "## Left out", "",
-        *(f"* {count} comparisons: {in_markdown(reason)}" for reason, count in result.dropped.items()),
-        *(f"* {count} rows or labels: {in_markdown(reason)}" for reason, count in labels.left_out.items()),
-    ]  # fmt: skip
-    if not result.dropped and not labels.left_out:
-        lines.append("Nothing.")
-    return "\n".join(lines) + "\n"
-
-
-def in_markdown(text: Any) -> str:
-    """Return a text of others on one line of Markdown, without what would be markup, a link or a cell's end."""
-    line = "".join(c if c.isprintable() else " " for c in str(text))
-    line = " ".join(line.split())
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|!" else c for c in line)
+    layouts = ", ".join(f"{name} ({count} rows)" for name, count in labels.layouts.items())
+    facts = [
+        ("Source", source),
+        ("Layout", layouts or "labels"),
+        ("Labels", f"{len(labels)} by {len(people)} annotators, of {items} comparisons"),
+        ("Labels per comparison", ", ".join(f"{n}: {count}" for n, count in sorted(per_item.items()))),
+        ("Dates", f"{dates[0]} to {dates[-1]}" if dates else "not recorded"),
+        ("Time", f"median {median(timed):.0f} seconds per label" if timed else "not recorded"),
+        ("Aggregation", f"{result.method}{', every group alone' if result.by_group else ''}"),
+        ("Rows", len(result.rows)),
+        ("License", "fill in, here and in the head of this file"),
+        ("Instructions to the annotators, their pay and consent", "fill in"),
+    ]
+    left_out = [(f"{count} comparisons", reason) for reason, count in result.dropped.items()]
+    left_out += [(f"{count} rows or labels", reason) for reason, count in labels.left_out.items()]
+    sections = {
+        "Annotators": card.table(["annotator", "labels"], people.most_common()),
+        "Groups": card.table(["group", "labels"], groups.most_common()),
+        "Agreement": list(agreement) or ["Not computed: `rlhf stage=agreement` does."],
+        "Left out": card.bullets(left_out),
+    }
+    return card.data_card(facts, sections, ["license: unknown", "tags: [preference, rlhf]"])

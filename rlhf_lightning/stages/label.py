@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,11 +39,14 @@ def run(run: Run) -> float | None:
         options["mode"],
         options["scale"],
         read_instructions(options["instructions"]),
-        [str(group) for group in options["groups"]],
+        listed("groups", options["groups"]),
         options["break_minutes"],
     )
     path = Path(options["database"] or run.folder / "labels.db")
     if options["export"] or options["withdraw"] is not None:
+        if options["database"] is None and not path.exists():
+            what = "label.export=true" if options["withdraw"] is None else f"label.withdraw={options['withdraw']}"
+            raise UserError(f"{what} needs label.database=<file>, the database of the labels")
         with contextlib.closing(Store(path, create=False)) as store:
             if options["withdraw"] is not None:
                 withdraw(store, str(options["withdraw"]), "the command")
@@ -102,7 +106,7 @@ def rows_to_label(run: Run) -> dict[str, Item]:
             Columns(data["columns"]),
             seed=run.settings["seed"],
             pairs=options["pairs"],
-            warn=options["warn"],
+            warn=listed("warn", options["warn"]),
             on_bad_row=data["on_bad_row"],
             progress=partial(bar.advance, task),
         )
@@ -117,10 +121,12 @@ def check_questions(run: Run) -> dict[str, Item]:
         return {}
     if options["mode"] not in ("compare", "rank"):
         raise UserError("label.checks has check questions for label.mode=compare and rank")
-    source = read_source(options["checks"], "train", None, "preferences", name="checks")
-    return read_items(
-        source, options["mode"], Columns(data["columns"]), seed=run.settings["seed"], warn=options["warn"], checks=True
-    )[0]
+    with of_option("checks"):
+        source = read_source(options["checks"], "train", None, "preferences", name="checks")
+        columns, seed = Columns(data["columns"]), run.settings["seed"]
+        return read_items(
+            source, options["mode"], columns, seed=seed, warn=listed("warn", options["warn"]), checks=True
+        )[0]
 
 
 def model(run: Run) -> Chat | None:
@@ -130,6 +136,10 @@ def model(run: Run) -> Chat | None:
         return None
     sampling = {"max_new_tokens": options["max_new_tokens"], "temperature": options["temperature"]}
     if options["base_url"] is None:
+        if run.start is None:
+            raise UserError("label.mode=chat needs a model: init_from=<model>, or label.base_url and label.model")
+        if options["model"] is not None:
+            raise UserError(f"label.model={options['model']} is a model's name on a server: label.base_url is missing")
         return local_chat(run, **sampling)
     check_sampling("label", **sampling)
     return ServerChat(options["base_url"], options["model"], **sampling)
@@ -139,13 +149,31 @@ def read_instructions(path: Any) -> str:
     """Return the text of the instructions."""
     if path is None:
         return ""
-    file = regular(Path(str(path)).expanduser())
+    with of_option("instructions"):
+        file = regular(Path(str(path)).expanduser())
     if file.stat().st_size > LONGEST_INSTRUCTIONS:
         raise UserError(f"label.instructions={path} has more than {LONGEST_INSTRUCTIONS} bytes")
     try:
         return file.read_text(encoding="utf-8")
     except ValueError as error:
         raise UserError(f"label.instructions={path} is not UTF-8 text: {error}") from error
+
+
+def listed(name: str, value: Any) -> list[str]:
+    """Return the texts of an option that is a list, or one text."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(one, str | int) for one in values):
+        raise UserError(f"label.{name}={value} is not a list of texts, such as [a,b]")
+    return [str(one) for one in values]
+
+
+@contextlib.contextmanager
+def of_option(name: str) -> Iterator[None]:
+    """Say with a user's error of which option it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"label.{name}: {str(error).removeprefix(f'data.{name}: ')}") from error
 
 
 # ---- serving ---------------------------------------------------------------------------------------------------------

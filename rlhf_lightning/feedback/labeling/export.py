@@ -12,6 +12,7 @@ from typing import Any
 
 from rlhf_lightning.data.comparisons import LabeledComparison
 from rlhf_lightning.data.messages import turn
+from rlhf_lightning.feedback import card
 from rlhf_lightning.feedback.labeling.history import Annotator, History
 from rlhf_lightning.feedback.labeling.items import Item
 from rlhf_lightning.feedback.labeling.overview import agreement, pairs_of
@@ -150,39 +151,36 @@ def data_card(store: Store, history: History, labels: StoredLabels, written: dic
     agreed = agreement(pairs)
     groups = Counter(one.group or "not said" for one in people.values())
     facts = [
-        ("mode", store.settings["mode"]),
-        ("seed of the order of items and answers", store.settings.get("seed", 0)),
-        ("items in the store", len(store.items)),
-        ("labels", len(events)),
-        ("annotators", len(people)),
-        ("annotators who withdrew their labels, which are not in these files", withdrawn),
-        ("first and last label", f"{times[0]} to {times[-1]}" if times else "none"),
-        ("median seconds per label", f"{median(taken):.1f}" if taken else "unknown"),
+        ("Mode", store.settings["mode"]),
+        ("Seed of the order of items and answers", store.settings.get("seed", 0)),
+        ("Items in the store", len(store.items)),
+        ("Labels", len(events)),
+        ("Annotators", len(people)),
+        ("Annotators who withdrew their labels, which are not in these files", withdrawn),
+        ("First and last label", f"{times[0]} to {times[-1]}" if times else "none"),
+        ("Median seconds per label", f"{median(taken):.1f}" if taken else "unknown"),
         (
-            "percent agreement",
+            "Percent agreement",
             f"{100 * agreed:.1f} ({len(pairs)} pairs of labels)" if agreed is not None else "unknown",
         ),
-        ("skipped, flagged", ", ".join(str(sum(n["kind"] == kind for n in labels.notes)) for kind in ("skip", "flag"))),
+        ("Skipped, flagged", ", ".join(str(sum(n["kind"] == kind for n in labels.notes)) for kind in ("skip", "flag"))),
     ]
     if labels.comparisons:
         facts += _positions(labels)
-    lines = ["# Data card", "", *(f"* {name}: {value}" for name, value in facts), ""]
-    lines += ["## Files", "", *(f"* `{name}`: {count} rows" for name, count in written.items()), ""]
-    lines += [
-        "## Annotators",
-        "",
-        "| annotator | group | labels | check questions passed |",
-        "| --- | --- | --- | --- |",
-    ]
+    rows = []
     for name, one in people.items():
         asked = [c for c in labels.comparisons if c.annotator == name and c.check is not None]
         passed = sum(c.ranking[c.check or 0] == 0 and c.ranking.count(0) == 1 for c in asked)
-        lines.append(f"| {name} | {_cell(one.group or '')} | {len(one.labels)} | {passed} of {len(asked)} |")
-    lines += ["", "Groups are what annotators said of themselves: " + _counts(groups) + ".", ""]
+        rows.append([name, one.group or "", len(one.labels), f"{passed} of {len(asked)}"])
+    said = card.bullets(groups.most_common()) or ["* nobody"]
+    sections = {
+        "Files": card.bullets((name, f"{count} rows") for name, count in written.items()),
+        "Annotators": card.table(["annotator", "group", "labels", "check questions passed"], rows),
+        "Groups, as annotators said of themselves": said,
+    }
     if instructions.strip():
-        fence = "`" * max(3, 1 + max((len(run) for run in instructions.split() if set(run) == {"`"}), default=0))
-        lines += ["## Instructions", "", f"{fence}markdown", instructions.rstrip(), fence, ""]
-    return "\n".join(lines)
+        sections["Instructions"] = card.fenced(instructions, "markdown")
+    return card.data_card(facts, sections)
 
 
 def _positions(labels: StoredLabels) -> list[tuple[str, str]]:
@@ -190,12 +188,4 @@ def _positions(labels: StoredLabels) -> list[tuple[str, str]]:
     best = [one.ranking[one.shown[0]] == 0 for one in labels.comparisons if one.shown and len(set(one.ranking)) > 1]
     ties = sum(len(set(one.ranking)) == 1 for one in labels.comparisons)
     share = f"{sum(best)} of {len(best)}" if best else "unknown"
-    return [("all answers tied", f"{ties} of {len(labels.comparisons)}"), ("the answer shown first was best", share)]
-
-
-def _counts(counter: Counter[str]) -> str:
-    return ", ".join(f"{_cell(name)} {count}" for name, count in counter.most_common()) or "nobody"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+    return [("All answers tied", f"{ties} of {len(labels.comparisons)}"), ("The answer shown first was best", share)]

@@ -144,13 +144,26 @@ def items_of(
     elif mode in ("write", "chat"):
         yield _comparison(row, columns, [], []), None
     else:
-        texts = given_responses(row, columns)
+        texts = _responses(row, mode, columns)
         if len(texts) < 2 or (mode == "rank" and len(texts) > MOST_RANKED):
             most = f" and at most {MOST_RANKED}" if mode == "rank" else ""
-            raise RowError(f"it has {len(texts)} responses; label.mode={mode} needs at least two{most}")
+            raise RowError(
+                f"it has {len(texts)} response{'s' * (len(texts) != 1)}; label.mode={mode} needs at least two{most}"
+            )
         places = [list(range(len(texts)))] if mode == "rank" else drawn_pairs(texts, pairs, seed)
         for chosen in places:
             yield _comparison(row, columns, texts, chosen), None
+
+
+def _responses(row: Row, mode: str, columns: Columns) -> list[str]:
+    try:
+        return given_responses(row, columns)
+    except RowError as error:
+        if columns.view(row).keys() & {"responses", "chosen", "rejected"}:
+            raise
+        raise RowError(
+            f"it has no responses to {mode}: stage=candidates samples them, and label.mode=write reads prompts alone"
+        ) from error
 
 
 def drawn_pairs(texts: Sequence[str], count: int, seed: int) -> list[list[int]]:

@@ -6,7 +6,7 @@ import errno
 import re
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 import uvicorn
@@ -27,14 +27,19 @@ def annotator_names(given: int | str | Sequence[str]) -> list[str]:
     Raises:
         UserError: none, two of one name, or a name that cannot be part of a link.
     """
-    if isinstance(given, int):
-        if given is True or not 1 <= given <= 1000:
+    if isinstance(given, int | float) or given is None or isinstance(given, Mapping):
+        if type(given) is not int or not 1 <= given <= 1000:
             raise UserError(f"label.annotators={given} is neither a number from 1 to 1000 nor a list of names")
         return [f"annotator-{number}" for number in range(1, given + 1)]
     names = [str(name) for name in ([given] if isinstance(given, str) else given)]
     for name in names:
-        if not NAME.fullmatch(name) or name == OVERVIEW:
-            raise UserError(f"label.annotators: {name!r} is not a name of at most 40 letters a-z, digits, - and _")
+        if name == OVERVIEW:
+            raise UserError(f"label.annotators: {name!r} is the link of whoever runs it; give another name")
+        if not NAME.fullmatch(name):
+            raise UserError(
+                f"label.annotators: {name!r} cannot be part of a link; a name is a letter or digit and at most 39 more "
+                "of a-z, A-Z, 0-9 and . _ -"
+            )
     if not names or len(set(names)) < len(names):
         raise UserError(f"label.annotators={names} has {'a name twice' if names else 'no name'}")
     return names

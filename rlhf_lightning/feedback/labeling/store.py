@@ -88,6 +88,7 @@ class Store:
             if holder := lock(self._lock):
                 raise UserError(f"{self.path} is in use by {holder}; stop it first, or give another label.database")
             try:
+                self.path.touch(mode=0o600)  # what annotators say is for whoever runs it
                 self._connection = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
                 self._open()
                 self._agree(dict(settings or {}))

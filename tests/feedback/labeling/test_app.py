@@ -295,7 +295,21 @@ def test_500_labels_of_several_at_once(tmp_path: Path) -> None:
 def test_names_of_annotators() -> None:
     assert annotator_names(2) == ["annotator-1", "annotator-2"]
     assert annotator_names(["anna", "ben"]) == ["anna", "ben"]
-    for given in (0, True, 5000, [], ["anna", "anna"], ["a b"], ["../x"], [OVERVIEW], ["é"], ["x" * 41]):
+    for given in (
+        0,
+        True,
+        5000,
+        [],
+        ["anna", "anna"],
+        ["a b"],
+        ["../x"],
+        [OVERVIEW],
+        ["é"],
+        ["x" * 41],
+        3.5,
+        None,
+        {"a": 1},
+    ):
         with pytest.raises(UserError, match="label.annotators"):
             annotator_names(given)
 

@@ -4,120 +4,31 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.feedback.labeling.items import Item
-from rlhf_lightning.feedback.labeling.server import Server
 from rlhf_lightning.feedback.labeling.service import Labeling, PageSettings
 from rlhf_lightning.feedback.labeling.store import Store
 from rlhf_lightning.generation.chat import LocalChat
 from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
 from rlhf_lightning.models.tiny import build_tiny
+from tests.helpers.browser import Tabs, press, progressed, saved
 from tests.helpers.cli import environment, fork_server
 from tests.helpers.labeling import items_of, labeling_of, rows
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = (
     "<script>window.hacked = 1</script><img src=http://example.com/x.png onerror='window.hacked = 1'>"
     "<a href='javascript:window.hacked = 1'>x</a><iframe src=http://example.com></iframe><style>* {display: none}</style>"
     "\n\n```\n</code></pre><script>window.hacked = 1</script>\n```\n\n[x](javascript:window.hacked=1) ![x](http://example.com/y.png)"
 )
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    """A headless Chromium; tests are skipped where it is absent."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is absent: make setup-test")
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium: apt-get install chromium")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-class Tabs:
-    """Opens pages; afterwards no page has raised an error or asked for anything that is not on loopback."""
-
-    def __init__(self, browser: Any) -> None:
-        self.browser, self.requests, self.errors = browser, list[str](), list[str]()
-        self.contexts: list[Any] = []
-
-    def open(self, link: str, width: int = 1280, context: Any = None, wait: str = "main > section") -> Any:
-        if context is None:
-            context = self.browser.new_context(viewport={"width": width, "height": 844}, has_touch=width < 500)
-            self.contexts.append(context)
-        page = context.new_page()
-        page.on("request", lambda request: self.requests.append(request.url))
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("dialog", lambda dialog: (self.errors.append(dialog.message), dialog.accept()))
-        page.set_default_timeout(20_000)
-        page.goto(link)
-        page.wait_for_selector(wait)
-        return page
-
-    def close(self) -> None:
-        for context in self.contexts:
-            context.close()
-        hosts = {urlsplit(url).hostname for url in self.requests}
-        assert hosts <= {"127.0.0.1"}
-        assert self.errors == []
-
-
-@pytest.fixture
-def tabs(chromium: Any) -> Iterator[Tabs]:
-    """Pages that are checked and closed at the end."""
-    opened = Tabs(chromium)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[[Labeling], Server]]:
-    """Serves labelings until the end of the test."""
-    servers: list[Server] = []
-
-    def start(labeling: Labeling) -> Server:
-        servers.append(Server(labeling))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.stop()
-        server.labeling.store.close()
-
-
-def press(page: Any, *keys: str) -> None:
-    for name in keys:
-        page.keyboard.press(name)
-
-
-def saved(page: Any, labeling: Labeling, count: int) -> None:
-    """Wait until the page shows that the store has so many events."""
-    deadline = time.monotonic() + 20
-    while len(labeling.store.events) < count or "busy" in (page.get_attribute("body", "class") or ""):
-        assert time.monotonic() < deadline, labeling.store.events
-        page.wait_for_timeout(10)
-
-
-def progressed(page: Any, text: str) -> None:
-    """Wait for a text beside the progress bar; the page's policy forbids to wait for an expression."""
-    page.wait_for_selector(f".progress span:text-is('{text}')")
-
-
-def events(labeling: Labeling, *names: str) -> list[tuple[Any, ...]]:
-    return [(event.kind, *(event.value.get(name) for name in names)) for event in labeling.store.events]
 
 
 def test_two_annotators_by_keys_alone(tabs: Tabs, serve: Any, tmp_path: Path) -> None:
@@ -179,17 +90,6 @@ def test_undo_skip_flag_help_and_warning(tabs: Tabs, serve: Any, tmp_path: Path)
     assert labeling.store.events[0].value["reason"] == "Broken or cut off text"
     assert labeling.store.events[1].value["reason"] == "The prompt is unclear"
     assert labeling.store.events[-1].value["value"] == -2
-
-
-def test_a_key_held_down_is_one_label(tabs: Tabs, serve: Any, tmp_path: Path) -> None:
-    labeling = labeling_of(tmp_path, rows(3), ("anna",))
-    page = tabs.open(serve(labeling).links["anna"])
-    page.evaluate(
-        "for (let i = 0; i < 5; i++) document.dispatchEvent(new KeyboardEvent('keydown', {key: 'a', repeat: i > 2}))"
-    )
-    saved(page, labeling, 1)
-    page.wait_for_timeout(100)
-    assert events(labeling, "value") == [("label", -3)]
 
 
 def test_a_link_in_two_tabs(tabs: Tabs, serve: Any, tmp_path: Path) -> None:

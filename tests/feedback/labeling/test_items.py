@@ -65,8 +65,10 @@ def test_the_answer_to_edit_is_the_best(row: dict[str, Any], original: str) -> N
 @pytest.mark.parametrize(
     ("row", "mode", "message"),
     [
-        ({"prompt": "p"}, "compare", "there is no"),
-        ({"prompt": "p", "responses": ["a"]}, "compare", "it has 1 responses; label.mode=compare needs at least two"),
+        ({"prompt": "p"}, "compare", "no responses to compare: stage=candidates samples them"),
+        ({"prompt": "p", "responses": [1, 2]}, "compare", r"responses\[0\] is int, not text"),
+        ({"prompt": "p", "responses": "ab"}, "rank", "responses"),
+        ({"prompt": "p", "responses": ["a"]}, "compare", "it has 1 response; label.mode=compare needs at least two"),
         (
             {"prompt": "p", "responses": list("abcdefghij")},
             "rank",

@@ -54,14 +54,26 @@ def test_comparisons(tmp_path: Path) -> None:
     assert [row["kind"] for row in read(tmp_path / "out" / "notes.jsonl")] == ["skip", "flag"]
     card = (tmp_path / "out" / "card.md").read_text()
     for text in (
-        "* labels: 11",
-        "* annotators: 2",
+        "* Labels: 11",
+        "* Annotators: 2",
         "| anna | students | 6 |",
         "Be **kind**.",
-        "students 1",
-        "all answers tied: 5 of 11",
+        "* students: 1",
+        "* All answers tied: 5 of 11",
     ):
         assert text in card
+
+
+def test_texts_of_others_are_no_markup_in_the_card(tmp_path: Path) -> None:
+    group = "<b>a</b> | ![x](http://example.com)"
+    labeling = labeling_of(tmp_path, rows(1), ("anna",), page={"groups": [group]})
+    labeling.group("anna", "g", group)
+    label_all(labeling, "anna")
+    export(labeling.store, tmp_path / "out", "```\ncode\n```\n<i>")
+    card = (tmp_path / "out" / "card.md").read_text()
+    assert "<b>" not in card
+    assert "![" not in card
+    assert card.endswith("````markdown\n```\ncode\n```\n<i>\n````\n")  # a block that nothing in it ends
 
 
 def test_what_is_withdrawn_is_in_no_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -193,3 +194,9 @@ def test_a_confirmed_event_survives_sigkill(tmp_path: Path) -> None:
     assert confirmed <= len(store.events) <= confirmed + 1  # the last one may not have been printed
     assert [event.value["value"] for event in store.events] == list(range(len(store.events)))
     store.close()
+
+
+def test_a_new_database_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
+    with contextlib.closing(Store(tmp_path / "labels.db", {"mode": "compare"})) as store:
+        store.add("skip", "anna", "x", reason="y")
+        assert {file.stat().st_mode & 0o077 for file in tmp_path.glob("labels.db*") if file.suffix != ".lock"} == {0}

@@ -50,6 +50,28 @@ export function shown(text) {
   return nodes.length ? nodes : [h("p", { class: "empty" }, "(empty)")];
 }
 
+// A text in a box of limited height; where it is longer, a button below shows it whole, and keys can scroll it.
+export function folded(node, text) {
+  const body = h("div", { class: "text" }, shown(text));
+  const more = h("button", { type: "button", class: "more quiet", hidden: true, on: { click: () => toggle() } });
+  const isOpen = () => node.classList.contains("open");
+  const toggle = (open = !isOpen()) => {
+    node.classList.toggle("open", open);
+    more.textContent = open ? "Show less" : "Show all";
+    more.setAttribute("aria-expanded", String(open));
+  };
+  const measure = () => {
+    more.hidden = !(isOpen() && !more.hidden) && body.scrollHeight <= body.clientHeight + 4;
+    node.classList.toggle("long", !more.hidden);
+    if (more.hidden) body.removeAttribute("tabindex");
+    else body.tabIndex = 0;
+  };
+  toggle(false);
+  node.append(body, more);
+  new ResizeObserver(measure).observe(body, { box: "border-box" });
+  return { node, toggle, isOpen };
+}
+
 export function dialog(title, content, actions = []) {
   const node = h("dialog", { class: "dialog", "aria-label": title },
     h("h2", {}, title), h("div", { class: "dialog-body" }, content), h("div", { class: "row end" }, actions));

@@ -1,5 +1,5 @@
 // The page of one annotator: what all modes share. What a mode shows and which keys it has: views.js.
-import { Api, Refused, button, dialog, h, key, request, shown, status } from "./dom.js";
+import { Api, Refused, button, dialog, folded, h, key, request, status } from "./dom.js";
 import { markdown } from "./markdown.js";
 import { VIEWS } from "./views.js";
 
@@ -71,6 +71,7 @@ function lost(error) {
     const here = error.reason === "stale" ? button("Use this tab", null, start) : "";
     return status([error.message, " Your text is not saved; it stays here, so that you can copy it. ", here], 0);
   }
+  top.replaceChildren();
   const action = error.reason === "stale" ? [button("Use this tab", "Enter", start, { class: "primary", autofocus: true })] : [];
   message(error.reason === "stale" ? "This tab is not in use" : "This link does not work", error.message, action);
   page.view = null;
@@ -123,7 +124,9 @@ function draw() {
       h("div", { class: "row" }, button("Show it", "w", reveal, { class: "primary" }), button("Skip", "x", () => send("skip", { item: task.item, reason: "Content warning" }, "Skipped.")))));
     return;
   }
-  page.view = VIEWS[page.settings.mode]({ task, settings: page.settings, undone: page.undone, bar, submit, send, prompt: conversation(task) });
+  const turns = conversation(task);
+  const prompt = h("section", { class: "conversation", "aria-label": "Conversation" }, turns.map((one) => one.node));
+  page.view = VIEWS[page.settings.mode]({ task, settings: page.settings, undone: page.undone, bar, submit, send, prompt, turns });
   main.replaceChildren(...page.view.nodes);
   bar.hidden = !bar.childElementCount;
   fit();
@@ -142,8 +145,8 @@ function submit(values, said) {
 
 function conversation(task) {
   const names = { user: task.prompt.length > 1 || page.settings.mode === "chat" ? "User" : "Prompt", assistant: "Assistant", system: "System", tool: "Tool", developer: "Developer" };
-  return h("section", { class: "conversation", "aria-label": "Conversation" }, task.prompt.map((message) =>
-    h("article", { class: `turn ${message.role}` }, h("h3", {}, names[message.role] || message.role), shown(message.content || ""))));
+  return task.prompt.map((message) =>
+    folded(h("article", { class: `turn ${message.role}` }, h("h3", {}, names[message.role] || message.role)), message.content || ""));
 }
 
 function header() {
@@ -281,8 +284,12 @@ document.addEventListener("keydown", (event) => {
     return;
   }
   event.preventDefault();
+  if (name !== "Enter") event.target.closest?.("button")?.blur(); // Enter is for what was just marked, not for the button
   if (!page.busy) act(event);
 });
+
+// A button that was clicked with a pointer keeps no focus, or Enter would press it again; capture: before it opens a dialog.
+document.addEventListener("click", (event) => { if (event.detail) event.target.closest?.("button")?.blur(); }, true);
 
 document.addEventListener("visibilitychange", () => {
   tick();

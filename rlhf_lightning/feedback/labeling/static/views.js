@@ -1,34 +1,29 @@
 // What each mode shows and does. A view has nodes for the page, keys, lines of help, and what to do when it is there.
-import { button, h, key, shown } from "./dom.js";
+import { button, folded, h, key } from "./dom.js";
 
 const STRENGTH = ["tie", "slightly better", "better", "much better"];
 const LETTERS = "ABCDEFGHI";
-const drafts = new Map(); // item -> what is written and not saved, as when another tab takes over for a while
+
+// What is written and not saved, by item: kept in this tab when it is loaded again, or another one takes over for a while.
+const drafts = {
+  name: (item) => `draft ${location.pathname} ${item}`,
+  get(item) { return sessionStorage.getItem(this.name(item)); },
+  set(item, text) { try { sessionStorage.setItem(this.name(item), text); } catch { /* full: the text is on the screen alone */ } },
+  delete(item) { sessionStorage.removeItem(this.name(item)); },
+};
 
 function card(title, text, props = {}) {
-  const body = h("div", { class: "text", tabindex: "0" }, shown(text));
-  const more = h("button", { type: "button", class: "more quiet", hidden: true, on: { click: () => toggle() } });
-  const node = h("article", { ...props, class: `card ${props.class || ""}`, "aria-label": title }, h("header", { class: "card-title" }, title), body, more);
-  const toggle = (open = !node.classList.contains("open")) => {
-    node.classList.toggle("open", open);
-    more.textContent = open ? "Show less" : "Show all";
-  };
-  const measure = () => {
-    more.hidden = !node.classList.contains("open") && body.scrollHeight <= body.clientHeight + 4;
-    node.classList.toggle("long", !more.hidden);
-    toggle(node.classList.contains("open"));
-  };
-  return { node, toggle, measure };
+  return folded(h("article", { ...props, class: `card ${props.class || ""}`, "aria-label": title }, h("header", { class: "card-title" }, title)), text);
 }
 
-function expandAll(cards) {
-  const open = !cards.every((one) => one.node.classList.contains("open"));
-  cards.forEach((one) => one.toggle(open));
+function expandAll(texts) {
+  const open = !texts.every((one) => one.isOpen());
+  texts.forEach((one) => one.toggle(open));
 }
 
 // ---- compare --------------------------------------------------------------------------------------------------------
 
-function compare({ task, settings, undone, bar, submit, prompt }) {
+function compare({ task, settings, undone, bar, submit, prompt, turns }) {
   const points = settings.scale === 7;
   const names = points ? "1234567" : "asdfjkl";
   const words = (value) => (value === 0 ? "Tie" : `${value < 0 ? "A" : "B"} is ${STRENGTH[Math.abs(value)]}`);
@@ -47,15 +42,15 @@ function compare({ task, settings, undone, bar, submit, prompt }) {
   bar.replaceChildren(h("div", { class: "scale" },
     h("div", { class: "scale-ends" }, h("span", {}, points ? "1: A is much better" : "← A is better"), h("span", {}, points ? "4: tie" : ""), h("span", {}, points ? "7: B is much better" : "B is better →")),
     h("div", { class: "points", role: "group", "aria-label": "Which answer is better?" }, buttons)));
-  const keys = { ArrowLeft: () => move(-1), ArrowRight: () => move(1), Enter: () => selected !== null && give(selected), e: () => expandAll(cards) };
+  const keys = { ArrowLeft: () => move(-1), ArrowRight: () => move(1), Enter: () => selected !== null && give(selected), e: () => expandAll([...turns, ...cards]) };
   [...names].forEach((name, place) => { keys[name] = () => give(place - 3); });
   if (selected !== null) mark(selected);
   return {
     nodes: [prompt, h("section", { class: "pair" }, cards.map((one) => one.node))],
-    keys, ready: () => cards.forEach((one) => one.measure()),
+    keys,
     help: [...(points ? [["1 2 3", "A is much better, better, slightly better"], ["4", "tie"], ["5 6 7", "B is slightly better, better, much better"]]
       : [["a s d", "A is much better, better, slightly better"], ["f", "tie"], ["j k l", "B is slightly better, better, much better"]]),
-      ["← →", "move on the scale"], ["Enter", "save what is marked"], ["e", "show long answers whole"]],
+      ["← →", "move on the scale"], ["Enter", "save what is marked"], ["e", "show long texts whole"]],
   };
 }
 
@@ -73,7 +68,7 @@ function rank({ task, undone, bar, submit, prompt }) {
   const cards = task.responses.map((text, place) => {
     const one = card(`Answer ${LETTERS[place]}`, text, { tabindex: "-1" });
     const badge = h("span", { class: "badge", "aria-hidden": "true" });
-    const tie = button("= tie with above", null, () => { select(place); toggleTie(); }, { class: "quiet tie" });
+    const tie = button([h("span", {}, "= tie"), h("span", { class: "spare" }, "with above")], null, () => { select(place); toggleTie(); }, { class: "quiet tie", "aria-label": "Tie with the answer above" });
     const handle = h("button", { type: "button", class: "handle quiet", "aria-label": "Drag to its place", title: "Drag to its place" }, "⠿");
     one.node.querySelector("header").prepend(handle, badge);
     one.node.querySelector("header").append(h("span", { class: "row tools" }, tie,
@@ -89,10 +84,11 @@ function rank({ task, undone, bar, submit, prompt }) {
     return result;
   };
   const save = button("Save ranking", "Enter", () => submit({ ranks: given() }, "Saved."), { class: "primary" });
-  const hint = h("span", { class: "dim" });
+  const hint = h("span", { class: "dim", role: "status" });
   bar.replaceChildren(h("div", { class: "row between" }, hint, save));
   function draw() {
     const result = given();
+    const focused = list.contains(document.activeElement) ? document.activeElement : null; // moving a node takes its focus
     tied.delete(order[0]);
     list.replaceChildren(...order.map((one) => cards[one].item));
     order.forEach((one, i) => {
@@ -103,7 +99,8 @@ function rank({ task, undone, bar, submit, prompt }) {
       cards[one].tie.setAttribute("aria-pressed", String(tied.has(one)));
       cards[one].node.setAttribute("aria-label", `Answer ${LETTERS[one]}, rank ${result[one] + 1}`);
     });
-    hint.textContent = touched ? "Best first." : "Best first: drag, or use the keys.";
+    focused?.focus({ preventScroll: true });
+    hint.textContent = touched ? `Best first. Answer ${LETTERS[current]} has rank ${result[current] + 1}.` : "Best first: drag, or use the keys.";
   }
   function select(place, scroll = true) {
     current = place;
@@ -165,7 +162,7 @@ function rank({ task, undone, bar, submit, prompt }) {
   };
   for (let place = 1; place <= size; place += 1) keys[String(place)] = () => moveTo(place - 1);
   return {
-    nodes: [prompt, list], keys, ready: () => cards.forEach((one) => one.measure()),
+    nodes: [prompt, list], keys,
     help: [["↑ ↓", "go to the answer above, below"], ["Shift ↑", "move it up; Shift ↓ moves it down"], [size > 1 ? `1 ${size}` : "1", "from 1 to the last: move it to that place"],
       ["t", "tie with the answer above, or not"], ["e", "show it whole"], ["Enter", "save the ranking"]],
   };
@@ -188,8 +185,10 @@ function text({ task, settings, undone, bar, submit, prompt }) {
     save.disabled = !area.value.trim();
   };
   const save = button(settings.mode === "edit" ? "Save answer" : "Save", "Ctrl+Enter", () => give(), { class: "primary" });
-  const give = () => area.value.trim() && submit({ text: area.value }, "Saved.");
-  const reset = () => { area.value = original; grow(); };
+  const give = async () => {
+    if (area.value.trim() && await submit({ text: area.value }, "Saved.")) drafts.delete(task.item);
+  };
+  const reset = () => { area.value = original; drafts.delete(task.item); grow(); };
   area.addEventListener("input", () => { drafts.set(task.item, area.value); grow(); });
   bar.replaceChildren(h("div", { class: "row between" }, count, h("span", { class: "row" },
     settings.mode === "edit" ? button("Start over", null, reset, { class: "quiet" }) : null, save)));
@@ -219,7 +218,7 @@ function talk({ task, undone, bar, send, prompt }) {
     area.style.height = `${Math.min(area.scrollHeight + 4, window.innerHeight / 3)}px`;
   };
   const go = button("Send", "Enter", () => say(), { class: "primary" });
-  const note = h("p", { class: "dim thinking", hidden: true }, "The model is answering …");
+  const note = h("p", { class: "dim thinking", role: "status", hidden: true }, "The model is answering …");
   async function say() {
     const written = area.value;
     if (!written.trim() || area.disabled) return;
@@ -268,13 +267,17 @@ function choose({ task, undone, bar, submit, prompt }) {
     one.node.querySelector("header").append(one.choice);
   });
   bar.replaceChildren(h("div", { class: "scale" }, h("div", { class: "scale-ends" }, question), h("div", { class: "points four", role: "group", "aria-label": "How much better?" }, buttons)));
+  const pickByKey = (place) => {
+    pick(place);
+    cards[place].node.scrollIntoView({ block: "nearest" });
+  };
   pick(picked);
-  const keys = { e: () => expandAll(cards), Enter: () => give(2), ArrowRight: () => pick(((picked ?? -1) + 1) % cards.length), ArrowLeft: () => pick(((picked ?? 1) - 1 + cards.length) % cards.length) };
-  cards.forEach((_, place) => { keys[String(place + 1)] = () => pick(place); });
+  const keys = { e: () => expandAll(cards), Enter: () => give(2), ArrowRight: () => pickByKey(((picked ?? -1) + 1) % cards.length), ArrowLeft: () => pickByKey(((picked ?? 1) - 1 + cards.length) % cards.length) };
+  cards.forEach((_, place) => { keys[String(place + 1)] = () => pickByKey(place); });
   [...names].forEach((name, strength) => { keys[name] = () => give(strength); });
   return {
     nodes: [prompt, h("section", { class: cards.length > 2 ? "pair many" : "pair" }, cards.map((one) => one.node))], keys, keepScroll: true,
-    ready: () => { cards.forEach((one) => one.measure()); cards[0].node.scrollIntoView({ block: "nearest" }); },
+    ready: () => { cards[0].node.scrollIntoView({ block: "nearest" }); },
     help: [[`1 ${cards.length}`, "choose an answer (also ← →)"], ["f", "it is about equal to the others"], ["j k l", "it is slightly better, better, much better"], ["Enter", "it is better"], ["e", "show long answers whole"], ["n", "a new conversation"]],
   };
 }
