@@ -1,8 +1,9 @@
-"""The one exception a user is meant to see."""
+"""The one exception a user is meant to see, and what raises it everywhere."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -32,3 +33,17 @@ def check_number(key: str, value: Any, interval: str, whole: bool = False) -> No
         if above and below:
             return
     raise UserError(f"{key}={value} is not a {'whole' if whole else 'finite'} number in {interval}")
+
+
+def needs(module: str, extra: str) -> Any:
+    """Import and return a module of an extra of this package.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        top = module.partition(".")[0]
+        package = {"crowdkit": "crowd-kit", "sklearn": "scikit-learn"}.get(top, top)
+        raise UserError(f"{package} is not installed: pip install 'rlhf-lightning[{extra}]'") from error

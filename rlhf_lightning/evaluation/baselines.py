@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from scipy.sparse import vstack
 from torch import Tensor
 
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import UserError, needs
 from rlhf_lightning.evaluation.reward_model import TextPair
 
 STRENGTH = 0.03
@@ -30,13 +31,8 @@ def bag_of_words(pairs: Sequence[TextPair]) -> Judgement:
     Raises:
         UserError: without scikit-learn, or without a word that occurs five times.
     """
-    try:
-        from scipy.sparse import vstack
-        from sklearn.feature_extraction.text import CountVectorizer
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise UserError("evaluate.bag_of_words: pip install 'rlhf-lightning[agreement]' has scikit-learn") from error
-    words: Any = CountVectorizer(min_df=5, binary=True)
+    text, linear = (needs(f"sklearn.{part}", "agreement") for part in ("feature_extraction.text", "linear_model"))
+    words = text.CountVectorizer(min_df=5, binary=True)
     try:
         words.fit([text for pair in pairs for text in (pair.better, pair.worse)])
     except ValueError as error:
@@ -47,7 +43,7 @@ def bag_of_words(pairs: Sequence[TextPair]) -> Judgement:
 
     table = gaps(pairs)
     # the loss is symmetric: a pair and its swap are one example each, so there is no intercept
-    model = LogisticRegression(C=STRENGTH / 2, fit_intercept=False, max_iter=1000)
+    model = linear.LogisticRegression(C=STRENGTH / 2, fit_intercept=False, max_iter=1000)
     model.fit(vstack([table, -table]), [1] * len(pairs) + [0] * len(pairs))
     weights = model.coef_[0]
     return lambda those: torch.from_numpy(gaps(those) @ weights)

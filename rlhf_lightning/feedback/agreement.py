@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from rlhf_lightning.errors import UserError, check_number
+from rlhf_lightning.errors import UserError, check_number, needs
 from rlhf_lightning.feedback.annotators import Profile, between_groups, profiles
-from rlhf_lightning.feedback.extras import needs
 from rlhf_lightning.feedback.reading import read_labels
 from rlhf_lightning.feedback.reliability import MODELS
 from rlhf_lightning.feedback.units import Entry, Table, entries, table
@@ -173,7 +172,7 @@ def fleiss(counts: np.ndarray) -> float:
     """Return Fleiss' kappa (1971) of units with the same number of labels; NaN where all labels are the same."""
     if not len(counts) or (counts.sum(axis=0) > 0).sum() < 2:
         return math.nan
-    return float(needs("statsmodels.stats.inter_rater").fleiss_kappa(counts))
+    return float(needs("statsmodels.stats.inter_rater", "agreement").fleiss_kappa(counts))
 
 
 def alpha(counts: np.ndarray, values: np.ndarray | None, level: str) -> float:
@@ -184,7 +183,7 @@ def alpha(counts: np.ndarray, values: np.ndarray | None, level: str) -> float:
         values: (C,) the categories as numbers, smallest first; None of names.
         level: "nominal", "ordinal" or "interval".
     """
-    krippendorff = needs("krippendorff")
+    krippendorff = needs("krippendorff", "agreement")
     counts = counts[counts.sum(axis=1) > 1]
     if not len(counts) or (counts.sum(axis=0) > 0).sum() < 2:
         return math.nan
@@ -198,7 +197,7 @@ def kappa(confusion: np.ndarray) -> float:
         return math.nan
     with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)
-        return float(needs("statsmodels.stats.inter_rater").cohens_kappa(confusion, return_results=False))
+        return float(needs("statsmodels.stats.inter_rater", "agreement").cohens_kappa(confusion, return_results=False))
 
 
 def shared_units(data: Table) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray, np.ndarray]]:

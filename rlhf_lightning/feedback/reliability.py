@@ -11,8 +11,7 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.special import expit
 
-from rlhf_lightning.errors import UserError
-from rlhf_lightning.feedback.extras import needs
+from rlhf_lightning.errors import UserError, needs
 from rlhf_lightning.feedback.units import Entry, Table, table
 
 HONEST, NOISY = 2.0, 0.5
@@ -41,7 +40,7 @@ def dawid_skene(entries: Sequence[Entry], iterations: int = 100) -> Reliability:
 
     The reliability is the probability of the right category, averaged over the true ones by their frequency.
     """
-    crowdkit, pandas = needs("crowdkit.aggregation"), needs("pandas")
+    crowdkit, pandas = needs("crowdkit.aggregation", "agreement"), needs("pandas", "agreement")
     data = table(entries)
     several = shared(data)
     frame = pandas.DataFrame({"task": data.unit, "worker": data.annotator, "label": data.value})[several]

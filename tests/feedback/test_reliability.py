@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -82,16 +80,3 @@ def test_items_of_one_annotator_say_nothing_of_reliability() -> None:
     for model in (dawid_skene, noisy_bradley_terry):
         assert "new" not in model(votes + stranger).annotators
         assert 0.5 < model(votes + stranger).posterior["2000", 0, 1][-1] < 1  # counted as one of the others
-
-
-@pytest.mark.slow
-def test_a_missing_extra_is_named() -> None:
-    code = (
-        "import sys; sys.modules['crowdkit'] = None\n"
-        "from rlhf_lightning.feedback.extras import needs\n"
-        "from rlhf_lightning.errors import UserError\n"
-        "try: needs('crowdkit.aggregation')\n"
-        "except UserError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "crowd-kit is not installed: pip install 'rlhf-lightning[agreement]'\n"
