@@ -28,6 +28,9 @@ COUNTS = {
     "num_minibatches": "[1, inf)", "critic_warmup": "[0, inf)",
 }  # fmt: skip
 
+NOT_OF = {"rloo": ("whiten_rewards",), "grpo": ("whiten_rewards", "whiten_advantages")}
+"""Options that an estimator has no use for."""
+
 
 def check_ranges(stage: str, given: Mapping[str, Any]) -> None:
     """Raise a UserError for a number outside its range; None is no number."""
@@ -51,6 +54,9 @@ def check_options(given: Mapping[str, Any]) -> None:
             f"{estimator} compares responses to one prompt: num_generations={given['num_generations']} must be at "
             "least 2"
         )
+    for key in NOT_OF.get(estimator, ()):
+        if given[key]:
+            raise UserError(f"{key}={given[key]} is not of {estimator}, which compares the responses to one prompt")
     if estimator != "gae" and given["critic_warmup"]:
         raise UserError(f"critic_warmup={given['critic_warmup']} is of PPO; {estimator} has no critic")
     if given["kl_in"] == "loss" and given["kl_estimator"] == "k1":

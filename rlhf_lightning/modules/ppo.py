@@ -51,7 +51,7 @@ class PPO(Online):
             :class:`rlhf_lightning.ops.kl.KLController`.
         kl_estimator: k1, k2 or k3; kl_in: "reward" or "loss" (GRPO).
         whiten_advantages, whiten_rewards: normalize over all response tokens of all ranks; None whitens the
-            advantages of GAE only.
+            advantages of GAE only. GRPO whitens neither, RLOO no rewards.
         scale_rewards: divide GRPO's advantages by the standard deviation within the prompt.
         loss_type: how the losses of tokens are averaged, see :func:`rlhf_lightning.ops.losses.response_weights`.
         target_kl: stop the PPO epochs when the policy has moved this far from the policy that generated.
@@ -217,7 +217,7 @@ class PPO(Online):
             totals = tokens["rewards"].sum(1).view(-1, rollout.num_generations)
             per_response = rloo(totals) if self.estimator == "rloo" else grpo(totals, self.scale_rewards)
             tokens["advantages"] = per_response.flatten()[:, None] * mask
-        if self.whiten_advantages and self.estimator != "grpo":
+        if self.whiten_advantages:
             tokens["advantages"] = whiten(tokens["advantages"], mask, reduce=self.reduce)
         return metrics
 

@@ -213,12 +213,16 @@ def test_no_validation_keeps_a_stopped_run_alive(place: str, validated: int, mon
 
 
 @quiet_lightning
-def test_another_callbacks_stop_inside_a_window_is_not_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("received", [None, 15])
+def test_another_callbacks_stop_inside_a_window_is_not_saved(received: int | None, tmp_path: Path) -> None:
     class Halt(Callback):
         def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             trainer.should_stop = batch_idx == 4
+            stop.received = received if batch_idx == 4 else None
 
-    train(tmp_path, Halt(), accumulate=3, steps=4, every=50)
+    stop = Stop()
+    stop.on_train_start = lambda *args: None  # type: ignore[method-assign]
+    train(tmp_path, stop, Halt(), accumulate=3, steps=4, every=50)
     assert not (tmp_path / "last.ckpt").exists()
 
 

@@ -392,6 +392,11 @@ def test_gradient_that_is_not_finite_never_reaches_the_weights() -> None:
         ({"kl_in": "loss"}, "no gradient in expectation"),
         ({"loss_type": "bnpo"}, "dapo, grpo, dr_grpo"),
         ({"estimator": "rloo", "num_generations": 2, "critic_warmup": 1}, "rloo has no critic"),
+        (
+            {"estimator": "grpo", "num_generations": 2, "whiten_advantages": True},
+            "whiten_advantages=True is not of grpo",
+        ),
+        ({"estimator": "rloo", "num_generations": 2, "whiten_rewards": True}, "whiten_rewards=True is not of rloo"),
         ({"temperature": 0.0}, r"^ppo\.temperature=0.0 is not a finite number in \(0, inf\)$"),
         ({"ppo_epochs": 0}, r"^ppo\.ppo_epochs=0 is not a whole number in \[1, inf\)$"),
         ({"num_minibatches": 1.5}, r"^ppo\.num_minibatches=1.5 is not a whole number in"),
