@@ -2,8 +2,8 @@
 
     python benchmarks/rlaif.py --out rlaif
 
-Every seed is a run of its own, resumed where it was stopped. The gold reward of PPO and DPO, with 95% intervals over the
-seeds, goes to rlaif.json, rlaif.md and rlaif.png in the folder.
+Every seed is a run of its own, resumed where it was stopped. The gold reward of PPO and DPO, with 95% intervals over
+the seeds, goes to rlaif.json, rlaif.md and rlaif.png in the folder.
 """
 
 from __future__ import annotations
