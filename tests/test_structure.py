@@ -26,7 +26,7 @@ CONFIGURED = {"runtime", "stages", "__main__"}
 """Where Hydra and OmegaConf may be imported."""
 TORCH_FREE = {"errors", "files", "world"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = {"gguf", "starlette", "uvicorn"}  # imported behind a check, declared as an extra
+EXTRAS = {"gguf", "httpx2", "openai", "starlette", "uvicorn"}  # imported behind a check, declared as an extra
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

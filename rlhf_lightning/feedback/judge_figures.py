@@ -11,7 +11,7 @@ from rlhf_lightning.data.comparisons import digest
 from rlhf_lightning.data.layouts import Row
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.judges.calibration import calibrated, calibration_error, cross_fitted, fit_temperature
-from rlhf_lightning.ops.statistics import Interval, mean_interval, share_interval
+from rlhf_lightning.ops.statistics import Interval, share_interval
 
 CALIBRATIONS = ("none", "temperature")
 Rankings = Sequence[Sequence[int]]
@@ -67,8 +67,7 @@ def figures(rows: Sequence[Row], known: Mapping[str, Rankings], ordered: bool = 
 
     def add(name: str, values: Sequence[float], clusters: Sequence[str]) -> None:
         if values:
-            interval = share_interval if set(values) <= {0.0, 1.0} else mean_interval
-            table[name] = interval(values, clusters)
+            table[name] = share_interval(values, clusters)  # too wide where there are ties, which count half
 
     labeled = [pair for pair in pairs if pair.known is not None and pair.known != 0.5]
     add("accuracy", [credit(p.probability, p.known) for p in labeled], [p.cluster for p in labeled])
@@ -165,15 +164,20 @@ def temperature_of(
 
 
 def soft_rows(rows: Sequence[Row], temperature: float = 1.0) -> list[Row]:
-    """Return a preference row for every two responses, whose `label` is the probability of the chosen one."""
+    """Return a preference row for every two responses, whose `label` is the probability of the chosen one.
+
+    Empty responses, and those that repeat another, are left out.
+    """
     made = []
     for row in rows:
         left_out = ("responses", "ranking", "annotator", "seconds", "time", "judge", "probability", "ratings", "votes")
         shared = {name: value for name, value in row.items() if name not in left_out}
+        bare = [text.strip() for text in row["responses"]]
+        used = {i for i, text in enumerate(bare) if text and text not in bare[:i]}
         for (i, j), pair in pairs_of(row, ()):
-            texts = row["responses"][i], row["responses"][j]
-            if not all(text.strip() for text in texts):
+            if not {i, j} <= used:
                 continue
+            texts = row["responses"][i], row["responses"][j]
             p = pair.probability if temperature == 1.0 else calibrated(pair.probability, temperature)
             chosen, rejected, label = (*texts, p) if p >= 0.5 else (*reversed(texts), 1 - p)
             made.append(shared | {"chosen": chosen, "rejected": rejected, "label": label})

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from rlhf_lightning.data.messages import Message, RowError
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.errors import UserError, check_number
 from rlhf_lightning.generation.answers import answer, start
 from rlhf_lightning.generation.engine import Engine
+from rlhf_lightning.generation.server import Server, answers_of
 from rlhf_lightning.ops.groups import Group
-
-KEY_VARIABLE = "OPENAI_API_KEY"
-"""The environment variable with the key of a server, and the only place where one is looked for."""
 
 
 class Chat(Protocol):
@@ -126,10 +119,10 @@ class LocalChat:
 
 
 class ServerChat:
-    """A model behind an OpenAI-compatible server, such as vLLM, llama.cpp or Ollama.
+    """A model behind an OpenAI-compatible server, see :class:`rlhf_lightning.generation.server.Server`.
 
     Args:
-        base_url: up to `/v1`; the key, where one is needed, is read from the environment variable OPENAI_API_KEY.
+        base_url: up to `/v1`.
         model: its name there.
         timeout: seconds to wait for an answer.
 
@@ -146,49 +139,32 @@ class ServerChat:
         temperature: float = 1.0,
         timeout: float = 120,
     ) -> None:
-        address = urlsplit(str(base_url))
-        if address.scheme not in ("http", "https") or not address.hostname or address.username:
-            raise UserError(f"label.base_url={base_url} is not a URL such as http://127.0.0.1:8000/v1")
+        self.server = Server(base_url, timeout=timeout, key="label")
         if not model:
             raise UserError(f"label.base_url={base_url} needs label.model=<the model's name there>")
-        self.url = f"{str(base_url).rstrip('/')}/chat/completions"
-        self.model, self.timeout = str(model), timeout
-        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.model, self.max_new_tokens, self.temperature = str(model), max_new_tokens, temperature
 
     def close(self) -> None:
-        """Nothing is kept open between calls; one that is running ends with its server's answer."""
+        """Ask no more; a request that is running ends with its server's answer."""
+        self.server.close()
 
     def __call__(self, messages: Sequence[Message], num_generations: int, seed_parts: Sequence[int | str]) -> list[str]:
         """Return sampled answers, see :class:`Chat`; a server that returns one at a time is asked again."""
         texts: list[str] = []
         while len(texts) < num_generations:
-            got = self._request(messages, num_generations - len(texts))
+            got = answers_of(
+                self.server.chat(
+                    model=self.model,
+                    messages=[{"role": m["role"], "content": m["content"]} for m in messages],
+                    n=num_generations - len(texts),
+                    temperature=self.temperature,
+                    max_tokens=self.max_new_tokens,
+                )
+            )
             if not got:
-                raise UserError(f"{self.url} returned no answer")
+                raise UserError(f"{self.server.url} returned no answer")
             texts += got
         return texts[:num_generations]
-
-    def _request(self, messages: Sequence[Message], count: int) -> list[str]:
-        body = {
-            "model": self.model, "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
-            "n": count, "temperature": self.temperature, "max_tokens": self.max_new_tokens,
-        }  # fmt: skip
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                choices = json.loads(response.read())["choices"]
-            return [choice["message"]["content"] or "" for choice in choices]
-        except urllib.error.HTTPError as error:
-            with error:
-                reason = " ".join(error.read(2000).decode(errors="replace").split())[:200]
-            hint = f"; the key is read from {KEY_VARIABLE}" if error.code in (401, 403) else ""
-            raise UserError(f"{self.url} answered {error.code} {error.reason}: {reason}{hint}") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = getattr(error, "reason", None) or f"{type(error).__name__}: {error}"
-            raise UserError(f"{self.url} cannot be used: {reason}") from None
 
 
 def check_sampling(stage: str, max_new_tokens: int, temperature: float) -> None:

@@ -7,7 +7,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -76,16 +76,16 @@ class Server:
         self.url, self.timeout, self.retries, self.backoff = str(base_url).rstrip("/"), timeout, retries, backoff
         self._openai, self._closed = openai, threading.Event()
         self._secret = os.environ.get(KEY_VARIABLE, "")
-        headers: dict[str, Any] = {"Accept-Encoding": "identity"}  # the limit counts what is decoded
+        self._headers: dict[str, Any] = {"Accept-Encoding": "identity"}  # the limit counts what is decoded
         if not self._secret:
-            headers["Authorization"] = openai.Omit()
+            self._headers["Authorization"] = openai.Omit()
         http = httpx2.Client(
             follow_redirects=False, timeout=timeout, event_hooks={"response": [self._limit]},
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
         )  # fmt: skip
         self._client = openai.OpenAI(
             base_url=self.url, api_key=self._secret or "none", organization="", project="", max_retries=0,
-            timeout=timeout, http_client=http, default_headers=headers,
+            timeout=timeout, http_client=http,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -99,9 +99,10 @@ class Server:
         Raises:
             ServerError: there is none after all tries.
         """
+        create = self._client.chat.completions.with_raw_response.create
         for attempt in range(self.retries + 1):
             try:
-                return self._once(lambda: self._client.chat.completions.with_raw_response.create(**body), "choices")
+                return self._once(lambda: create(**body, extra_headers=self._headers), "choices")
             except ServerError as error:
                 if not error.passing or attempt == self.retries:
                     raise
@@ -115,7 +116,8 @@ class Server:
     def models(self) -> list[str]:
         """Return the names of the server's models, none where it does not say."""
         try:
-            listed = self._once(lambda: self._client.models.with_raw_response.list(), "data")["data"]
+            ask = self._client.models.with_raw_response.list
+            listed = self._once(lambda: ask(extra_headers=self._headers), "data")["data"]
             return [str(model["id"]) for model in listed]
         except (ServerError, KeyError, TypeError):
             return []
@@ -174,6 +176,19 @@ class Server:
         if response.headers.get("content-encoding", "identity").lower() != "identity":
             raise ServerError(f"{self.url} cannot be used: its answer is compressed, which was not asked for")
         response.stream = limited(response.stream, self.url, self.timeout)
+
+
+def answers_of(answer: Mapping[str, Any]) -> list[str]:
+    """Return the texts of the choices of an answer, "" for one that has none.
+
+    Raises:
+        ServerError: a choice is no message.
+    """
+    try:
+        contents = [choice["message"]["content"] for choice in answer["choices"]]
+    except (KeyError, TypeError):
+        raise ServerError("the server's answer has a choice without a message", passing=True) from None
+    return [content if isinstance(content, str) else "" for content in contents]
 
 
 def limited(stream: Any, url: str, timeout: float) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.errors import UserError, check_number, nearest
-from rlhf_lightning.generation.server import Server, ServerError, concurrently
+from rlhf_lightning.generation.server import Server, ServerError, answers_of, concurrently
 from rlhf_lightning.judges.cache import cached
 from rlhf_lightning.judges.language import LanguageJudge
 from rlhf_lightning.judges.questions import Question, Reply
@@ -169,7 +169,13 @@ class ServerModel:
             if self.temperature:
                 body["seed"] = derive_seed(self.seed, question.text, question.sample) % 2**31
         answer = self.server.chat(**body)
-        return self._made(answer, text_of(answer), None, began)
+        return self._made(answer, self._text(answer), None, began)
+
+    def _text(self, answer: Mapping[str, Any]) -> str:
+        texts = answers_of(answer)
+        if not texts:
+            raise ServerError(f"{self.server.url} returned no answer")
+        return texts[0]
 
     def _made(self, answer: Any, text: str | None, shares: tuple[float, ...] | None, began: float) -> Reply:
         read, written = (token_count(answer, name) for name in ("prompt_tokens", "completion_tokens"))
@@ -193,15 +199,6 @@ def option_shares(answer: Mapping[str, Any], options: Sequence[str]) -> tuple[fl
     except (KeyError, IndexError, TypeError, ValueError):
         return None
     return tuple(sum(share for token, share in shares if token == option) for option in options) if shares else None
-
-
-def text_of(answer: Mapping[str, Any]) -> str:
-    """Return the text of the first choice, "" where it has none."""
-    try:
-        content = answer["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        raise ServerError("the server returned a choice without a message") from None
-    return content if isinstance(content, str) else ""
 
 
 def token_count(answer: Mapping[str, Any], name: str) -> int:

@@ -57,6 +57,7 @@ EXTRAS = {
     "hydra_plugins.hydra_joblib_launcher": "sweeps",
     "hydra_plugins.hydra_optuna_sweeper": "sweeps",
     "mlflow": "mlflow",
+    "openai": "judge",
     "starlette": "label",
     "uvicorn": "label",
     "wandb": "wandb",

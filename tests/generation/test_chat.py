@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
-from typing import Any, ClassVar
 from unittest.mock import patch
 
 import pytest
@@ -21,6 +16,7 @@ from rlhf_lightning.generation.chat import LocalChat, ServerChat
 from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
 from rlhf_lightning.models.tiny import build_tiny
+from tests.helpers.openai_server import Sent, completion, openai_server
 
 HELLO = [{"role": "user", "content": "Say hello."}]
 
@@ -69,69 +65,38 @@ def test_a_call_in_another_thread_is_ended(local: LocalChat) -> None:
         chat(HELLO, 1, (0,))
 
 
-class Server(BaseHTTPRequestHandler):
-    """An OpenAI-compatible server that returns one choice at a time, or what the model's name says."""
-
-    seen: ClassVar[list[Any]] = []
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.seen.append((self.path, self.headers.get("authorization"), body))
-        answers: dict[str, tuple[int, Any]] = {
-            "broken": (200, {"error": 1}), "none": (200, {"choices": []}), "forbidden": (401, {"error": "who?"}),
-        }  # fmt: skip
-        choice = {"message": {"content": f"answer {len(self.seen)}"}}
-        status, answer = answers.get(body["model"], (200, {"choices": [choice]}))
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(json.dumps(answer).encode())
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def url() -> Iterator[str]:
-    """The URL of such a server."""
-    Server.seen.clear()
-    server = HTTPServer(("127.0.0.1", 0), Server)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
 @patch.dict(os.environ, OPENAI_API_KEY="the-key")
-def test_a_server_is_asked_until_there_are_enough(url: str) -> None:
-    assert ServerChat(url, "m", max_new_tokens=7, temperature=0.5)(HELLO, 2, (0,)) == ["answer 1", "answer 2"]
-    path, key, body = Server.seen[0]
+def test_a_server_is_asked_until_there_are_enough() -> None:
+    with openai_server(lambda body, number: completion(f"answer {number}")) as server:
+        chat = ServerChat(server.url, "m", max_new_tokens=7, temperature=0.5)
+        assert chat(HELLO, 2, (0,)) == ["answer 1", "answer 2"]
+    path, key, body = server.seen[0]
     assert (path, key) == ("/v1/chat/completions", "Bearer the-key")
     assert body == {"model": "m", "messages": HELLO, "n": 2, "temperature": 0.5, "max_tokens": 7}
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("sent", "message"),
     [
-        ("broken", "cannot be used: KeyError"),
-        ("none", "returned no answer"),
-        ("forbidden", "answered 401 .*OPENAI_API_KEY"),
+        (Sent({"error": 1}), "cannot be used: its answer has no choices"),
+        (Sent({"choices": []}), "returned no answer"),
+        (Sent({"choices": [{"text": "old"}]}), "a choice without a message"),
+        (Sent({"error": "who?"}, 401), "answered 401 .*OPENAI_API_KEY"),
     ],
 )
 @patch.dict(os.environ, OPENAI_API_KEY="the-key")
-def test_what_a_server_may_say(url: str, model: str, message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        ServerChat(url, model)(HELLO, 1, (0,))
+def test_what_a_server_may_say(sent: Sent, message: str) -> None:
+    with openai_server(lambda body, number: sent) as server, pytest.raises(UserError, match=message) as caught:
+        ServerChat(server.url, "m")(HELLO, 1, (0,))
     assert "the-key" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_server_that_is_not_there(tmp_path: Path) -> None:
+def test_a_server_that_is_not_there() -> None:
     with pytest.raises(UserError, match="cannot be used: .*refused"):
         ServerChat("http://127.0.0.1:9/v1", "m")(HELLO, 1, (0,))
     for given in ("file:///etc/passwd", "localhost:8000", "http://user:pass@host/v1"):
-        with pytest.raises(UserError, match="is not a URL such as"):
+        with pytest.raises(UserError, match=r"label\.base_url=.* is not a URL such as"):
             ServerChat(given, "m")
     with pytest.raises(UserError, match="needs label.model"):
         ServerChat("http://127.0.0.1:9/v1", None)
