@@ -61,7 +61,7 @@ def identity(settings: dict[str, Any]) -> dict[str, Any]:
         if node and str(node.get("_target_")).rpartition(".")[2] in kinds:
             deciding[f"callbacks.{name}"] = node
     data = {key: value for key, value in settings["data"].items() if key not in ("cache_dir", "num_workers")}
-    return deciding | {"data": data, "judge": deciding_judge(settings["judge"])}
+    return deciding | {"data": data, "judge": deciding_judge(settings.get("judge"))}
 
 
 def deciding_judge(settings: dict[str, Any] | None) -> dict[str, Any] | None:
