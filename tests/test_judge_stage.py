@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -54,8 +55,8 @@ def run(tmp_path: Path, url: str, *more: str, **options: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_labels_train_and_the_key_is_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(os.environ, "OPENAI_API_KEY", KEY)
+@patch.dict(os.environ, OPENAI_API_KEY=KEY)
+def test_labels_train_and_the_key_is_nowhere(tmp_path: Path) -> None:
     write(tmp_path / "pairs.jsonl", preferences(12))
     with openai_server(prefers_good) as server:
         done = run(tmp_path, server.url, "judge.soft_labels=true", "judge.calibrate=temperature",
@@ -121,7 +122,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
             not (parts := [*(tmp_path / "outputs").rglob("labels.part.jsonl")]) or parts[0].read_text().count("\n") < 3
         ):
             time.sleep(0.01)
-        started.signal(signal.SIGTERM)
+        started.send_signal(signal.SIGTERM)
         assert started.wait() == 143
         out.close()
         kept = len(read(parts[0]))
@@ -198,7 +199,7 @@ def test_a_local_judge_as_a_reward(tmp_path: Path, judge_folder: str) -> None:
 
 @pytest.mark.slow
 def test_the_world_s_judge_scores_in_evaluate_and_pipelines(tmp_path: Path) -> None:
-    rlhf(tmp_path, "stage=sft", "data=world", "max_steps=1", "data.world.records=8", *SMALL)
+    rlhf(tmp_path, "stage=sft", "data=world", "max_steps=1", "data.train_rows=16", "data.val_rows=8", *SMALL)
     start = newest(tmp_path, "sft") / "model"
     rlhf(tmp_path, "stage=evaluate", f"init_from={start}", "data=world", "evaluate.rows=4", "reward_from=judge:world",
          "gold_from=world", "evaluate.max_new_tokens=4")  # fmt: skip

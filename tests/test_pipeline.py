@@ -143,4 +143,9 @@ def test_a_judge_takes_the_place_of_annotators(name: str, tmp_path: Path) -> Non
     assert {row["annotator"] for row in rows} == {"world"}
     if name == "cai":
         assert "revised/gold" in metrics
-        assert {row["judge"].get("principle", row.get("principle")) for row in rows} <= {"harmless", "helpful", "honest", "concise"}
+        assert {row["judge"].get("principle", row.get("principle")) for row in rows} <= {
+            "harmless",
+            "helpful",
+            "honest",
+            "concise",
+        }
