@@ -224,7 +224,7 @@ def test_the_reward_of_a_file_chooses_the_judge(tmp_path: Path) -> None:
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     experiment = tmp_path / "conf" / "experiment" / "mine.yaml"
     experiment.write_text("# @package _global_\nreward_from: judge:world\n")
-    show = ["--config-dir=conf", "stage=ppo", "experiment=mine", "--cfg", "job", "--package", "judge"]
+    show = ["stage=ppo", "experiment=mine", "--config-dir=conf", "--cfg", "job", "--package", "judge"]
     assert "kind: world" in rlhf(tmp_path, *show).stdout
     assert "another judge than judge=local" in rlhf(tmp_path, "judge=local", "judge.model=m", *show, code=2).stderr
     experiment.write_text("# @package _global_\nreward_from: [judge:world, judge:local]\n")
