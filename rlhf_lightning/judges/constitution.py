@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.files import fingerprint, regular
@@ -116,16 +118,14 @@ class Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "references (*) are not read", self.peek_event().start_mark)
+            raise ComposerError(None, None, "references (*) are not read", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for place, key in enumerate(keys):
             if key in keys[:place]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} comes twice", node.value[place][0].start_mark
-                )
+                raise ConstructorError(None, None, f"{key!r} comes twice", node.value[place][0].start_mark)
         return super().construct_mapping(node, deep)
 
 
