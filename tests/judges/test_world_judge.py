@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +16,10 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.judges.constitution import Conflict, Constitution, load_constitution
 from rlhf_lightning.judges.table import load_judge
 from rlhf_lightning.judges.world import WorldJudge, check_known, violates
+from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.world import gold, rows
 from rlhf_lightning.world.prompts import Prompt, candidates, declared
+from tests.helpers.cli import newest, rlhf
 
 
 def of(row: dict[str, Any]) -> Prompt:
@@ -208,3 +212,32 @@ def test_it_is_chosen_by_name() -> None:
     )
     assert isinstance(judge, WorldJudge)
     assert (judge.error_rate, judge.seed, judge.name) == (0.25, 3, "world")
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("judge_world")
+def test_as_a_stage_and_as_a_reward(tmp_path: Path) -> None:
+    """Its labels and its scores go by the gold reward; rows of others are told in a line."""
+    row = {"prompt": "Say hello.", "responses": ["Hello!", "No."]}
+    asked = [{**c.metadata, "responses": list(c.responses)} for c in pairs()[:12]]
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "world.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    build_tiny(tmp_path / "model", ["What is the capital?"], vocab_size=270, hidden_size=16, layers=1, heads=2)
+    rlhf(tmp_path, "stage=judge", "judge=world", "data.train=world.jsonl")
+    labels = [json.loads(line) for line in (newest(tmp_path, "judge") / "labels.jsonl").read_text().splitlines()]
+    assert len(labels) == 12
+    for label in labels:
+        first, second = (gold(label, text).total for text in label["responses"])
+        assert label["ranking"] == ([0, 1] if first > second else [1, 0])
+    rlhf(tmp_path, "stage=candidates", "init_from=model", "data.train=world.jsonl", "data.template=plain",
+         "reward_from=judge:world", "candidates.num_generations=0")  # fmt: skip
+    scored = [
+        json.loads(line) for line in (newest(tmp_path, "candidates") / "candidates.jsonl").read_text().splitlines()
+    ]
+    for row, given in zip(scored, asked, strict=True):
+        assert row["scores"] == pytest.approx([gold(given, text).total for text in row["responses"]])
+    done = rlhf(tmp_path, "stage=judge", "judge=world", "data.train=mine.jsonl", code=2)
+    assert "is no row of the built-in world (it has no family, ideal, answer, others, claim, count)" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = rlhf(tmp_path, "stage=judge", "judge=world", "judge.error_rate=1.5", "data.train=world.jsonl", code=2)
+    assert "judge.error_rate=1.5 is not a finite number in [0, 1]" in done.stderr
