@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_lightning.__main__ import normalize
 from rlhf_lightning.models.tiny import build_tiny
+from rlhf_lightning.runtime.composition import judge_of_command
 from tests.helpers.compose import composed
 from tests.helpers.lightning import quiet_lightning
 
@@ -55,4 +56,4 @@ def test_commands_compose(command: str) -> None:
     words = shlex.split(command.replace("<", "").replace(">", "").replace("...", ""))[1:]
     overrides = normalize([w for w in words if "=" in w and not w.startswith("hydra.")])
     overrides = [o if "=[" in o or "={" in o else o.split(",")[0] for o in overrides]  # of a sweep the first value
-    composed(*overrides)
+    composed(*overrides, *judge_of_command(overrides))

@@ -164,15 +164,20 @@ def temperature_of(
 
 
 def soft_rows(rows: Sequence[Row], temperature: float = 1.0) -> list[Row]:
-    """Return a preference row for every two responses, whose `label` is the probability of the chosen one."""
+    """Return a preference row for every two responses, whose `label` is the probability of the chosen one.
+
+    Empty responses, and those that repeat another, are left out.
+    """
     made = []
     for row in rows:
         left_out = ("responses", "ranking", "annotator", "seconds", "time", "judge", "probability", "ratings", "votes")
         shared = {name: value for name, value in row.items() if name not in left_out}
+        bare = [text.strip() for text in row["responses"]]
+        used = {i for i, text in enumerate(bare) if text and text not in bare[:i]}
         for (i, j), pair in pairs_of(row, ()):
-            texts = row["responses"][i], row["responses"][j]
-            if not all(text.strip() for text in texts):
+            if not {i, j} <= used:
                 continue
+            texts = row["responses"][i], row["responses"][j]
             p = pair.probability if temperature == 1.0 else calibrated(pair.probability, temperature)
             chosen, rejected, label = (*texts, p) if p >= 0.5 else (*reversed(texts), 1 - p)
             made.append(shared | {"chosen": chosen, "rejected": rejected, "label": label})

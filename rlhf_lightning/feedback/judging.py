@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_lightning.data import records
 from rlhf_lightning.data.comparisons import Comparison, LabeledComparison, digest
-from rlhf_lightning.data.layouts import Canonical, Columns, has_value
+from rlhf_lightning.data.layouts import Canonical, Columns, has_value, listed
 from rlhf_lightning.data.messages import RowError
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.errors import UserError, nearest
@@ -96,6 +96,8 @@ def comparisons_of(row: Any, columns: Columns) -> list[tuple[Comparison, tuple[i
         raise RowError("the row is no object")
     view = Canonical(columns.view(row))
     if has_value(view.get("responses")) and not has_value(view.get("ranking")):
+        if not has_value(view.get("prompt")):
+            raise RowError(f"there is no prompt; {listed(view)}")
         prompt, texts = records.prompt_of(view, columns), tuple(records.given_responses(view, columns))
         if len(texts) < 2:
             raise RowError("responses has one text, and nothing to compare it with")

@@ -61,13 +61,12 @@ def identity(settings: dict[str, Any]) -> dict[str, Any]:
         if node and str(node.get("_target_")).rpartition(".")[2] in kinds:
             deciding[f"callbacks.{name}"] = node
     data = {key: value for key, value in settings["data"].items() if key not in ("cache_dir", "num_workers")}
-    return deciding | {"data": data, "judge": deciding_judge(settings["judge"])}
+    judge = deciding.pop("judge", None)
+    return deciding | {"data": data} | ({"judge": deciding_judge(judge)} if judge else {})
 
 
-def deciding_judge(settings: dict[str, Any] | None) -> dict[str, Any] | None:
+def deciding_judge(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a judge that decide what it says; its models are parents, by their content."""
-    if settings is None:
-        return None
     result = {key: value for key, value in settings.items() if key not in HOW_TO_ASK}
     if members := result.get("members"):
         result["members"] = {name: deciding_judge(member) for name, member in members.items()}
