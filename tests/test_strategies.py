@@ -38,7 +38,7 @@ STAGES = {
     ],
     "rloo": ["rloo.max_new_tokens=6", "rloo.num_generations=2"],
     "grpo": ["grpo.max_new_tokens=6", "grpo.num_generations=2", "adapter=lora"],
-    "online_dpo": ["online_dpo.max_new_tokens=6", "online_dpo.num_minibatches=2", "online_dpo.microbatch_tokens=48"],
+    "online_dpo": ["online_dpo.max_new_tokens=6", "online_dpo.microbatch_tokens=48", "online_dpo.beta=0.5"],
 }
 ONLINE = ("ppo", "rloo", "grpo", "online_dpo")
 PER_COMMIT = {("dpo", "ddp"), ("dpo", "fsdp2"), ("ppo", "fsdp2"), ("ppo", "tensor_parallel")}  # the rest at night
