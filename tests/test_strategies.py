@@ -39,7 +39,7 @@ STAGES = {
     ],
     "rloo": ["rloo.max_new_tokens=6", "rloo.num_generations=2"],
     "grpo": ["grpo.max_new_tokens=6", "grpo.num_generations=2", "adapter=lora"],
-    "online_dpo": ["online_dpo.max_new_tokens=6", "online_dpo.num_minibatches=2", "online_dpo.microbatch_tokens=48"],
+    "online_dpo": ["online_dpo.max_new_tokens=6", "online_dpo.microbatch_tokens=48", "online_dpo.beta=0.5"],
 }
 STAGE_OF = {"groups": "reward"}  # the others are called like the stage
 ONLINE = ("ppo", "rloo", "grpo", "online_dpo")

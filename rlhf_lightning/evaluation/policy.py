@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -18,7 +17,7 @@ from rlhf_lightning.generation.answers import answer, start
 from rlhf_lightning.generation.engine import Engine, truncation
 from rlhf_lightning.models.completion import CompletionModel, choose_layout, response_logprobs, vocabulary_size
 from rlhf_lightning.ops.groups import Group
-from rlhf_lightning.ops.kl import kl_estimate
+from rlhf_lightning.ops.kl import best_of_n_kl, kl_estimate
 from rlhf_lightning.ops.statistics import Interval, mean_interval, share_interval
 from rlhf_lightning.rewards.scoring import Reward, score_groups
 
@@ -83,7 +82,7 @@ class Evaluation:
         chosen = list(best.values())
         columns = {name: [column[place] for place in chosen] for name, column in self.columns.items() if name != "kl"}
         if "kl" in self.columns and to_reference:
-            columns["kl"] = [math.log(n) - (n - 1) / n] * len(chosen)
+            columns["kl"] = [best_of_n_kl(n)] * len(chosen)
         samples = [{k: v for k, v in self.samples[place].items() if k != "kl"} for place in chosen]
         return Evaluation(columns, list(best), [self.prompts[place] for place in chosen], samples, self.groups)
 

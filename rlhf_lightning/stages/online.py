@@ -19,7 +19,7 @@ def run(run: Run) -> float | None:
     load, name = settings["model"]["load"], run.stage.name
     reward = run.reward("reward_from")
     if reward is None:
-        raise UserError("reward_from is needed: a reward model folder, module:function, or world")
+        raise UserError("reward_from is needed: a reward model folder, module:function, judge:<judge>, or world")
     if options.get("ptx_coef") and not settings["data"].get("ptx"):
         raise UserError(f"{name}.ptx_coef needs demonstrations: data.ptx=<file>")
     if settings["trainer"]["accumulate_grad_batches"] not in (1, AUTO) or settings["trainer"]["gradient_clip_val"]:

@@ -120,6 +120,8 @@ def test_two_devices_write_the_file_of_one(strategy: str, folder: Path, alone: P
 def test_the_file_trains_a_reward_model_which_scores_it(folder: Path, alone: Path) -> None:
     given = [f"init_from={newest(folder, 'sft')}/model", f"data.train={alone}/candidates.jsonl", "data.batch_size=4"]
     rlhf(folder, "stage=reward", *given, "data.on_bad_row=skip", "max_steps=2")
+    done = rlhf(folder, "stage=sft", *given, "data=demonstrations/jsonl", "data.on_bad_row=skip", "max_steps=1")
+    assert "sft done" in done.stdout  # rejection sampling: the best response of each row
     reward = newest(folder, "reward") / "model"
     scored = candidates(folder, "scored", f"data.train={alone}/candidates.jsonl", "candidates.num_generations=0",
                         f"reward_from={reward}")  # fmt: skip

@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf_lightning.ops.ranking import bradley_terry, centering, pairwise_ranking, plackett_luce, ranked_pairs
+from rlhf_lightning.ops.ranking import (
+    bradley_terry,
+    centering,
+    pairwise_ranking,
+    plackett_luce,
+    ranked_pairs,
+    text_ranks,
+)
 
 ranking = st.lists(st.tuples(st.floats(-5, 5), st.integers(0, 3)), min_size=1, max_size=5)
 rankings = st.lists(ranking, min_size=1, max_size=4)
@@ -48,6 +55,10 @@ def test_margin_asks_for_a_larger_gap_whichever_response_is_preferred() -> None:
     flat = bradley_terry(f64(0.7), f64(0.2), 1.5, 0.0)
     torch.testing.assert_close(flat, f64(softplus(0.5 + 1.5)))
     torch.testing.assert_close(flat, bradley_terry(f64(0.2), f64(0.7), 1.5, 1.0))
+
+
+def test_equal_texts_share_a_rank() -> None:
+    assert text_ranks(["a", "b", "a ", "c", "d"], [1.0, 3.0, 9.0, 3.0, 0.5]) == [1, 0, 1, 0, 2]
 
 
 def test_bradley_terry_gradient() -> None:
