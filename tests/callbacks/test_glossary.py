@@ -32,7 +32,7 @@ DATA = {
     "ppo": PromptData,
     "online_dpo": PromptData,
 }
-EVALUATED = {"reward", "kl", "length", "ended_with_eos", "accuracy", "accuracy_mean"}  # beside those of the world
+EVALUATED = {"reward", "kl", "length", "ended_with_eos", "accuracy", "accuracy_mean", "shorter_accuracy"}  # beside those of the world
 EVALUATED |= {f"{metric}_{of}" for metric in ("gold", "reward", "accuracy") for of in ("<group>", "worst")}
 GROUPS = ("cautious", "curious")
 ELSEWHERE = {
@@ -41,6 +41,7 @@ ELSEWHERE = {
     "evaluation",
     "differences",
     "groups",
+    "pairs",
 }  # in metrics.json, or written by the evaluate stage
 
 
