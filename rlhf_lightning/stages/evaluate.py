@@ -18,7 +18,7 @@ from rlhf_lightning.data.datamodules import PreferenceData
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.data.tokenize import report_rows
 from rlhf_lightning.errors import UserError, check_number
-from rlhf_lightning.evaluation.baselines import bag_of_words, longer
+from rlhf_lightning.evaluation.baselines import Judgement, bag_of_words, longer
 from rlhf_lightning.evaluation.policy import Evaluation, evaluate_policy
 from rlhf_lightning.evaluation.reward_model import TextPair, accuracies, evaluate_reward_model, text_pairs
 from rlhf_lightning.evaluation.table import (
@@ -208,7 +208,7 @@ def baselines(run: Run, models: Mapping[str, str]) -> dict[str, dict[str, Interv
     """Return the accuracies of what the reward models have to beat, on the pairs that the first of them reads."""
     folder = next(iter(models.values()))
     pairs = pairs_of(preferences(run, folder))
-    judgements = {"longer": longer}
+    judgements: dict[str, Judgement] = {"longer": longer}
     if (source := run.sources.get("evaluate.bag_of_words")) is not None:
         judgements["bag_of_words"] = bag_of_words(pairs_of(preferences(run, folder, source)))
     if taken := judgements.keys() & models.keys():
