@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from omegaconf import OmegaConf
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.judges.table import JUDGES
 from rlhf_lightning.runtime.arguments import own_arguments
 from rlhf_lightning.runtime.explain import RENAMED, explain
 from rlhf_lightning.runtime.instantiate import EXTRAS, allowed_targets, instantiate, public_classes, targets
@@ -65,6 +66,13 @@ def test_stage_hyperparameters_are_the_modules(stage: str) -> None:
     assert {k for k in cfg.data if k != "_target_"} <= data
     world = composed(f"stage={stage}", "data=world")
     assert {k for k in world.data if k != "_target_"} <= data | {"turns"}
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_settings_of_judges_are_those_of_what_makes_them(name: str) -> None:
+    cfg = composed("stage=sft", f"judge={name}")
+    assert cfg.judge.kind == name
+    assert set(cfg.judge) - {"kind"} == parameters(JUDGES[name].load()) - {"self"}, name
 
 
 def parameters(target: Any) -> set[str]:

@@ -12,7 +12,10 @@ from unittest.mock import patch
 
 import pytest
 
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.tiny import build_tiny
+from rlhf_lightning.runtime.composition import judge_of_command
+from rlhf_lightning.runtime.pipeline import stage_values
 from tests.helpers.cli import SMALL, environment, fork_server, newest, rlhf
 from tests.helpers.openai_server import Sent, completion, openai_server
 from tests.judges.models import shown
@@ -205,6 +208,33 @@ def test_the_world_s_judge_scores_in_evaluate_and_pipelines(tmp_path: Path) -> N
          "gold_from=world", "evaluate.max_new_tokens=4")  # fmt: skip
     metrics = json.loads((newest(tmp_path, "evaluate") / "metrics.json").read_text())
     assert any("reward" in name for name in metrics)
+
+
+def test_the_reward_on_the_command_line_chooses_the_judge() -> None:
+    assert judge_of_command(["stage=ppo", "reward_from=judge:server", "judge.model=m"]) == ["judge=server"]
+    assert judge_of_command(["stage=evaluate", "gold_from=[world,judge:local]"]) == ["judge=local"]
+    assert judge_of_command(["reward_from={a: judge:local, b: world}"]) == ["judge=local"]
+    assert judge_of_command(["reward_from=judge:many", "+judge@judge.members.third=world"]) == ["judge=many"]
+    assert judge_of_command(["reward_from=judge:server", "judge=server"]) == []
+    assert judge_of_command(["stage=ppo", "reward_from=world"]) == []
+
+
+@pytest.mark.slow
+def test_the_reward_of_a_file_chooses_the_judge(tmp_path: Path) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    experiment = tmp_path / "conf" / "experiment" / "mine.yaml"
+    experiment.write_text("# @package _global_\nreward_from: judge:world\n")
+    show = ["stage=ppo", "experiment=mine", "--config-dir=conf", "--cfg", "job", "--package", "judge"]
+    assert "kind: world" in rlhf(tmp_path, *show).stdout
+    assert "another judge than judge=local" in rlhf(tmp_path, "judge=local", "judge.model=m", *show, code=2).stderr
+    experiment.write_text("# @package _global_\nreward_from: [judge:world, judge:local]\n")
+    assert "name several judges, local, world" in rlhf(tmp_path, *show, code=2).stderr
+
+
+def test_a_pipeline_may_not_say_where_the_key_is_sent() -> None:
+    for key in ("judge.base_url", "judge.members.a.base_url", "label.base_url"):
+        with pytest.raises(UserError, match=f"{key} is taken from the command line only"):
+            stage_values({"set": {key: "http://evil/v1"}}, {})
 
 
 @pytest.mark.slow

@@ -124,3 +124,28 @@ def test_feedback_of_simulated_people_goes_from_candidates_to_the_comparison(nam
             "mean/reward_curious",
             "heads/accuracy_worst",
         } <= metrics.keys()
+
+
+@pytest.mark.parametrize("name", ["rlaif", "cai"])
+def test_a_judge_takes_the_place_of_annotators(name: str, tmp_path: Path) -> None:
+    """Candidates, the judge's labels, reward model, PPO and DPO; with a constitution, revisions before."""
+    done = rlhf(
+        tmp_path, f"pipeline={name}", *QUICK[1:], "pipeline.stages.candidates.set.candidates.max_new_tokens=8",
+        "pipeline.stages.judge.set.judge.error_rate=0.2",
+    )  # fmt: skip
+    assert f"pipeline {name} done" in done.stdout
+    (run,) = (tmp_path / "outputs" / "pipelines" / name).iterdir()
+    (last,) = run.glob("*_evaluate")
+    metrics = json.loads((last / "metrics.json").read_text())
+    assert {"sft/gold", "ppo/gold_low", "dpo/kl", "reward/accuracy"} <= metrics.keys()
+    (labels,) = run.glob("*_judge/labels.jsonl")
+    rows = [json.loads(line) for line in labels.read_text().splitlines()]
+    assert {row["annotator"] for row in rows} == {"world"}
+    if name == "cai":
+        assert "revised/gold" in metrics
+        assert {row["judge"].get("principle", row.get("principle")) for row in rows} <= {
+            "harmless",
+            "helpful",
+            "honest",
+            "concise",
+        }

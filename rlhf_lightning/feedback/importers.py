@@ -28,12 +28,13 @@ SIDES = (("1", "2"), ("a", "b"), ("A", "B"), ("left", "right"), ("0", "1"))
 
 
 OF_A_LABEL = {*READ, *IDS, "system_prompt", "group", "strength", "shown", "seconds", "time", "check", "acceptable"}
-"""Columns that are not kept as metadata of a comparison; schemas of tools belong to its prompt, and are."""
+OF_A_LABEL -= {"tools", "answer"}
+"""Columns that are not kept as metadata of a comparison; tools and the known answer belong to its prompt, and are."""
 
 
 def metadata(row: Row, others: Collection[str] = ()) -> Row:
     """Return the columns of a row that are about its comparison, without `others` that were read."""
-    return {name: value for name, value in row.items() if name == "tools" or name not in {*OF_A_LABEL, *others}}
+    return {name: value for name, value in row.items() if name not in {*OF_A_LABEL, *others}}
 
 
 def id_of(row: Row, otherwise: str) -> str:

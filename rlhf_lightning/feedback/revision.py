@@ -10,9 +10,9 @@ from typing import Any, Protocol
 from rlhf_lightning.data.comparisons import OF_OTHERS
 from rlhf_lightning.data.messages import Message, turn
 from rlhf_lightning.errors import UserError, check_number
-from rlhf_lightning.generation.server import Server, concurrently
+from rlhf_lightning.generation.server import Server, answers_of, concurrently
 from rlhf_lightning.judges.constitution import Constitution, Principle
-from rlhf_lightning.judges.server import text_of
+from rlhf_lightning.judges.server import CONTROL
 from rlhf_lightning.ops.seeding import derive_seed
 
 Reply = str | UserError
@@ -210,10 +210,13 @@ def server_ask(
         conversations: Sequence[Sequence[Message]], ids: Sequence[int], seed_parts: Sequence[int | str]
     ) -> list[Reply]:
         def one(place: int) -> str:
-            messages = [{"role": m["role"], "content": m["content"]} for m in conversations[place]]
+            messages = [
+                {"role": m["role"], "content": CONTROL.sub(lambda found: f"{found[0]} ", m["content"])}
+                for m in conversations[place]
+            ]
             seed = derive_seed(*seed_parts, ids[place]) % 2**31
             body = {"max_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-            return text_of(server.chat(model=model, messages=messages, **body))
+            return next(iter(answers_of(server.chat(model=model, messages=messages, **body))), "")
 
         replies: list[Reply] = [""] * len(conversations)
         for place, result in concurrently(one, range(len(conversations)), concurrency):

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.files import fingerprint, regular
@@ -105,21 +107,25 @@ def load_constitution(source: str | Path | Sequence[str]) -> Constitution:
     return build(read_yaml(SHIPPED / f"{name}.yaml"), name)
 
 
+def constitution_digests(settings: Mapping[str, Any]) -> list[str]:
+    """Return the digest of every constitution that a setting names, of which the names are dotted."""
+    named = [value for key, value in settings.items() if key.rpartition(".")[2] == "constitution" and value is not None]
+    return [load_constitution(value).digest for value in named]
+
+
 class Loader(yaml.SafeLoader):
     """YAML's plain types; a key that comes twice is an error, and so is a reference: nested ones grow without limit."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "references (*) are not read", self.peek_event().start_mark)
+            raise ComposerError(None, None, "references (*) are not read", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for place, key in enumerate(keys):
             if key in keys[:place]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} comes twice", node.value[place][0].start_mark
-                )
+                raise ConstructorError(None, None, f"{key!r} comes twice", node.value[place][0].start_mark)
         return super().construct_mapping(node, deep)
 
 

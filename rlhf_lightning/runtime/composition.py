@@ -104,7 +104,7 @@ def guard() -> None:
 def judge_of_command(overrides: list[str]) -> list[str]:
     """Return the choice of the judge that a reward on the command line names, unless it is chosen there."""
     given = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(overrides)}
-    if "judge" in given:
+    if "judge" in given and given["judge"].package is None:
         return []
     rewards = [given[key].value() for key in REWARDS if key in given and not given[key].is_sweep_override()]
     names = {name for value in rewards for name in judges(value)}

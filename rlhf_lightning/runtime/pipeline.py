@@ -19,6 +19,7 @@ from rich.console import Console
 from rlhf_lightning.data.sources import is_local, read_source
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import file_digest, fingerprint, read_json, write_json
+from rlhf_lightning.judges.constitution import constitution_digests
 from rlhf_lightning.models.folder import MANIFEST, parent_entry, weights_key
 from rlhf_lightning.rewards.spec import digests
 from rlhf_lightning.runtime.instantiate import check_escaped
@@ -149,12 +150,13 @@ def parent_weights(stage: dict[str, Any], folders: dict[str, str | None]) -> dic
 
 
 def content_digests(values: dict[str, Any]) -> list[Any]:
-    """Return the digests of the data files, of the rewards and of the judges' models among a stage's values."""
+    """Return the digests of the data files, rewards, models of judges and constitutions among a stage's values."""
     given = [(key, part) for key in DATA_SPLITS for part in parts_of(values.get(key)) if is_local(part)]
     keys = [read_source(part, DATA_SPLITS[key], name=key.removeprefix("data.")).key for key, part in given]
     rewards = [value for key, value in values.items() if value and key.partition(".")[0] in REWARDS]
     judges = [str(value) for key, value in values.items() if JUDGES_MODEL.fullmatch(key) and Path(str(value)).is_dir()]
-    return keys + [digests(value) for value in rewards] + [weights_key(model) for model in judges]
+    models = [weights_key(model) for model in judges]
+    return keys + [digests(value) for value in rewards] + models + constitution_digests(values)
 
 
 def parts_of(value: Any) -> list[Any]:

@@ -18,6 +18,7 @@ from rlhf_lightning.data.sources import Source, read_source
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import fingerprint
 from rlhf_lightning.judges import table as judges
+from rlhf_lightning.judges.constitution import constitution_digests
 from rlhf_lightning.models.folder import parent_entry
 from rlhf_lightning.models.loading import context_length, load_tokenizer, resolve_model
 from rlhf_lightning.models.tiny import build_tiny
@@ -28,6 +29,7 @@ from rlhf_lightning.runtime.instantiate import allowed_targets, check_targets, i
 from rlhf_lightning.runtime.launch import decide_run
 from rlhf_lightning.runtime.settings import (
     DATA_SPLITS,
+    flat,
     identity,
     lower_is_better,
     select,
@@ -129,12 +131,14 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What decides the result: configuration, models, data and rewards by content."""
         rewards = [self.settings["reward_from"], self.settings.get("gold_from")]
+        config = identity(self.settings | {"judge": self.judge})
+        constitutions = constitution_digests(flat(config))
         return {
-            "config": identity(self.settings | {"judge": self.judge}),
+            "config": config,
             "parents": [parent_entry(*parent)["weights"] for parent in self.parents],
             "data": {key: source.key for key, source in self.sources.items()},
             "rewards": [spec.digests(value) for value in rewards],
-        }
+        } | ({"constitutions": constitutions} if constitutions else {})
 
     def decide(self) -> dict[str, Any] | None:
         """Decide the run folder and the checkpoint to resume from; return the metrics of a run that is done."""

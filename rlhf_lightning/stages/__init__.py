@@ -34,6 +34,7 @@ STAGES = {
             "revise:run",
             needs_start=True,
             output="demonstrations.jsonl",
+            judges=True,
         ),
         Stage(
             "judge", "labels by a judge, and how far it can be trusted", "judge:run", output="labels.jsonl", judges=True

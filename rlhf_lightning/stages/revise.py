@@ -25,7 +25,7 @@ from rlhf_lightning.files import write_json, write_jsonl
 from rlhf_lightning.generation.chat import LocalChat
 from rlhf_lightning.generation.server import Server
 from rlhf_lightning.judges.constitution import Constitution, load_constitution
-from rlhf_lightning.models.loading import context_length, load_causal_lm, load_tokenizer, resolve_model
+from rlhf_lightning.models.loading import context_length, load_causal_lm, load_tokenizer
 from rlhf_lightning.ops.statistics import Interval, share_interval
 from rlhf_lightning.rewards.scoring import Reward, score
 from rlhf_lightning.runtime.run import Run
@@ -76,7 +76,7 @@ def make_teacher(run: Run, chat: LocalChat, constitution: Constitution) -> Teach
     Raises:
         UserError: no such teacher, or a judge that is none.
     """
-    options, judge = run.options, run.settings.get("judge") or {}
+    options, judge = run.options, run.judge or {}
     if options["teacher"] not in TEACHERS:
         raise UserError(
             f"revise.teacher={options['teacher']} is not one of {', '.join(TEACHERS)}."
@@ -98,14 +98,13 @@ def make_teacher(run: Run, chat: LocalChat, constitution: Constitution) -> Teach
 
 
 def loaded_chat(run: Run, model: str, dtype: str, template: str, **sampling: Any) -> LocalChat:
-    """Return another model of this process."""
-    folder = resolve_model(model, run.settings["paths"]["cache"])
-    lm: Any = load_causal_lm(folder, dtype=dtype).eval()
+    """Return a model beside the one that the stage starts from."""
+    lm: Any = load_causal_lm(model, dtype=dtype).eval()
     return LocalChat(
         lm.to(run.device),
-        Template(load_tokenizer(folder), template),
+        Template(load_tokenizer(model), template),
         run.build("sampler"),
-        context=context_length(folder),
+        context=context_length(model),
         **sampling,
     )
 

@@ -61,14 +61,12 @@ def test_calibration_is_measured_on_other_prompts() -> None:
     clusters = [i // 2 for i in range(len(labels))]
     found = cross_fitted(probabilities, labels, clusters)
     assert calibration_error(found, labels) < 0.5 * calibration_error(probabilities, labels)
-    halves = [
-        [
-            logit(q) / logit(p)
-            for q, p, c in zip(found, probabilities, clusters, strict=True)
-            if c % 2 == k and abs(p - 0.5) > 0.1 and 0.01 < p < 0.99
-        ]
-        for k in (0, 1)
-    ]
-    assert np.std(halves[0]) < 1e-6
-    assert abs(np.mean(halves[0]) - np.mean(halves[1])) > 1e-6
+    sure, fair = overconfident(3.0), overconfident(1.0)
+    probabilities, labels = (
+        [v for two in zip(*halves, strict=True) for v in two] for halves in zip(sure, fair, strict=True)
+    )
+    found = cross_fitted(probabilities, labels, list(range(len(labels))))
+    slopes = [logit(found[i]) / logit(probabilities[i]) for i in range(200)]
+    assert np.median(slopes[::2]) == pytest.approx(1.0, rel=0.1)  # of the fair half
+    assert np.median(slopes[1::2]) == pytest.approx(1 / 3, rel=0.1)
     assert cross_fitted([0.9], [1.0], ["one"]) == [0.9]
