@@ -116,8 +116,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("rlaif"))
+    parser.add_argument("--collect", type=Path, nargs="+", help="run folders that are done, in place of running seeds")
     given = parser.parse_args()
-    found = [figures(run(given.out, seed)) for seed in given.seeds]
+    given.out.mkdir(parents=True, exist_ok=True)
+    found = [figures(folder) for folder in given.collect or [run(given.out, seed) for seed in given.seeds]]
     table, sft = curve(found), mean_interval([seed["sft"] for seed in found])
     (given.out / "rlaif.json").write_text(json.dumps({"seeds": found, "curve": table, "sft": sft}, indent=2) + "\n")
     (given.out / "rlaif.md").write_text(markdown(table, sft))
