@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.runtime.composition import judge_of_command
-from rlhf_lightning.runtime.pipeline import stage_values
+from rlhf_lightning.runtime.pipeline import content_digests, stage_values
 from tests.helpers.cli import SMALL, environment, fork_server, newest, rlhf
 from tests.helpers.openai_server import Sent, completion, openai_server
 from tests.judges.models import shown
@@ -173,6 +174,16 @@ def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         tmp_path_factory.mktemp("judge") / "model", ["A B good bad 1 2 3 4 5"], vocab_size=300, hidden_size=16, layers=1,
         heads=2, max_length=512,
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_stage_of_a_pipeline_depends_on_the_weights_of_its_judge(tmp_path: Path, judge_folder: str) -> None:
+    copy = shutil.copytree(judge_folder, tmp_path / "copy")
+    same = content_digests({"judge.model": judge_folder})
+    assert content_digests({"judge.members.a.model": str(copy)}) == same != content_digests({})
+    (copy / "model.safetensors").write_bytes(b"other weights")
+    (copy / "manifest.json").unlink(missing_ok=True)
+    assert content_digests({"judge.model": str(copy)}) != same
 
 
 @pytest.mark.slow
