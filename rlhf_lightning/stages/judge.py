@@ -48,6 +48,7 @@ def run(run: Run) -> float | None:
         before = len(rows)
         failed = judge_rest(run, judge, asked, rows)
     seconds = time.perf_counter() - began
+    fresh = sum(row["judge"]["cached"] < row["judge"]["questions"] for row in [*rows[before:], *failed])
     if not rows:
         raise UserError(f"no comparison got a verdict of {judge.name}; {run.folder / 'failures.jsonl'} says why")
     order = {to_judge.comparison.id: place for place, to_judge in enumerate(asked)}
@@ -57,7 +58,7 @@ def run(run: Run) -> float | None:
     counted = counts([row["judge"] for row in [*rows, *failed]])
     metrics: dict[str, Any] = {"comparisons": len(asked), "judged": len(rows), "failed": len(failed)} | counted
     temperature, measured = temperature_of(rows, known, options["calibrate"])
-    metrics |= measured | {"perf/comparisons_per_s": (len(rows) - before + len(failed)) / seconds}
+    metrics |= measured | ({"perf/comparisons_per_s": fresh / seconds} if fresh else {})
     for name, (value, low, high) in table.items():
         metrics[name] = value
         if math.isfinite(low):
@@ -183,7 +184,8 @@ def show(name: str, table: dict[str, Interval], metrics: dict[str, Any]) -> None
     printed.add_row("tokens read, written", f"{metrics['prompt_tokens']:g}, {metrics['completion_tokens']:g}", "")
     if metrics["cost"]:
         printed.add_row("cost", f"{metrics['cost']:.4g}", "")
-    printed.add_row("comparisons per second", f"{metrics['perf/comparisons_per_s']:.3g}", "")
+    if "perf/comparisons_per_s" in metrics:  # not all were in the cache
+        printed.add_row("comparisons per second", f"{metrics['perf/comparisons_per_s']:.3g}", "")
     say(f"judge       {name}")
     Console().print(printed)
 

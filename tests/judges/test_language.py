@@ -34,8 +34,10 @@ def test_position_bias_cancels() -> None:
 
     for first, second, better in (("good", "bad", True), ("bad", "good", False)):
         ((_, verdict),) = LanguageJudge(Fake(biased)).compare([pair(first, second)])
-        assert verdict.orders[0] > 0.5 > verdict.orders[1]
-        assert (verdict.probability > 0.5) is better
+        forward, swapped = verdict.orders
+        assert None not in (forward, swapped, verdict.probability)
+        assert forward > 0.5 > swapped  # type: ignore[operator]
+        assert (verdict.probability > 0.5) is better  # type: ignore[operator]
 
 
 def test_a_judge_that_always_says_a_has_no_opinion() -> None:
@@ -118,7 +120,7 @@ def test_principles_are_drawn_by_the_seed_and_recorded() -> None:
     assert set(names) == {"principle-1", "principle-2"}
     for i, name in enumerate(names):  # both orders by the same one, the recorded one
         assert all(
-            f"by this principle: {texts[int(name[-1]) - 1]}" in question.text
+            f"by this principle: {texts[int(str(name)[-1]) - 1]}" in question.text
             for question in model.asked[2 * i : 2 * i + 2]
         )
     again = dict(LanguageJudge(Fake(by_length), constitution=texts).compare(pairs[::-1]))

@@ -114,7 +114,7 @@ def test_a_question_that_fails_alone_is_recorded() -> None:
     with openai_server(answer) as server:
         found = dict(judge(server, retries=1, concurrency=1).compare(pairs))
         assert [found[i].probability is None for i in range(3)] == [False, True, False]
-        assert all("answered 500" in answer.failure for answer in found[1].answers)
+        assert all("answered 500" in str(answer.failure) for answer in found[1].answers)
         assert len(server.seen) == 2 + 2 * 2 + 2
         with pytest.raises(UserError, match=r"gave no verdict on c \(.*answered 500"):
             list(judge(server, on_failure="error").compare(pairs))
