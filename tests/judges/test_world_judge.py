@@ -58,6 +58,7 @@ def wrong(judge: WorldJudge, by: int | None = None) -> float:
     for place, verdict in judge.compare(asked):
         value = verdict.probability if by is None else verdict.orders[by]
         first, second = totals(asked[place])
+        assert value is not None
         mistakes.append((value > 0.5) != (first > second))
     return sum(mistakes) / len(mistakes)
 
@@ -81,7 +82,7 @@ def test_a_verdict_depends_on_the_seed_and_the_texts_and_not_on_the_order_or_the
     other = WorldJudge(error_rate=0.3, seed=1)
     assert given != {place: verdict.probability for place, verdict in other.compare(asked)}
     swapped = [Comparison("other", c.prompt, c.responses[::-1], c.metadata) for c in asked]
-    assert {place: 1 - v.probability for place, v in judge.compare(swapped)} == given
+    assert {place: 1 - (v.probability or 0.0) for place, v in judge.compare(swapped)} == given
     assert [v.probability for _, v in judge.compare(asked[40:50])] == [given[place] for place in range(40, 50)]
 
 
