@@ -144,13 +144,13 @@ def test_resume_auto_continues_and_recognizes_what_is_done(pairs: Path, sft: str
 
 def test_resume_auto_sees_another_reward_function(pairs: Path, sft: str) -> None:
     command = [
-        "stage=ppo", f"init_from={sft}", "data.train=pairs.jsonl", "reward_from=judge:judge", "max_steps=1", "name=judged",
+        "stage=ppo", f"init_from={sft}", "data.train=pairs.jsonl", "reward_from=rater:rate", "max_steps=1", "name=judged",
         "ppo.max_new_tokens=4", "resume=auto",
     ]  # fmt: skip
-    (pairs / "judge.py").write_text("def judge(prompts, *rest):\n    return [0.0] * len(prompts)\n")
+    (pairs / "rater.py").write_text("def rate(prompts, *rest):\n    return [0.0] * len(prompts)\n")
     rlhf(pairs, *command)
     assert "already done" in rlhf(pairs, *command).stdout
-    (pairs / "judge.py").write_text("def judge(prompts, *rest):\n    return [1.0] * len(prompts)\n")
+    (pairs / "rater.py").write_text("def rate(prompts, *rest):\n    return [1.0] * len(prompts)\n")
     assert "already done" not in rlhf(pairs, *command).stdout
 
 

@@ -70,7 +70,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("where", "number", "code"),
     [
-        ("validation", signal.SIGINT, 130),
+        pytest.param("validation", signal.SIGINT, 130, marks=pytest.mark.nightly),
         pytest.param("export", signal.SIGTERM, 143, marks=pytest.mark.nightly),
         ("export", signal.SIGKILL, -9),
     ],

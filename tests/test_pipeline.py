@@ -126,7 +126,7 @@ def test_feedback_of_simulated_people_goes_from_candidates_to_the_comparison(nam
         } <= metrics.keys()
 
 
-@pytest.mark.parametrize("name", ["rlaif", "cai"])
+@pytest.mark.parametrize("name", [pytest.param("rlaif", marks=pytest.mark.nightly), "cai"])
 def test_a_judge_takes_the_place_of_annotators(name: str, tmp_path: Path) -> None:
     """Candidates, the judge's labels, reward model, PPO and DPO; with a constitution, revisions before."""
     done = rlhf(

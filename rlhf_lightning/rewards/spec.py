@@ -71,25 +71,33 @@ def parse(value: Any, key: str = "reward_from") -> list[RewardSpec]:
     Raises:
         UserError: a text that is no kind of reward.
     """
-    if value is None or value == "":
-        return []
-    if isinstance(value, list | tuple):
-        return [spec for member in value for spec in parse(member, key)]
-    if isinstance(value, Mapping):
-        return [spec for name, member in value.items() for spec in parse(member, f"{key}.{name}")]
-    name = str(value)
-    for kind, row in KINDS.items():
-        if row.matches(name):
-            return [RewardSpec(kind, name)]
-    raise UserError(
-        f"{key}={name!r} is neither a reward model folder, 'module:function', 'judge:<judge>', 'world', nor "
-        "'world:<group>'"
-    )
+    specs = []
+    for place, name in _named(value, key):
+        kind = next((kind for kind, row in KINDS.items() if row.matches(name)), None)
+        if kind is None:
+            raise UserError(
+                f"{place}={name!r} is neither a reward model folder, 'module:function', 'judge:<judge>', 'world', nor "
+                "'world:<group>'"
+            )
+        specs.append(RewardSpec(kind, name))
+    return specs
 
 
 def judges(value: Any, key: str = "reward_from") -> list[str]:
-    """Return the options of conf/judge that a value names as `judge:<option>`."""
-    return [reward.name.partition(":")[2] for reward in parse(value, key) if reward.kind == "judge"]
+    """Return the options of conf/judge that a value names as `judge:<option>`; what else it names may not exist."""
+    return [name.partition(":")[2] for _, name in _named(value, key) if KINDS["judge"].matches(name)]
+
+
+def _named(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Yield (key, text) of every reward in a text, list or map."""
+    if isinstance(value, list | tuple):
+        for member in value:
+            yield from _named(member, key)
+    elif isinstance(value, Mapping):
+        for name, member in value.items():
+            yield from _named(member, f"{key}.{name}")
+    elif value is not None and value != "":
+        yield key, str(value)
 
 
 def digests(value: Any) -> list[str | None]:

@@ -32,7 +32,15 @@ DATA = {
     "ppo": PromptData,
     "online_dpo": PromptData,
 }
-EVALUATED = {"reward", "kl", "length", "ended_with_eos", "accuracy", "accuracy_mean", "shorter_accuracy"}  # beside those of the world
+EVALUATED = {
+    "reward",
+    "kl",
+    "length",
+    "ended_with_eos",
+    "accuracy",
+    "accuracy_mean",
+    "shorter_accuracy",
+}  # beside those of the world
 EVALUATED |= {f"{metric}_{of}" for metric in ("gold", "reward", "accuracy") for of in ("<group>", "worst")}
 GROUPS = ("cautious", "curious")
 ELSEWHERE = {

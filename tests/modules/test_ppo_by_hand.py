@@ -53,11 +53,13 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "grpo, k2 in the loss": {
         "estimator": "grpo", "kl_in": "loss", "kl_estimator": "k2", "kl_target": 1e-4, "loss_type": "grpo",
-        "microbatch_tokens": 12,
+        "microbatch_tokens": 12, "whiten_advantages": None,
     },
-    "grpo, k3 in the loss": {"estimator": "grpo", "kl_in": "loss", "kl_estimator": "k3", "kl_beta": 0.5},
+    "grpo, k3 in the loss": {
+        "estimator": "grpo", "kl_in": "loss", "kl_estimator": "k3", "kl_beta": 0.5, "whiten_advantages": None,
+    },
     "dr. grpo": {
-        "estimator": "grpo", "loss_type": "dr_grpo", "scale_rewards": False, "kl_beta": 0.0, "max_new_tokens": 6,
+        "whiten_advantages": None, "estimator": "grpo", "loss_type": "dr_grpo", "scale_rewards": False, "kl_beta": 0.0, "max_new_tokens": 6,
         "microbatch_tokens": 12,
     },
 }  # fmt: skip
@@ -218,7 +220,7 @@ class ByHand:
             if o["value_clip"] is not None and not self.warming:
                 self.limit = o["value_clip"] * returns.std(correction=0).item()
         if o["whiten_advantages"]:
-            advantages = whiten(advantages) if o["estimator"] != "grpo" else advantages
+            advantages = whiten(advantages)
         lengths = [len(y) for _, y in pairs]
         columns = [old, ref, advantages.split(lengths), old_values, returns.split(lengths)]
         rows, ratios = [], []

@@ -93,6 +93,7 @@ def test_what_is_not_there_once_is_told(where: str, old: str, message: str, tmp_
 ENTRY = "{where}:\n- {{name: {name}, source: x, from: '{old}', to: '{new}', tests: [ops/test_kl.py]}}\n"
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_only_a_test_that_fails_catches_a_mutant(tmp_path: Path) -> None:
     """Neither a harmless change, nor a package that cannot be imported, nor code that is not there counts as caught."""
