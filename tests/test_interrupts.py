@@ -72,7 +72,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         pytest.param("validation", signal.SIGINT, 130, marks=pytest.mark.nightly),
         pytest.param("export", signal.SIGTERM, 143, marks=pytest.mark.nightly),
-        ("export", signal.SIGKILL, -9),
+        pytest.param("export", signal.SIGKILL, -9, marks=pytest.mark.nightly),
     ],
 )
 def test_a_run_that_ends_after_its_last_update_goes_on_with_its_metrics(

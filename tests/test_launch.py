@@ -120,6 +120,7 @@ def test_the_tasks_of_a_slurm_job(folder: Path) -> None:
     assert "already done" in said
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.dist
 def test_a_slurm_job_of_one_task_launches_its_own_ranks(folder: Path) -> None:
@@ -148,6 +149,7 @@ def test_a_mistake_ends_every_task_with_its_message(wrong: list[str], message: s
     assert "Traceback" not in said
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.dist
 def test_another_number_of_ranks_than_configured_is_refused(folder: Path) -> None:

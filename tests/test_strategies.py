@@ -168,7 +168,8 @@ def on_two(folder: Path) -> Callable[[str, int], Path]:
     return cache(make)
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.nightly), "fsdp2"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_resume_on_as_many_ranks_is_exact_and_on_others_is_not(
     strategy: str, folder: Path, on_two: Callable[[str, int], Path]
 ) -> None:

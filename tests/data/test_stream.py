@@ -159,6 +159,7 @@ def test_what_does_not_go_with_windows_says_so(tokenizer: Any) -> None:
         data.predict_dataloader()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(20)))

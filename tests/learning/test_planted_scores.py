@@ -121,6 +121,7 @@ def test_wald_intervals_cover(seed: int) -> None:
     assert ((covered > 0.92) & (covered < 0.98)).all()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @quiet_lightning
 def test_reward_model_is_the_maximum_likelihood_estimate(tmp_path: Path) -> None:

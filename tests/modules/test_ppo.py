@@ -336,9 +336,10 @@ def test_gradients_are_clipped() -> None:
     assert moved == pytest.approx(1e-3 * math.hypot(1, module.critic_lr), rel=1e-2)  # each is clipped alone
 
 
+@pytest.mark.nightly
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("critic", [load_critic, pytest.param(None, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("critic", [load_critic, None])
 @quiet_lightning
 def test_two_ranks_learn_what_one_does(tmp_path: Path, critic: Any) -> None:
     """Ranks with different numbers of tokens and microbatches neither wait for each other nor change the result."""

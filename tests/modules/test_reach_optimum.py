@@ -132,6 +132,7 @@ class Once(LightningDataModule):
         return DataLoader([self.batch] * self.steps_per_epoch, batch_size=None)  # type: ignore[arg-type]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @quiet_lightning
 def test_dpo_on_exact_preferences_reaches_the_optimum() -> None:
