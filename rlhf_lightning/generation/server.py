@@ -12,7 +12,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from rlhf_lightning.errors import UserError, check_number
+from rlhf_lightning.errors import UserError, check_number, needs
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 """The environment variable with the key of a server, and the only place where one is looked for."""
@@ -68,11 +68,7 @@ class Server:
             raise UserError(f"{key}.base_url={base_url} is not a URL such as http://127.0.0.1:8000/v1")
         check_number(f"{key}.timeout", timeout, "(0, inf)")
         check_number(f"{key}.retries", retries, "[0, inf)", whole=True)
-        try:
-            import httpx2
-            import openai
-        except ImportError as error:
-            raise UserError("openai is not installed: pip install 'rlhf-lightning[judge]'") from error
+        openai, httpx2 = needs("openai", "judge"), needs("httpx2", "judge")
         self.url, self.timeout, self.retries, self.backoff = str(base_url).rstrip("/"), timeout, retries, backoff
         self._openai, self._closed = openai, threading.Event()
         self._secret = os.environ.get(KEY_VARIABLE, "")

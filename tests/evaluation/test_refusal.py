@@ -14,8 +14,6 @@ from rlhf_lightning.evaluation.refusal import is_refusal, measures, refusal_rewa
 from rlhf_lightning.rewards.scoring import load_reward, score
 from rlhf_lightning.world.prompts import declared
 
-LABELS = Path(__file__).parents[3] / "shared" / "data" / "multi_annotator" / "xstest_refusal_labels.jsonl.gz"
-
 
 @pytest.mark.parametrize(
     "text",
@@ -75,11 +73,10 @@ def test_a_prompt_without_a_label_is_an_error(row: dict[str, object]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not LABELS.is_file(), reason=f"{LABELS} is not there")
-def test_people_agree_with_the_detector_as_docs_say() -> None:
+def test_people_agree_with_the_detector_as_docs_say(shared_data: Path) -> None:
     """On the prompts with even numbers, which its rules were not written on."""
     shares = defaultdict(list)
-    with gzip.open(LABELS, "rt", encoding="utf-8") as file:
+    with gzip.open(shared_data / "multi_annotator" / "xstest_refusal_labels.jsonl.gz", "rt", encoding="utf-8") as file:
         for row in map(json.loads, file):
             if int(row["item_id"].rpartition("-")[2]) % 2 == 0:
                 shares[row["final_label"]].append(is_refusal(row["response"]))

@@ -273,17 +273,12 @@ def test_a_judge_at_chance_gives_labels_without_confidence() -> None:
     assert {row["label"] for row in soft_rows(rows, temperature)} == {0.5}
 
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "data"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "file", ["rm_eval/llmbar.jsonl.gz", "alpaca_eval_prefs/test.jsonl.gz", "multi_annotator/pandalm_pairwise.jsonl.gz"]
 )
-def test_real_pairs_are_read(file: str) -> None:
-    if not (path := SHARED / file).is_file():
-        pytest.skip(f"{path} is absent")
-    found, _ = read_comparisons(read_source(str(path), "train"), Columns(), "skip")
+def test_real_pairs_are_read(file: str, shared_data: Path) -> None:
+    found, _ = read_comparisons(read_source(str(shared_data / file), "train"), Columns(), "skip")
     assert len(found) > 400
     firsts = [to_judge.known[0][0] for to_judge in found if len(set(to_judge.known[0])) == 2]
     assert 0.4 < sum(firsts) / len(firsts) < 0.6  # the chosen one is not always the first
