@@ -82,7 +82,11 @@ def test_a_list_is_an_ensemble_that_tells_its_disagreement() -> None:
 @pytest.mark.parametrize(
     ("spec", "how", "message"),
     [
-        ([length, twice], "wurst", "reward_ensemble='wurst' is not mean, worst or {uwo: <lambda>}. Did you mean 'worst'"),
+        (
+            [length, twice],
+            "wurst",
+            "reward_ensemble='wurst' is not mean, worst or {uwo: <lambda>}. Did you mean 'worst'",
+        ),
         ([length, twice], "uwo", "reward_ensemble='uwo' is not mean"),
         ([length, twice], {"uow": 1}, "is not mean, worst or"),
         ([length, twice], {"uwo": 1, "worst": 2}, "is not mean, worst or"),
@@ -154,13 +158,17 @@ def test_ppo_learns_from_the_mean_less_the_variance() -> None:
     metrics = seen["uwo"][1]
     expected = sum(row["reward_disagreement"] for row in seen["uwo"][0]) / len(penalties)
     assert metrics["reward/proxy_disagreement"] == pytest.approx(expected, rel=1e-5)
-    assert seen["mean"][1]["reward/proxy"] - metrics["reward/proxy"] == pytest.approx(sum(penalties) / len(penalties), rel=1e-3)
+    assert seen["mean"][1]["reward/proxy"] - metrics["reward/proxy"] == pytest.approx(
+        sum(penalties) / len(penalties), rel=1e-3
+    )
     assert seen["mean"][1]["reward/total"] != pytest.approx(metrics["reward/total"])  # what is learned from
 
 
 @pytest.mark.slow
 def test_best_of_n_chooses_by_the_worst_member(folders: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"name {w}"}) + "\n" for w in ("red", "lime", "gold")))
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"name {w}"}) + "\n" for w in ("red", "lime", "gold"))
+    )
     cfg = composed(
         "stage=evaluate", f"data.train={tmp_path / 'prompts.jsonl'}", f"paths.run={tmp_path}", f"init_from={folders['lm']}",
         f"reward_from=[{folders['a']},{folders['b']}]", "reward_ensemble=worst", f"paths.cache={tmp_path / 'cache'}",
@@ -177,7 +185,9 @@ def test_best_of_n_chooses_by_the_worst_member(folders: dict[str, str], tmp_path
         assert row["response"] == mine[int(worst.argmax())]["response"]
         assert [r["reward"] for r in mine] == pytest.approx(worst.tolist(), abs=1e-5)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["model/reward_disagreement"] == pytest.approx(sum(r["reward_disagreement"] for r in rows) / 12, abs=1e-6)
+    assert metrics["model/reward_disagreement"] == pytest.approx(
+        sum(r["reward_disagreement"] for r in rows) / 12, abs=1e-6
+    )
     assert "model/reward_worst" not in metrics  # there are no groups
 
 
