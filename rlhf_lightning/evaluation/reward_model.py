@@ -17,7 +17,7 @@ from rlhf_lightning.data.template import Template
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.models.completion import ScalarModel, choose_layout, unwrap, vocabulary_size
 from rlhf_lightning.models.heads import heads
-from rlhf_lightning.ops.groups import Group, microbatches
+from rlhf_lightning.ops.groups import Group, Layout, microbatches
 from rlhf_lightning.ops.ranking import pairs_in_order, ranked_pairs
 from rlhf_lightning.ops.statistics import Interval, mean_interval, share_interval
 
@@ -106,9 +106,8 @@ def scored_pairs(rows: Sequence[ScoredRow]) -> list[ScoredPair]:
     """Return the untied pairs of every row."""
     found = []
     for row in rows:
-        ranks = torch.tensor(row.ranks)
-        for better, worse in zip(*(x.tolist() for x in ranked_pairs(ranks, torch.zeros_like(ranks))), strict=True):
-            found.append(ScoredPair(row, better, worse))
+        places = list(enumerate(row.ranks))
+        found += [ScoredPair(row, i, j) for i, better in places for j, worse in places if better < worse]
     return found
 
 
@@ -144,7 +143,7 @@ class Scorer:
     def __init__(self, model: Any, data: PreferenceData, device: str = "cpu") -> None:
         ids_fit(data, "val", vocabulary_size(model))
         model.to(device).eval()
-        self.layout, _ = choose_layout(model)
+        self.layout: Layout = choose_layout(model)[0]
         self.scalar, self.data, self.device = ScalarModel(model), data, device
         self.heads = heads(model.config)
         std = getattr(unwrap(model).config, "reward_std", 1.0)

@@ -61,9 +61,10 @@ class FolderReward(GroupedReward):
     def normalized(self) -> bool:
         """Whether its scores have mean 0 and standard deviation 1 on the held-out rows of its training."""
         config = unwrap(self.model.model.model).config
-        mean, std = getattr(config, "reward_mean", 0.0), getattr(config, "reward_std", 1.0)
+        mean: Any = getattr(config, "reward_mean", 0.0)
+        std: Any = getattr(config, "reward_std", 1.0)
         means, stds = (mean, std) if isinstance(mean, list) else ([mean], [std])
-        return any(means) or any(value != 1 for value in stds)
+        return any(value != 0 for value in means) or any(value != 1 for value in stds)
 
     def to(self, device: torch.device | str) -> FolderReward:
         """Move the model and return self."""

@@ -105,6 +105,7 @@ def test_deletions_by_hand() -> None:
     assert len(others.split()) == 6
 
 
+@pytest.mark.slow
 def test_a_planted_phrase_is_found_and_nothing_else() -> None:
     plain = noise(0, 0.5)
     for value in (1.5, -1.5):
@@ -141,6 +142,7 @@ def test_a_clean_scorer_has_no_phrases() -> None:
     assert false <= 4
 
 
+@pytest.mark.slow
 def test_a_phrase_of_good_answers_is_none_that_moves_the_score() -> None:
     """The better answers have the phrase; the score knows them, and not the phrase."""
     pairs = [[f"{good} {PHRASE}", worse] for good, worse in texts(60, 3)]

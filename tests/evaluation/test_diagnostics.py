@@ -101,15 +101,17 @@ def forecasts(count: int, seed: int, sharpness: float = 1.0) -> list[ScoredRow]:
     return rows
 
 
+@pytest.mark.slow
 def test_calibrated_scores_have_no_calibration_error() -> None:
-    calm = calibration(scored_pairs(forecasts(20_000, 0)))
-    assert calm.metrics["calibration_error"][0] < 0.01
-    sure = calibration(scored_pairs(forecasts(20_000, 0, sharpness=3.0)))
+    pairs = scored_pairs(forecasts(5000, 0))
+    calm = calibration(pairs)
+    assert calm.metrics["calibration_error"][0] < 0.02
+    sure = calibration(scored_pairs(forecasts(5000, 0, sharpness=3.0)))
     assert sure.metrics["calibration_error"][0] > 0.1
     assert sure.metrics["brier"][0] > calm.metrics["brier"][0]
     # E (1 - p)^2 of the outcome is E p (1 - p) of calibrated probabilities
-    chances = [expit(pair.logit) for pair in scored_pairs(forecasts(20_000, 0))]
-    assert calm.metrics["brier"][0] == pytest.approx(sum(p * (1 - p) for p in chances) / len(chances), abs=0.004)
+    chances = [float(expit(pair.logit)) for pair in pairs]
+    assert calm.metrics["brier"][0] == pytest.approx(sum(p * (1 - p) for p in chances) / len(chances), abs=0.008)
 
 
 def test_the_diagram_is_symmetric_and_counts_both_orders() -> None:
@@ -160,6 +162,7 @@ def biased(per_character: float, seed: int = 0, count: int = 400) -> list[Scored
     return rows
 
 
+@pytest.mark.slow
 def test_a_length_biased_scorer_is_found_and_its_accuracy_restored() -> None:
     fair, long = biased(0.0), biased(0.02)
     clean = {name: value[0] for name, value in diagnose(fair).metrics.items()}
