@@ -60,6 +60,8 @@ def run(run: Run) -> float | None:
         raise UserError("nothing to evaluate: give init_from=<folder> or evaluate.models.<name>=<folder>")
     reward_models = {name: folder for name, folder in models.items() if is_reward_model(folder)}
     policies = {name: folder for name, folder in models.items() if name not in reward_models}
+    if not policies and (ensemble := run.settings["reward_ensemble"]) != "mean":
+        raise UserError(f"reward_ensemble={ensemble} is of the rewards of responses, and no language model answers")
     loggers = run.loggers()
     answered: dict[str, Evaluation] = {}
     compared_to = ""

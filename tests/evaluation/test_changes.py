@@ -7,7 +7,17 @@ import re
 import pytest
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.changes import FORMATS, bullets, changed_text, deletions, format_changes, ngram_effects
+from rlhf_lightning.evaluation.changes import (
+    FORMATS,
+    bullets,
+    candidates,
+    changed_text,
+    deletions,
+    format_changes,
+    ngram_effects,
+)
+from rlhf_lightning.evaluation.diagnostics import LengthEffect, fit_length
+from rlhf_lightning.evaluation.reward_model import scored_pairs
 from tests.evaluation.scored import noise, rescorer, row, scored, texts
 
 PHRASE = "as the ancient oracle says"
@@ -152,6 +162,16 @@ def test_a_phrase_of_good_answers_is_none_that_moves_the_score() -> None:
     found = ngram_effects(rows, rescorer(plain))
     assert PHRASE in [line["ngram"] for line in found.tables["ngrams"]]  # it goes with the score
     assert found.metrics["ngrams_found"][0] == 0.0
+
+
+def test_length_is_not_what_makes_a_candidate() -> None:
+    """Texts of equal length but for the phrase: to a score that follows length the phrase is length."""
+    plain = noise(5, 0.1)
+    pairs = texts(100, 5, PHRASE, 0.3, 20, 20)
+    rows = scored(pairs, lambda text: len(text) / 20 + plain(text))
+    gram = tuple(PHRASE.split())
+    assert candidates(rows, LengthEffect(0.0, 0.0), 5)[0] == gram
+    assert gram not in candidates(rows, fit_length(scored_pairs(rows)), 5)
 
 
 def test_without_common_words_there_is_nothing_to_test() -> None:

@@ -178,6 +178,10 @@ def test_rows_of_reward_bench_are_evaluated_as_they_are(folders: dict[str, str],
             ["init_from={one}", "evaluate.source_column=sorce"],
             "evaluate.source_column=sorce: the rows have .* Did you mean 'source'",
         ),
+        (
+            ["init_from={one}", "reward_from=[world,world]", "reward_ensemble=worst"],
+            "reward_ensemble=worst is of the rewards of responses",
+        ),
         (["init_from={lm}", "evaluate.source_column=source"], "is of reward models, and none is evaluated"),
     ],
 )
