@@ -68,6 +68,7 @@ class RowData(LightningDataModule):
     """
 
     kind = ""
+    keeps_rows = False
 
     def __init__(
         self,
@@ -148,8 +149,7 @@ class RowData(LightningDataModule):
             if given is None or split in self.rows:
                 continue
             if split == "train" and self.window is not None:
-                raw = self.kind == "prompts"
-                self.windows = Windows(self.source(split), self.to_group, self.window, self.on_bad_row, raw)
+                self.windows = Windows(self.source(split), self.to_group, self.window, self.on_bad_row, self.keeps_rows)
                 self.rows[split] = next(self.windows.after(0))[1]  # what is checked before the first step
             else:
                 source = self.source(split)
@@ -164,7 +164,7 @@ class RowData(LightningDataModule):
             cache_dir=self.cache_dir,
             parts=self.cache_key(),
             on_bad_row=self.on_bad_row,
-            keep_raw=self.kind == "prompts",
+            keep_raw=self.keeps_rows,
         )
 
     def notes(self) -> list[str]:

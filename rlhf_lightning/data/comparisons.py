@@ -16,7 +16,7 @@ from rlhf_lightning.data.messages import Message
 
 OF_OTHERS = {
     "prompt", "messages", "conversations", "conversation", "response", "completion", "chosen", "rejected", "responses",
-    "ranking", "rating", "scores", "group_scores", "margin", "label", "annotator", "group",
+    "ranking", "rating", "scores", "group_scores", "disagreement", "margin", "label", "annotator", "group",
 }  # fmt: skip
 """Columns about the prompt, which is written as `prompt`, or about other responses."""
 

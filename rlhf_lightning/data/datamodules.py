@@ -30,9 +30,18 @@ class DemonstrationData(RowData):
 
 
 class PreferenceData(RowData):
-    """Preferences for reward models and DPO: chosen and rejected, or a ranking of K responses."""
+    """Preferences for reward models and DPO: chosen and rejected, or a ranking of K responses.
+
+    Args:
+        keep_rows: the groups have the other columns of their rows as `metadata`, as prompts do.
+        Others: see :class:`RowData`.
+    """
 
     kind = "preferences"
+
+    def __init__(self, *args: Any, keep_rows: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.keeps_rows = keep_rows
 
     def prepare(self, source: Source) -> Source:
         """Return the rows with rated single responses to equal prompts as rankings."""
@@ -51,6 +60,10 @@ class PreferenceData(RowData):
             differs=differs,
         )  # fmt: skip
 
+    def group(self, split: str, row: int) -> Group:
+        group = super().group(split, row)
+        return replace(group, metadata=self.rows[split].raw(row)) if self.keeps_rows else group
+
 
 class PromptData(RowData):
     """Prompts for PPO, RLOO, GRPO, candidates and evaluation.
@@ -62,6 +75,7 @@ class PromptData(RowData):
     """
 
     kind = "prompts"
+    keeps_rows = True
 
     def __init__(
         self,

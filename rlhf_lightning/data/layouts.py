@@ -13,7 +13,7 @@ from typing import Any
 from rlhf_lightning.data.messages import ROLES, RowError, need_list, need_string, need_text, unread_fields
 from rlhf_lightning.errors import UserError, nearest
 
-VERSION = 1
+VERSION = 2
 """Part of every key of tokenized rows; raise it when the same row is read differently."""
 
 Row = dict[str, Any]
@@ -248,6 +248,22 @@ def tldr(row: Row) -> Row:
     return {"prompt": prompt, "chosen": texts[int(choice)], "rejected": texts[1 - int(choice)]}
 
 
+def best_of(row: Row) -> Row:
+    """Lists of correct and of incorrect responses, of which each side ties: RewardBench 2."""
+    good, bad = (need_list(row[key], key) for key in PAIR)
+    return {"prompt": row["prompt"], "responses": [*good, *bad], "ranking": [0] * len(good) + [1] * len(bad)}
+
+
+def are_texts(value: Any) -> bool:
+    """Return whether a value is a list of texts: several responses, where a list of messages is one."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+
+
+def is_best_of(row: Row) -> bool:
+    """Return whether the row has lists of responses as `chosen` and `rejected`."""
+    return are_texts(row.get("chosen")) and are_texts(row.get("rejected"))
+
+
 def two(value: Any, key: str) -> tuple[Any, Any]:
     """Return both items of a list of two."""
     items = need_list(value, key)
@@ -290,7 +306,7 @@ PAIR = {"chosen": "chosen", "rejected": "rejected"}
 LAYOUTS = (
     Layout("conversation", ("messages",)),
     Layout("ranking", ("prompt", "responses", "ranking")),
-    Layout("pair", ("prompt", "chosen", "rejected")),
+    Layout("pair", ("prompt", "chosen", "rejected"), lambda row: not is_best_of(row)),
     Layout("rated", ("prompt", "response", "rating")),
     Layout("rated", ("prompt", "completion", "rating")),
     Layout("rated", ("prompt", "completion", "label"), is_kto),
@@ -300,6 +316,7 @@ LAYOUTS = (
     Layout("prompt", ("prompt",)),
     Layout("text", ("text",)),
     # of others, in the order in which they are tried
+    Layout("ranking", ("prompt", "chosen", "rejected"), is_best_of, best_of),
     Layout("pair", ("conversations", "chosen", "rejected"), read=renamed(prompt="conversations", **PAIR)),
     Layout("pair", ("instruction", "chosen", "rejected"), read=asked("instruction", "input", **PAIR), also=("input",)),
     Layout("pair", ("question", "chosen", "rejected"), read=asked("question", "context", **PAIR), also=("context",)),
@@ -336,4 +353,4 @@ LAYOUTS = (
     Layout("prompt", ("problem",), read=asked("problem")),
 )  # fmt: skip
 """OpenAI and Hugging Face messages, TRL, KTO; ShareGPT, Alpaca, Dolly, OpenOrca, GSM8K, MATH; Anthropic HH, TL;DR, SHP,
-SafeRLHF, HelpSteer 1 to 3, Nectar, UltraFeedback."""
+SafeRLHF, HelpSteer 1 to 3, Nectar, UltraFeedback, RewardBench 2."""

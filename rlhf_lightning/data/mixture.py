@@ -139,7 +139,7 @@ class JoinedRows:
         return self.parts[part].annotators(place)
 
     def raw(self, row: int) -> dict[str, Any]:
-        """Return the untokenized row; only prompts keep it."""
+        """Return the untokenized row; an empty one where rows are not kept."""
         part, place = self._place(row)
         return self.parts[part].raw(place)
 

@@ -113,7 +113,7 @@ class TokenizedRows:
         return highest, max(int(np.searchsorted(self._rows["ids"], place, side="right")) - 1, 0)
 
     def raw(self, row: int) -> Row:
-        """Return the untokenized row; only prompts keep it."""
+        """Return the untokenized row; an empty one where rows are not kept."""
         record = self._rows[row]
         start = record["text"] + record["where"] + record["annotators"]
         return json.loads(self._text[start : start + record["raw"]].tobytes() or b"{}")

@@ -19,6 +19,7 @@ from rlhf_lightning.models.completion import CompletionModel, choose_layout, res
 from rlhf_lightning.ops.groups import Group
 from rlhf_lightning.ops.kl import best_of_n_kl, kl_estimate
 from rlhf_lightning.ops.statistics import Interval, mean_interval, share_interval
+from rlhf_lightning.rewards.ensemble import DISAGREEMENT
 from rlhf_lightning.rewards.scoring import Reward, score_groups
 
 SHARES = (
@@ -170,8 +171,8 @@ def evaluate_policy(
     for name, reward in (rewards or {}).items():
         parts = score_groups(reward, answers.prompts, answers.texts, answers.metadata)
         scores |= {f"{name}_{part}" if part else name: values.tolist() for part, values in parts.items()}
-        if len(parts) > 1:
-            groups[name] = [part for part in parts if part]
+        if named := [part for part in parts if part not in ("", DISAGREEMENT)]:
+            groups[name] = named
         if measures := getattr(reward, "measures", None):
             rows_measured = [measures(*pair) for pair in zip(answers.metadata, answers.texts, strict=True)]
             scores |= {m: [row.get(m) for row in rows_measured] for m in dict.fromkeys(chain(*rows_measured))}

@@ -24,10 +24,32 @@ COLUMNS = {
     "corrected": "corrects",
     "flattered": "flatters",
 }
-PAIR_COLUMNS = {"accuracy": "accuracy (95%)", "shorter_accuracy": "where the shorter response is better"}
-WITH_INTERVAL = ("gold", "gold_win_rate", "reward_win_rate", "accuracy", "shorter_accuracy")
+PAIR_COLUMNS = {
+    "accuracy": "accuracy (95%)",
+    "shorter_accuracy": "where the shorter response is better",
+    "length_controlled_accuracy": "length-controlled",
+    "length_spearman": "correlation with length",
+    "calibration_error": "ECE",
+    "brier": "Brier",
+    "best_of_accuracy": "best of n",
+    "reward_bench": "RewardBench 2",
+    "format_flipped": "flipped by format",
+    "ngrams_found": "n-grams found",
+}
+WITH_INTERVAL = (
+    "gold",
+    "gold_win_rate",
+    "reward_win_rate",
+    "accuracy",
+    "shorter_accuracy",
+    "length_controlled_accuracy",
+    "best_of_accuracy",
+    "shift",
+    "effect",
+)
 OF_GROUPS = ("gold", "reward", "accuracy")
 """Metrics that each group of people has a value of."""
+DIGITS = {"length": 1, "ngrams_found": 0}
 HELD_OUT, HELD_OUT_PAIRS = "held-out prompts", "held-out pairs"
 DIFFERENCES = "paired differences to {}"
 BY_GROUP = "by group"
@@ -47,10 +69,15 @@ def show(
     table: dict[str, dict[str, Interval]],
     console: Console | None = None,
     columns: Mapping[str, str] = COLUMNS,
+    of: str = "model",
 ) -> None:
-    """Print `table`, model -> metric -> (mean, low, high), with those of `columns`, metric -> title, that any has."""
+    """Print `table`, model -> metric -> (mean, low, high), with those of `columns`, metric -> title, that any has.
+
+    Args:
+        of: what the rows are.
+    """
     console = console or Console()
-    header, *rows = cells(table, columns)
+    header, *rows = cells(table, columns, of)
     printed = Table(title=title, show_lines=False)
     for number, name in enumerate(header):
         printed.add_column(name, justify="right" if number else "left")
@@ -67,12 +94,14 @@ def as_markdown_table(title: str, table: dict[str, dict[str, Interval]], columns
     return f"**{title}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
-def cells(table: dict[str, dict[str, Interval]], columns: Mapping[str, str] = COLUMNS) -> list[list[str]]:
+def cells(
+    table: dict[str, dict[str, Interval]], columns: Mapping[str, str] = COLUMNS, of: str = "model"
+) -> list[list[str]]:
     """Return the header and a row per model that has any of the columns."""
     known = [name for name in columns if any(name in row for row in table.values())]
     shown = {model: row for model, row in table.items() if any(name in row for name in known)}
     rows = [[model, *(cell(name, row.get(name)) for name in known)] for model, row in shown.items()]
-    return [["model", *(columns[name] for name in known)], *rows]
+    return [[of, *(columns[name] for name in known)], *rows]
 
 
 def cell(name: str, value: Interval | None) -> str:
@@ -82,4 +111,4 @@ def cell(name: str, value: Interval | None) -> str:
     mean, low, high = value
     if (name in WITH_INTERVAL or name.partition("_")[0] in ("gold", "accuracy")) and math.isfinite(low):
         return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
-    return f"{mean:.1f}" if name == "length" else f"{mean:.3f}"
+    return f"{mean:.{DIGITS.get(name, 3)}f}"

@@ -21,6 +21,7 @@ from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule
 from rlhf_lightning.modules.online import Generating
 from rlhf_lightning.ops.groups import GroupList
 from rlhf_lightning.ops.ranking import text_ranks
+from rlhf_lightning.rewards.ensemble import DISAGREEMENT
 from rlhf_lightning.rewards.scoring import Reward, score_groups, to_device
 
 
@@ -92,7 +93,10 @@ class Candidates(Generating):
             value |= responses[place]
             if scores is not None:
                 mine = {name: values[place] for name, values in scores.items()}
-                value |= {"scores": mine.pop(""), "group_scores": mine} if len(mine) > 1 else {"scores": mine[""]}
+                value["scores"] = mine.pop("")
+                if DISAGREEMENT in mine:
+                    value[DISAGREEMENT] = mine.pop(DISAGREEMENT)
+                value |= {"group_scores": mine} if mine else {}
                 value["ranking"] = text_ranks(value["responses"], value["scores"])
             rows.append({"row": group.index, "value": value})
         return rows
@@ -121,7 +125,7 @@ class Candidates(Generating):
             raise UserError(f"{self.data.where('train', [number])} has no responses to score: {error}") from error
 
     def scored(self, batch: GroupList, responses: list[dict[str, Any]]) -> dict[str, list[list[float]]] | None:
-        """Return as "" the scores of every prompt's responses, by name those of groups; None where there are none."""
+        """Return as "" the scores of every prompt's responses, by name their parts; None where there are none."""
         prompts, texts, metadata = [], [], []
         for group, row in zip(batch.groups, responses, strict=True):
             for k, response in enumerate(row["responses"]):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.completion import unwrap
 
-RESERVED = ("mean", "worst", "low", "high")
-"""What metrics are called of all groups together, and the ends of an interval."""
+RESERVED = ("mean", "worst", "low", "high", "disagreement")
+"""What metrics are called of all groups together, the ends of an interval, and the spread of an ensemble."""
 
 
 def heads(config: Any) -> list[str]:

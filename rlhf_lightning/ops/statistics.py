@@ -1,12 +1,15 @@
-"""95% intervals of means and shares, and a running standard deviation."""
+"""95% intervals of means, shares and correlations, and a running standard deviation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 from scipy.special import stdtrit
+from scipy.stats import rankdata
 
 Z = 1.959964
 Interval = tuple[float, float, float]
@@ -51,8 +54,8 @@ def wilson_interval(successes: float, n: float, z: float = Z) -> tuple[float, fl
     return max(min((centre - spread) / scale, share), 0.0), min(max((centre + spread) / scale, share), 1.0)
 
 
-def mean_interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Interval:
-    """Return mean, lower and upper end of its 95% interval by Student's t with C - 1 degrees of freedom.
+def mean_interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None, level: float = 0.95) -> Interval:
+    """Return mean, lower and upper end of its interval by Student's t with C - 1 degrees of freedom.
 
     C is the number of clusters; from a single one nothing is known about the error, and the ends are NaN.
 
@@ -61,13 +64,14 @@ def mean_interval(values: Sequence[float], clusters: Sequence[Hashable] | None =
             standard error is then the cluster-robust one, sqrt(C / (C - 1) sum_c (sum_{i in c} (v_i - mean))^2) / n
             (Liang and Zeger 1986), which for clusters of one value is the ordinary s / sqrt(n). Student's t instead
             of the normal distribution: Bell and McCaffrey 2002.
+        level: the share of such intervals that contain what is estimated.
     """
     n = len(values)
     if n == 0:
         return math.nan, math.nan, math.nan
     mean = math.fsum(values) / n
     error, count = _standard_error(values, range(n) if clusters is None else clusters)
-    half = _student(count) * error
+    half = _student(count, level) * error
     return mean, mean - half, mean + half
 
 
@@ -93,9 +97,47 @@ def share_interval(values: Sequence[float], clusters: Sequence[Hashable] | None 
     return share, *wilson_interval(share * independent, independent)
 
 
-def _student(clusters: int) -> float:
-    """Return the 97.5% quantile of Student's t for this many clusters."""
-    return float(stdtrit(clusters - 1, 0.975)) if clusters > 1 else math.nan
+def correlation_interval(
+    x: Sequence[float],
+    y: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
+    kind: Literal["pearson", "spearman"] = "pearson",
+) -> Interval:
+    """Return the correlation of two columns with its 95% interval, which is symmetric on Fisher's scale atanh(r).
+
+    The standard error is that of the mean of the influence function, z_x z_y - r (z_x^2 + z_y^2) / 2 for Pearson's
+    correlation (Devlin, Gnanadesikan and Kettenring 1975), cluster-robust as in :func:`mean_interval`. Spearman's is
+    that of the ranks; to their influence comes that a value moves the ranks of others (Croux and Dehon 2010). A column
+    without variance has no correlation: NaN.
+    """
+    given = [np.asarray(x, float), np.asarray(y, float)]
+    columns = [rankdata(c) / len(c) for c in given] if kind == "spearman" else given
+    if len(x) < 3 or any(np.ptp(column) == 0 for column in columns):
+        return math.nan, math.nan, math.nan
+    u, v = ((column - column.mean()) / column.std() for column in columns)
+    r = min(max(float((u * v).mean()), -1.0), 1.0)
+    if abs(r) > 1 - 1e-12:  # the points are on a line
+        return r, r, r
+    if kind == "spearman":
+        influence = u * v + _above(given[0], v) / columns[0].std() + _above(given[1], u) / columns[1].std()
+        influence -= influence.mean()
+    else:
+        influence = u * v - r * (u**2 + v**2) / 2
+    _, _, half = mean_interval(influence.tolist(), clusters)
+    half /= 1 - r * r
+    return r, math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)
+
+
+def _above(values: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return for each of `values` (n,) the sum of `other` over the higher ones and half of the equal ones, over n."""
+    _, place = np.unique(values, return_inverse=True)
+    sums = np.bincount(place, other)
+    return (sums[::-1].cumsum()[::-1] - sums / 2)[place] / len(values)
+
+
+def _student(clusters: int, level: float = 0.95) -> float:
+    """Return the quantile of Student's t for this many clusters: 97.5% for 95% intervals."""
+    return float(stdtrit(clusters - 1, (1 + level) / 2)) if clusters > 1 else math.nan
 
 
 def _standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> tuple[float, int]:

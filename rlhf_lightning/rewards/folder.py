@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.completion import ScalarModel, choose_layout, vocabulary_size
+from rlhf_lightning.models.completion import ScalarModel, choose_layout, unwrap, vocabulary_size
 from rlhf_lightning.models.frozen import Frozen
 from rlhf_lightning.models.heads import heads
 from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer, resolve_model
@@ -56,6 +56,15 @@ class FolderReward(GroupedReward):
         self.model = Frozen(ScalarModel(model)).to(device)
         self.batch_tokens = batch_tokens
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+
+    @property
+    def normalized(self) -> bool:
+        """Whether its scores have mean 0 and standard deviation 1 on the held-out rows of its training."""
+        config = unwrap(self.model.model.model).config
+        mean: Any = getattr(config, "reward_mean", 0.0)
+        std: Any = getattr(config, "reward_std", 1.0)
+        means, stds = (mean, std) if isinstance(mean, list) else ([mean], [std])
+        return any(value != 0 for value in means) or any(value != 1 for value in stds)
 
     def to(self, device: torch.device | str) -> FolderReward:
         """Move the model and return self."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.models.heads import check_names
+from rlhf_lightning.rewards.ensemble import DISAGREEMENT, Aggregation, aggregated, check_aggregation, disagreement
 from rlhf_lightning.rewards.groups import MEAN, Combination, GroupedReward, combined
 from rlhf_lightning.rewards.spec import parse
 
@@ -26,30 +27,48 @@ NONE = ("error", "skip")
 """Values of `reward_none`: what it means that a reward returns None for a response, an error or no score."""
 
 
-class MeanReward:
-    """The mean of several rewards, an ensemble; with `none="skip"` of those that give a response a score."""
+class Ensemble:
+    """Several rewards combined into one; with `none="skip"` those that give a response a score.
 
-    def __init__(self, members: Sequence[Reward], none: str = "error") -> None:
+    Args:
+        how: see :func:`rlhf_lightning.rewards.ensemble.aggregated`. Other than the mean it compares the scores of the
+            members, so reward models have to be normalized.
+    """
+
+    def __init__(self, members: Sequence[Reward], none: str = "error", how: Aggregation = MEAN) -> None:
         if none not in NONE:
             raise UserError(f"reward_none={none!r} is not one of {', '.join(NONE)}.{nearest(str(none), NONE)}")
-        self.members, self.none = members, none
+        check_aggregation(how)
+        if how != MEAN:
+            if len(members) < 2:
+                raise UserError(f"reward_ensemble={how}: reward_from is a list of one reward; it needs two or more")
+            if raw := next((m for m in members if getattr(m, "normalized", True) is False), None):
+                raise UserError(
+                    f"reward_ensemble={how} compares the scores of its members, and {raw.folder} is not normalized: "  # type: ignore[attr-defined]
+                    "its config.json has no reward_mean and reward_std, which reward.normalize=true writes"
+                )
+        self.members, self.none, self.how = members, none, how
 
-    def to(self, device: torch.device | str) -> MeanReward:
+    def to(self, device: torch.device | str) -> Ensemble:
         """Move the members that are models and return self."""
         for member in self.members:
             to_device(member, device)
         return self
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
+        return aggregated(self.by_member(prompts, responses, metadata), self.how)
+
+    def by_member(self, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
+        """Return the scores (M, S) of the members, NaN where one has none."""
         skip = self.none == "skip"
-        mean = torch.stack([score(member, prompts, responses, metadata, skip) for member in self.members]).nanmean(0)
-        if mean.isnan().any():
-            place = int(mean.isnan().nonzero()[0])
+        scores = torch.stack([score(member, prompts, responses, metadata, skip) for member in self.members])
+        if (missing := scores.isnan().all(0)).any():
+            place = int(missing.nonzero()[0])
             raise UserError(
                 f"no reward of {len(self.members)} has a score for {_response(responses, prompts, place)}; with "
                 "reward_none=skip every response needs one of them"
             )
-        return mean
+        return scores
 
 
 class RewardPerGroup(GroupedReward):
@@ -79,8 +98,9 @@ def load_reward(
     how: Combination = MEAN,
     none: str = "error",
     settings: Mapping[str, Any] | None = None,
+    ensemble: Aggregation = MEAN,
 ) -> Reward:
-    """Return the reward that `spec` names: the mean of a list of several, of a map one reward per group.
+    """Return the reward that `spec` names: of a list of several an ensemble, of a map one reward per group.
 
     Args:
         spec: a callable, a value of `reward_from` (:func:`rlhf_lightning.rewards.spec.parse`), a list or map of these.
@@ -88,11 +108,16 @@ def load_reward(
         how: how the scores of groups are combined, a value of `reward_groups`.
         none: what a None from a member of a list, or from a judge, means: a value of `reward_none`.
         settings: the configuration, of which `judge:<judge>` reads the key `judge`.
+        ensemble: how the scores of a list are combined, a value of `reward_ensemble`.
 
     Raises:
-        UserError: when the module, the function or the folder is not there, or `how` is about groups that are not.
+        UserError: when the module, the function or the folder is not there, `how` is about groups that are not, or
+            `ensemble` about a list that is not.
     """
-    reward = _load(spec, dtype, how, none, settings)
+    check_aggregation(ensemble)
+    if ensemble != MEAN and not isinstance(spec, list | tuple):
+        raise UserError(f"reward_ensemble={ensemble}: reward_from={spec} is no list of rewards")
+    reward = _load(spec, dtype, how, none, settings, ensemble)
     if how != MEAN and not any(getattr(r, "groups", None) for r in [reward, *getattr(reward, "members", ())]):
         raise UserError(
             f"reward_groups={how}: reward_from={spec} has no groups; a reward model gets them with reward.groups"
@@ -100,14 +125,21 @@ def load_reward(
     return reward
 
 
-def _load(spec: Any, dtype: str, how: Combination, none: str, settings: Mapping[str, Any] | None) -> Reward:
+def _load(
+    spec: Any,
+    dtype: str,
+    how: Combination,
+    none: str,
+    settings: Mapping[str, Any] | None,
+    ensemble: Aggregation = MEAN,
+) -> Reward:
     if callable(spec):
         return spec
     if isinstance(spec, Mapping) and spec:
         return RewardPerGroup({str(n): _load(member, dtype, how, none, settings) for n, member in spec.items()}, how)
     members = [_load(m, dtype, how, NONE[0], settings) for m in spec] if isinstance(spec, list | tuple) else []
     if members:
-        return MeanReward(members, none)
+        return Ensemble(members, none, ensemble)
     named = parse(spec)
     if not named:
         raise UserError("reward_from is needed: a reward model folder, module:function, judge:<judge>, or world")
@@ -215,14 +247,22 @@ def score(
 def score_groups(
     reward: Reward, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]
 ) -> dict[str, Tensor]:
-    """Return the rewards (S,) as "", and under its name the scores (S,) of every group of a reward that has groups."""
-    if not isinstance(reward, GroupedReward) or not reward.groups:
-        return {"": score(reward, prompts, responses, metadata)}
+    """Return the rewards (S,) as "", and by name the parts (S,) that they have.
+
+    These are the scores of every group of a reward with groups, and as "disagreement" the standard deviation over the
+    members of an ensemble.
+    """
     parts: dict[str, Tensor] = {}
 
-    def total(*texts: Any) -> Tensor:
-        parts.update(reward.by_group(*texts))
-        return combined(parts, reward.how)
+    def total(*texts: Any) -> Any:
+        if isinstance(reward, Ensemble) and len(reward.members) > 1:
+            scores = reward.by_member(*texts)
+            parts[DISAGREEMENT] = disagreement(scores)
+            return aggregated(scores, reward.how)
+        if isinstance(reward, GroupedReward) and reward.groups:
+            parts.update(reward.by_group(*texts))
+            return combined(parts, reward.how)
+        return call_reward(reward, *texts)
 
     return {"": score(total, prompts, responses, metadata)} | parts
 

@@ -30,7 +30,7 @@ from rlhf_lightning.runtime.settings import DATA_SPLITS, flat, groups, select, t
 
 console = Console()
 REWARDS = ("reward_from", "gold_from")
-MAPS = ("data.columns", "data.world.labeller.group", "reward_groups", "simulate.groups", *REWARDS)
+MAPS = ("data.columns", "data.world.labeller.group", "reward_ensemble", "reward_groups", "simulate.groups", *REWARDS)
 """Keys whose value may be a map, which a stage fills in member by member."""
 JUDGES_MODEL = re.compile(r"judge\.(members\.\w+\.)?model")
 KEY = re.compile(r"[+~]*(\w+)[\w./@+-]*")

@@ -68,6 +68,8 @@ class Run:
     def __init__(self, stage: Stage, cfg: DictConfig, folder: Path) -> None:
         self.stage, self.cfg, self.folder = stage, cfg, folder
         self.settings = to_container(cfg)
+        if (ensemble := self.settings["reward_ensemble"]) != "mean" and not self.settings["reward_from"]:
+            raise UserError(f"reward_ensemble={ensemble} needs reward_from=[<reward>,<reward>,...]")
         self.allow = list(cfg.allow_targets)
         self.start = starting_point(self.settings)
         self.checkpoint: Path | None = None
@@ -268,5 +270,6 @@ class Run:
         dtype = self.settings["model"]["load"]["dtype"] if trained_on else "float32"
         how = self.settings["reward_groups"] if trained_on else "mean"
         none = self.settings["reward_none"] if trained_on else "error"
+        ensemble = self.settings["reward_ensemble"] if trained_on else "mean"
         settings = self.settings | {"judge": self.judge}
-        return load_reward(value, dtype, how, none, settings) if spec.parse(value, key) else None
+        return load_reward(value, dtype, how, none, settings, ensemble) if spec.parse(value, key) else None

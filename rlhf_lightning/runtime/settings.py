@@ -81,7 +81,7 @@ def select(settings: dict[str, Any], key: str) -> Any:
     return value
 
 
-LOWER = ("loss", "kl", "calibration_error")
+LOWER = ("loss", "kl", "calibration_error", "brier", "disagreement")
 """Parts of the names of metrics of which less is better."""
 
 

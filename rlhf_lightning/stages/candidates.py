@@ -19,6 +19,7 @@ from rlhf_lightning.feedback.shards import ShardWriter, merge, remove
 from rlhf_lightning.files import readable_os_errors, write_json
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.ops.statistics import Interval, mean_interval, share_interval
+from rlhf_lightning.rewards.ensemble import DISAGREEMENT
 from rlhf_lightning.runtime.libraries import readable_library_errors
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.stages.training import build_trainer
@@ -82,6 +83,8 @@ def measured(row: dict[str, Any]) -> dict[str, list[float]]:
     values: dict[str, list[float]] = {}
     if "scores" in row:
         values |= {"score": row["scores"], "best_score": [max(row["scores"])]}
+    if DISAGREEMENT in row:
+        values[DISAGREEMENT] = row[DISAGREEMENT]
     if isinstance(row.get("tokens"), list) and isinstance(row.get("finished"), list):
         values |= {"length": row["tokens"], "ended_with_eos": [float(done) for done in row["finished"]]}
     return values

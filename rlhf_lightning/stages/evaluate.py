@@ -20,7 +20,7 @@ from rlhf_lightning.data.tokenize import report_rows
 from rlhf_lightning.errors import UserError, check_number
 from rlhf_lightning.evaluation.baselines import Judgement, bag_of_words, longer
 from rlhf_lightning.evaluation.policy import Evaluation, evaluate_policy
-from rlhf_lightning.evaluation.reward_model import TextPair, accuracies, evaluate_reward_model, text_pairs
+from rlhf_lightning.evaluation.reward_model import TextPair, accuracies, text_pairs
 from rlhf_lightning.evaluation.table import (
     BY_GROUP,
     COLUMNS,
@@ -38,12 +38,12 @@ from rlhf_lightning.models.heads import RESERVED
 from rlhf_lightning.models.loading import (
     is_classifier,
     load_causal_lm,
-    load_scalar_model,
     load_tokenizer,
     resolve_model,
 )
 from rlhf_lightning.ops.statistics import Interval
 from rlhf_lightning.runtime.run import Run
+from rlhf_lightning.stages.reward_models import evaluate_reward_models
 
 
 def run(run: Run) -> float | None:
@@ -60,16 +60,12 @@ def run(run: Run) -> float | None:
         raise UserError("nothing to evaluate: give init_from=<folder> or evaluate.models.<name>=<folder>")
     reward_models = {name: folder for name, folder in models.items() if is_reward_model(folder)}
     policies = {name: folder for name, folder in models.items() if name not in reward_models}
+    if not policies and (ensemble := run.settings["reward_ensemble"]) != "mean":
+        raise UserError(f"reward_ensemble={ensemble} is of the rewards of responses, and no language model answers")
     loggers = run.loggers()
-    table: dict[str, dict[str, Interval]] = {}
     answered: dict[str, Evaluation] = {}
     compared_to = ""
-    evaluated = 0
-    for name, folder in reward_models.items():
-        table[name], pairs = evaluate_reward_model(
-            load_scalar_model(folder, trained=True), preferences(run, folder), run.device
-        )
-        evaluated += pairs
+    table, evaluated = evaluate_reward_models(run, reward_models, partial(preferences, run))
     beaten = baselines(run, reward_models) if reward_models else {}
     if policies:
         reference = resolve_model(str(options["reference"] or next(iter(policies.values()))), cache)
@@ -102,6 +98,8 @@ def run(run: Run) -> float | None:
     for title, rows, columns in tables.values():
         show(title, rows, columns=columns)
     Console().print(f"run         {run.folder}", soft_wrap=True)
+    if reward_models and options["diagnostics"]:
+        Console().print(f"tables      {run.folder / 'tables'}", soft_wrap=True)
     return metrics.get(metrics["monitor"])
 
 
@@ -227,7 +225,7 @@ def preferences(run: Run, folder: str, source: Source | None = None) -> Preferen
     if source is None:
         raise UserError(f"{folder} is a reward model; give held-out pairs with evaluate.preferences=<file or world>")
     options = {k: v for k, v in run.settings["data"].items() if k not in NOT_OF_PAIRS}
-    data = PreferenceData(load_tokenizer(folder), **options | {"train": None, "val": source})
+    data = PreferenceData(load_tokenizer(folder), **options | {"train": None, "val": source, "keep_rows": True})
     data.setup()
     return data
 

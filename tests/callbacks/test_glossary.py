@@ -40,6 +40,16 @@ EVALUATED = {
     "accuracy",
     "accuracy_mean",
     "shorter_accuracy",
+    "length_controlled_accuracy",
+    "length_pearson",
+    "length_spearman",
+    "calibration_error",
+    "brier",
+    "best_of_accuracy",
+    "reward_bench",
+    "format_flipped",
+    "ngrams_found",
+    "reward_disagreement",
 }  # beside those of the world
 EVALUATED |= {f"{metric}_{of}" for metric in ("gold", "reward", "accuracy") for of in ("<group>", "worst")}
 GROUPS = ("cautious", "curious")
@@ -62,12 +72,13 @@ def glossary() -> list[str]:
 def modules(start: str) -> dict[str, LightningModule]:
     common: dict[str, Any] = {"optimizer": partial(torch.optim.AdamW, lr=1e-3), "schedule": schedule}
     lm, gold = partial(load_causal_lm, start), load_reward({name: f"world:{name}" for name in GROUPS})
+    ensemble = load_reward([f"world:{name}" for name in GROUPS])
     return {
         "sft": SFT(lm, **common),
         "reward": RewardModel(partial(load_scalar_model, start), groups=GROUPS, **common),
         "dpo": DPO(lm, sft_coef=0.1, **common),
         "ppo": PPO(lm, reward=gold, gold=gold, max_new_tokens=4, ptx_coef=0.1, **common),
-        "online_dpo": OnlineDPO(lm, reward=gold, gold=gold, max_new_tokens=4, **common),
+        "online_dpo": OnlineDPO(lm, reward=ensemble, gold=gold, max_new_tokens=4, **common),
     }
 
 

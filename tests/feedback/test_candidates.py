@@ -20,6 +20,9 @@ from pathlib import Path
 def length(prompts, responses, metadata):
     return [float(len(r) % 7) for r in responses]
 
+def other(prompts, responses, metadata):
+    return [float(len(r) % 3) for r in responses]
+
 def dies(prompts, responses, metadata):
     if "Say 9." in prompts and not Path("died").exists():
         Path("died").touch()
@@ -152,3 +155,16 @@ def test_mistakes_are_explained(folder: Path) -> None:
     assert "row 1 has no responses to score" in found.stderr
     found = rlhf(folder, "stage=candidates", "data.train=prompts.jsonl", code=2)
     assert "needs a model to start from" in found.stderr
+
+
+@slow
+def test_the_members_of_an_ensemble_disagree_about_a_response(folder: Path) -> None:
+    run = candidates(folder, "ensemble", "reward_from=[rewards:length,rewards:other]", "reward_ensemble={uwo:2}")
+    for row in read(run):
+        for text, score, spread in zip(row["responses"], row["scores"], row["disagreement"], strict=True):
+            a, b = len(text) % 7, len(text) % 3
+            assert spread == pytest.approx(abs(a - b) / 2)
+            assert score == pytest.approx((a + b) / 2 - 2 * spread**2)
+        assert "group_scores" not in row
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["disagreement_low"] <= metrics["disagreement"] <= metrics["disagreement_high"]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from rlhf_lightning.ops.statistics import mean_interval, share_interval, wilson_interval
+from rlhf_lightning.ops.statistics import correlation_interval, mean_interval, share_interval, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -142,3 +144,44 @@ def test_clustered_intervals_cover_the_truth() -> None:
     assert 925 <= covered["mean"] <= 970
     assert 925 <= covered["share"] <= 970
     assert covered["naive"] < 800
+
+
+@pytest.mark.parametrize("kind", ["pearson", "spearman"])
+def test_correlations_are_those_of_scipy(kind: Any) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=50).round(1)  # with ties
+    y = x + rng.exponential(size=50)
+    r, low, high = correlation_interval(x.tolist(), y.tolist(), kind=kind)
+    expected: Any = (stats.pearsonr if kind == "pearson" else stats.spearmanr)(x, y)
+    assert r == pytest.approx(expected.statistic)
+    assert low < r < high
+    assert (math.atanh(high) + math.atanh(low)) / 2 == pytest.approx(math.atanh(r))
+    swapped = correlation_interval(y.tolist(), (-x).tolist(), kind=kind)
+    assert swapped == pytest.approx((-r, -high, -low))
+
+
+def test_correlations_at_the_ends() -> None:
+    assert correlation_interval([1, 2, 3], [2, 4, 6]) == pytest.approx((1, 1, 1))
+    assert correlation_interval([1, 2, 3], [5, 4, 1], kind="spearman") == pytest.approx((-1, -1, -1))
+    for x in ([1.0, 1.0, 1.0], [1.0, 2.0], []):
+        assert all(map(math.isnan, correlation_interval(x, list(range(len(x))))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "true"), [("pearson", 0.5), ("spearman", 6 / math.pi * math.asin(0.25))])
+def test_intervals_of_correlations_cover(kind: Any, true: float) -> None:
+    """1,000 samples of 60 prompts with four responses that share half of their variance; as independent .86 are covered."""
+    rng, of, covered = np.random.default_rng(1), [c for c in range(60) for _ in range(4)], 0
+    for _ in range(1000):
+        a, b = (np.repeat(rng.normal(size=60), 4) + rng.normal(size=240) for _ in range(2))
+        _, low, high = correlation_interval(a.tolist(), (0.5 * a + math.sqrt(0.75) * b).tolist(), of, kind)
+        covered += low <= true <= high
+    assert 0.925 < covered / 1000 < 0.97
+
+
+def test_a_wider_level_is_a_wider_interval() -> None:
+    values = [0.0, 1.0, 3.0, 4.0]
+    mean, low, high = mean_interval(values, level=0.99)
+    expected = stats.t.interval(0.99, 3, loc=2.0, scale=stats.sem(values))
+    assert (low, high) == pytest.approx(expected)
+    assert mean == 2.0
