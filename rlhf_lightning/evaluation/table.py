@@ -18,6 +18,7 @@ COLUMNS = {
     "accuracy": "pair accuracy",
     "kl": "KL (nats)",
     "length": "tokens",
+    "characters": "characters",
     "ended_with_eos": "ended",
     "refused_harmful": "refuses harmful",
     "over_refused": "over-refuses",
@@ -25,12 +26,25 @@ COLUMNS = {
     "flattered": "flatters",
 }
 PAIR_COLUMNS = {"accuracy": "accuracy (95%)", "shorter_accuracy": "where the shorter response is better"}
-WITH_INTERVAL = ("gold", "gold_win_rate", "reward_win_rate", "accuracy", "shorter_accuracy")
+WITH_INTERVAL = (
+    "gold", "gold_win_rate", "reward_win_rate", "accuracy", "shorter_accuracy", "win_rate", "length_controlled",
+)  # fmt: skip
 OF_GROUPS = ("gold", "reward", "accuracy")
 """Metrics that each group of people has a value of."""
 HELD_OUT, HELD_OUT_PAIRS = "held-out prompts", "held-out pairs"
 DIFFERENCES = "paired differences to {}"
+WIN_RATES, RATINGS = "win rates", "ratings, Bradley-Terry on the scale of Elo (95%)"
 BY_GROUP = "by group"
+
+
+ATTEMPTS = ("pass", "majority")
+"""How the names of metrics of several attempts begin: pass_at_4."""
+
+
+def attempt_columns(table: Mapping[str, Mapping[str, Interval]]) -> dict[str, str]:
+    """Return the columns of pass@k and majority@k that any model has: metric -> title."""
+    names = dict.fromkeys(name for row in table.values() for name in row if name.partition("_at_")[0] in ATTEMPTS)
+    return {name: name.replace("_at_", "@") + " (95%)" for name in names}
 
 
 def group_columns(groups: Collection[str]) -> dict[str, str]:
@@ -80,6 +94,10 @@ def cell(name: str, value: Interval | None) -> str:
     if value is None:
         return ""
     mean, low, high = value
-    if (name in WITH_INTERVAL or name.partition("_")[0] in ("gold", "accuracy")) and math.isfinite(low):
+    if name.endswith("_rating"):
+        return f"{mean:.0f} [{low:.0f}, {high:.0f}]" if math.isfinite(low) else f"{mean:.0f}"
+    if name in ("wins", "ties", "losses", "failed"):
+        return f"{mean:.0f}"
+    if (name in WITH_INTERVAL or name.partition("_")[0] in ("gold", "accuracy", *ATTEMPTS)) and math.isfinite(low):
         return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
-    return f"{mean:.1f}" if name == "length" else f"{mean:.3f}"
+    return f"{mean:.1f}" if name in ("length", "characters") else f"{mean:.3f}"

@@ -213,11 +213,19 @@ def score(
 
 
 def score_groups(
-    reward: Reward, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]
+    reward: Reward,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    metadata: Sequence[dict[str, Any]],
+    skip: bool = False,
 ) -> dict[str, Tensor]:
-    """Return the rewards (S,) as "", and under its name the scores (S,) of every group of a reward that has groups."""
+    """Return the rewards (S,) as "", and under its name the scores (S,) of every group of a reward that has groups.
+
+    Args:
+        skip: as in :func:`score`, of a reward without groups.
+    """
     if not isinstance(reward, GroupedReward) or not reward.groups:
-        return {"": score(reward, prompts, responses, metadata)}
+        return {"": score(reward, prompts, responses, metadata, skip)}
     parts: dict[str, Tensor] = {}
 
     def total(*texts: Any) -> Tensor:
