@@ -19,8 +19,9 @@ from rlhf_lightning.ops.logistic import logistic
 from rlhf_lightning.ops.statistics import Interval, share_interval
 from rlhf_lightning.rewards.judged import conversation
 
-RIDGE = 0.01
-"""L2 penalty of the length-controlled model, which keeps its coefficients finite where one model wins throughout."""
+RIDGE = (1.0, 0.01, 1.0)
+"""L2 penalties of the length-controlled model: of phi, theta and psi. AlpacaEval holds phi by an L1 penalty and by
+comparisons of the opponent with itself, asked for long and for short responses."""
 
 
 @dataclass(frozen=True)
