@@ -123,6 +123,16 @@ def with_given(
     return result, notes
 
 
+def unrated(answered: Mapping[str, Evaluation]) -> list[str]:
+    """Return what is to be said of answers that a judge did not rate."""
+    notes = []
+    for name, answer in answered.items():
+        for reward in REWARDS:
+            if failed := int(sum(v or 0.0 for v in answer.columns.get(f"{reward}_failed", ()))):
+                notes.append(f"{name}: {failed} of {len(answer.samples)} answers got no rating by {reward}, and are left out")
+    return notes
+
+
 def attempted(made: Plan, evaluation: Evaluation) -> dict[str, Interval]:
     """Return pass@k and majority@k of a model, where they are asked for."""
     by, read_answer = made.verifiable

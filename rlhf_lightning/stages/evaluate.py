@@ -49,7 +49,7 @@ from rlhf_lightning.models.loading import (
 )
 from rlhf_lightning.ops.statistics import Interval
 from rlhf_lightning.runtime.run import Run
-from rlhf_lightning.stages.comparing import Plan, attempted, compare_all, plan, with_given
+from rlhf_lightning.stages.comparing import Plan, attempted, compare_all, plan, unrated, with_given
 
 
 def run(run: Run) -> float | None:
@@ -113,7 +113,7 @@ def run(run: Run) -> float | None:
     write_json(run.folder / "metrics.json", metrics)
     for title, rows, columns in tables.values():
         show(title, rows, columns=columns)
-    for line in [*notes, *comparison.notes]:
+    for line in [*notes, *unrated(answered), *comparison.notes]:
         Console().print(line, style="yellow", markup=False, soft_wrap=True)
     Console().print(f"run         {run.folder}", soft_wrap=True)
     return metrics.get(metrics["monitor"])

@@ -158,7 +158,7 @@ class Failing(WorldJudge):
 
 @pytest.mark.parametrize("all_of_them", [False, True])
 def test_failed_ratings_of_a_judge_are_left_out(
-    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_of_them: bool
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, all_of_them: bool
 ) -> None:
     """They are counted; the best of n is chosen among the others, and where there is no rating there is none."""
     monkeypatch.setattr("rlhf_lightning.judges.world.WorldJudge", Failing)
@@ -166,7 +166,9 @@ def test_failed_ratings_of_a_judge_are_left_out(
         tmp_path, *WORLD, "reward_from=judge:world", "judge=world", f"judge.error_rate={float(all_of_them)}",
         "evaluate.num_generations=2", "evaluate.best_of=2", "evaluate.rows=8", models={"start": folders["start"]},
     )  # fmt: skip
+    printed = capsys.readouterr().out
     if all_of_them:
+        assert "start: 16 of 16 answers got no rating by reward, and are left out" in printed
         assert metrics["start/reward_failed"] == 1.0
         assert "start/reward" not in metrics
         assert "start_bo2/length" not in metrics
@@ -175,6 +177,7 @@ def test_failed_ratings_of_a_judge_are_left_out(
     rated = [row for row in samples if "reward" in row]
     assert metrics["start/reward_failed"] == 1 - len(rated) / 16
     assert 0 < len(rated) < 16
+    assert f"start: {16 - len(rated)} of 16 answers got no rating by reward" in printed
     assert metrics["start/reward"] == pytest.approx(sum(row["reward"] for row in rated) / len(rated))
     assert metrics["start_bo2/reward"] >= metrics["start/reward"]
 
