@@ -25,7 +25,7 @@ BASELINE = "gpt4_1106_preview"
 
 
 def read_duel(path: Path) -> Duel:
-    """Return the comparisons of a model with the baseline; a preference of 1 is the baseline's win, of 2 the model's."""
+    """Return the comparisons of a model with the baseline; a preference of 1 is the baseline's win, 2 the model's."""
     rows = [row for row in json.loads(path.read_text()) if row["preference"] is not None]
     outcomes = [(row["preference"] or 1.5) - 1 for row in rows]
     lengths = [(len(row["output_2"]), len(row["output_1"])) for row in rows]
@@ -35,9 +35,7 @@ def read_duel(path: Path) -> Duel:
 def controlled(duel: Duel, others: list[Duel]) -> float:
     """Return the length-controlled win rate in percent."""
     values = np.asarray(duel.outcomes)
-    return 100 * float(
-        length_controlled(values, duel.lengths, difficulty(duel, others), np.ones((1, len(values))))[0]
-    )
+    return 100 * float(length_controlled(values, duel.lengths, difficulty(duel, others), np.ones((1, len(values))))[0])
 
 
 def main(folder: Path) -> None:

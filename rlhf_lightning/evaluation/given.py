@@ -47,22 +47,23 @@ Slots = dict[str, list[Slot]]
 """Key of a conversation -> the places of the answers to it, in order."""
 
 
-def read_answers(source: Source, columns: Columns | None = None, on_bad_row: str = "error") -> list[Answer]:
-    """Return the answers of a file: rows with `prompt` and `response`, or another layout of one answer to a prompt.
+def read_answers(source: Source, columns: Columns | None = None, on_bad_row: str = "error") -> tuple[list[Answer], int]:
+    """Return the answers of a file, rows with `prompt` and `response` or another layout, and the rows left out.
 
     Raises:
         UserError: naming file and row, or where there is no answer.
     """
-    columns, answers = columns or Columns(), []
+    columns, answers, skipped = columns or Columns(), [], 0
     for where, row in source.rows():
         try:
             answers.append(read_answer(row, columns))
         except RowError as error:
             if on_bad_row == "error":
                 raise UserError(f"{source.name}, {where}: {error}") from None
+            skipped += 1
     if not answers:
-        raise UserError(f"{source.name} has no answers: rows with prompt and response")
-    return answers
+        raise UserError(f"{source.name} has no answers, rows with prompt and response ({skipped} rows skipped)")
+    return answers, skipped
 
 
 def read_answer(row: Row, columns: Columns) -> Answer:

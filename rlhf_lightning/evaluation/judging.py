@@ -40,10 +40,14 @@ def by_judge(judge: Judge, answered: Mapping[str, Evaluation], pairs: Sequence[t
         pairs: (model, opponent), names of `answered`.
     """
     compared = {names: paired(answered[names[0]], answered[names[1]]) for names in pairs}
+    total = sum(map(len, compared.values()))
+    Console().print(
+        f"judge       {judge.name}: {total} pairs of responses, in both orders", soft_wrap=True, markup=False
+    )
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     result = Judged()
     with Progress(*columns, transient=True, disable=not Console().is_terminal) as progress:
-        task = progress.add_task("judging", total=sum(map(len, compared.values())))
+        task = progress.add_task("judging", total=total)
         for (model, opponent), members in compared.items():
             progress.update(task, description=f"{model} against {opponent}")
             verdicts = _verdicts(judge, answered[model], answered[opponent], members, lambda: progress.advance(task))

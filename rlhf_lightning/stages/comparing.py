@@ -37,6 +37,7 @@ class Plan:
         judges: whether the judge of the configuration is asked about pairs.
         pass_at, majority_at: k.
         verifiable: the reward that counts right attempts, and what reads answers for it.
+        notes: what is to be said of it.
     """
 
     rewards: dict[str, Reward]
@@ -47,13 +48,14 @@ class Plan:
     pass_at: list[int]
     majority_at: list[int]
     verifiable: tuple[str, ReadAnswer | None]
+    notes: list[str]
 
 
 def plan(
     run: Run,
     policies: Sequence[str],
     *,
-    answers: Sequence[str],
+    answers: Any,
     best_of: Any,
     pass_at: Any,
     majority_at: Any,
@@ -65,12 +67,11 @@ def plan(
     Raises:
         UserError: an option that cannot be, or that would have no effect.
     """
-    rewards = {name: reward for name, key in REWARDS.items() if (reward := run.reward(key)) is not None}
+    if not isinstance(answers, Mapping):
+        raise UserError(f"evaluate.answers={answers} is no map; a file is named with +evaluate.answers.<name>=<file>")
+    keys = REWARDS if policies or answers else {}
+    rewards = {name: reward for name, key in keys.items() if (reward := run.reward(key)) is not None}
     numbers = {"best_of": listed(best_of), "pass_at": listed(pass_at), "majority_at": listed(majority_at)}
-    if numbers["best_of"] and "reward" not in rewards:
-        raise UserError(
-            "evaluate.best_of chooses by reward_from: give a reward model folder, module:function, or world"
-        )
     for key, values in numbers.items():
         for n in values:
             check_number(f"evaluate.{key}", n, "[1, inf)", whole=True)
@@ -83,6 +84,10 @@ def plan(
         raise UserError(f"evaluate.{key} is about answers, and there is no language model")
     if numbers["best_of"] and not policies:
         raise UserError("evaluate.best_of is of models that answer, not of evaluate.answers")
+    if numbers["best_of"] and "reward" not in rewards:
+        raise UserError(
+            "evaluate.best_of chooses by reward_from: give a reward model folder, module:function, or world"
+        )
     judges = bool(run.judge) and not any(spec.judges(run.settings.get(key)) for key in REWARDS.values())
     if judges and len(names) < 2:
         raise UserError("judge= compares the answers of two models: evaluate.models.<name> or evaluate.answers.<name>")
@@ -93,8 +98,12 @@ def plan(
         raise UserError(f"evaluate.{key}: choose what decides which answer is better: judge=, gold_from or reward_from")
     verifiable = check_attempts(rewards, numbers["pass_at"], numbers["majority_at"])
     columns, on_bad_row = Columns(run.settings["data"]["columns"]), run.settings["data"]["on_bad_row"]
-    given = {name: read_answers(run.sources[f"evaluate.answers.{name}"], columns, on_bad_row) for name in answers}
-    return Plan(rewards, given, **numbers, against=against, judges=judges, verifiable=verifiable)
+    read = {name: read_answers(run.sources[f"evaluate.answers.{name}"], columns, on_bad_row) for name in answers}
+    notes = [
+        f"{name}: {skipped} rows are no answers and are left out" for name, (_, skipped) in read.items() if skipped
+    ]
+    given = {name: found for name, (found, _) in read.items()}
+    return Plan(rewards, given, **numbers, against=against, judges=judges, verifiable=verifiable, notes=notes)
 
 
 def listed(value: Any) -> list[Any]:
@@ -112,13 +121,13 @@ def with_given(
         rows: prompts, at most, where there are none.
     """
     slots = slots_of(answered[first]) if answered else slots_of_files(list(made.given.values()), rows)
-    result, notes = dict(answered), []
+    result, notes = dict(answered), list(made.notes)
     for name, answers in made.given.items():
         result[name], left = evaluate_answers(answers, slots, made.rewards)
         if not result[name].samples:
             raise UserError(f"evaluate.answers.{name}: none of its {len(answers)} prompts is one that is compared")
         if left:
-            why = f"of other prompts than those of {first}" if answered else f"beyond evaluate.rows={rows} prompts"
+            why = f"which {first} has no answer beside" if answered else f"beyond evaluate.rows={rows} prompts"
             notes.append(f"{name}: {left} of {len(answers)} answers are left out, {why}")
     return result, notes
 
@@ -129,7 +138,9 @@ def unrated(answered: Mapping[str, Evaluation]) -> list[str]:
     for name, answer in answered.items():
         for reward in REWARDS:
             if failed := int(sum(v or 0.0 for v in answer.columns.get(f"{reward}_failed", ()))):
-                notes.append(f"{name}: {failed} of {len(answer.samples)} answers got no rating by {reward}, and are left out")
+                notes.append(
+                    f"{name}: {failed} of {len(answer.samples)} answers got no rating by {reward}, and are left out"
+                )
     return notes
 
 

@@ -67,7 +67,7 @@ def run(run: Run) -> float | None:
     reward_models = {name: folder for name, folder in models.items() if is_reward_model(folder)}
     policies = {name: folder for name, folder in models.items() if name not in reward_models}
     made = plan(
-        run, list(policies), answers=list(options["answers"]), best_of=options["best_of"], pass_at=options["pass_at"],
+        run, list(policies), answers=options["answers"], best_of=options["best_of"], pass_at=options["pass_at"],
         majority_at=options["majority_at"], against=options["against"], num_generations=options["num_generations"],
     )  # fmt: skip
     loggers = run.loggers()

@@ -43,7 +43,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"start": start, "moved": str(root / "moved")}
 
 
-def evaluate(folder: Path, *overrides: str, models: dict[str, str] | None = None, answers: Any = None) -> dict[str, Any]:
+def evaluate(
+    folder: Path, *overrides: str, models: dict[str, str] | None = None, answers: Any = None
+) -> dict[str, Any]:
     """Run the stage in `folder` and return its metrics."""
     cfg = composed("stage=evaluate", f"paths.cache={folder / 'cache'}", f"paths.run={folder}", "~logger", *overrides)
     with open_dict(cfg):
@@ -204,17 +206,20 @@ def test_mistakes_of_a_comparison(folders: dict[str, str], tmp_path: Path, overr
 @pytest.mark.parametrize(
     ("overrides", "answers", "message"),
     [
+        (["judge=world"], "a.jsonl", r"evaluate\.answers=a\.jsonl is no map"),
         ([], {"a": "A", "b": "A"}, r"evaluate\.answers\.a: choose what decides which answer is better: judge=, gold_from"),
-        (["judge=world"], {"a": "A", "b": "missing.jsonl"}, "there is no file missing.jsonl"),
+        (["judge=world"], {"a": "A", "b": "missing.jsonl"}, r"^evaluate\.answers\.b: there is no file missing.jsonl"),
         (["gold_from=world", "evaluate.best_of=2", "reward_from=world"], {"a": "A"}, "not of evaluate.answers"),
         (["judge=world", "evaluate.against=c"], {"a": "A", "b": "A"}, "evaluate.against=c is none of a, b"),
         (["judge=world"], {"a": "A", "b": "A"}, r"is no row of the built-in world"),
     ],
 )  # fmt: skip
-def test_mistakes_of_files(tmp_path: Path, overrides: list[str], answers: dict[str, str], message: str) -> None:
+def test_mistakes_of_files(tmp_path: Path, overrides: list[str], answers: Any, message: str) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "p", "response": "r"}\n')
     (tmp_path / "b.jsonl").write_text('{"prompt": "p", "response": "other"}\n')
-    places = {name: value.replace("A", str(tmp_path / f"{name}.jsonl")) for name, value in answers.items()}
+    places = answers
+    if isinstance(answers, dict):
+        places = {name: value.replace("A", str(tmp_path / f"{name}.jsonl")) for name, value in answers.items()}
     with pytest.raises(UserError, match=message):
         evaluate(tmp_path, *overrides, answers=places)
 

@@ -15,7 +15,7 @@ from rlhf_lightning.evaluation.win_rates import by_scores
 
 
 def read(rows: list[Any], **options: Any) -> Any:
-    return read_answers(read_source(rows, "val", name="evaluate.answers.x"), **options)
+    return read_answers(read_source(rows, "val", name="evaluate.answers.x"), **options)[0]
 
 
 def test_layouts_of_an_answer() -> None:
@@ -45,8 +45,10 @@ def test_layouts_of_an_answer() -> None:
 def test_what_is_no_answer_is_named(row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read([row])
-    with pytest.raises(UserError, match="has no answers: rows with prompt and response"):
+    with pytest.raises(UserError, match=r"has no answers, rows with prompt and response \(1 rows skipped\)"):
         read([row], on_bad_row="skip")
+    source = read_source([row, {"prompt": "p", "response": "r"}], "val", name="evaluate.answers.x")
+    assert read_answers(source, on_bad_row="skip")[1] == 1
 
 
 def words(prompts: Any, responses: Any, metadata: Any) -> list[float]:

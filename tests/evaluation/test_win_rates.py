@@ -123,14 +123,14 @@ def test_a_model_that_wins_only_by_length_does_not_win_at_equal_length() -> None
     """Verbose against concise: the raw rate rewards length, the controlled one does not; a better model keeps its."""
     raw, fair, better, concise = [], [], [], []
     for seed in range(20):
-        outcomes, lengths, gamma, _ = planted(seed, 500, 0.0, 1.5, 150.0)
+        outcomes, lengths, _, _ = planted(seed, 500, 0.0, 1.5, 150.0)
         raw.append(outcomes.mean())
         fair.append(controlled(outcomes, lengths, [0.5] * 500))
         mirrored = controlled(1 - outcomes, [(b, a) for a, b in lengths], [0.5] * 500)
         assert mirrored == pytest.approx(1 - fair[-1], abs=1e-6)  # the opponent's is the rest
-        outcomes, lengths, gamma, truth = planted(seed, 500, 1.0, 1.5, 0.0)
+        outcomes, lengths, _, truth = planted(seed, 500, 1.0, 1.5, 0.0)
         better.append(controlled(outcomes, lengths, [0.5] * 500) - truth)
-        outcomes, lengths, gamma, truth = planted(seed, 500, 1.0, 1.5, -150.0)
+        outcomes, lengths, _, truth = planted(seed, 500, 1.0, 1.5, -150.0)
         concise.append((outcomes.mean(), controlled(outcomes, lengths, [0.5] * 500)))
     assert np.mean(raw) > 0.62
     assert np.mean(fair) == pytest.approx(0.5, abs=0.02)

@@ -32,7 +32,9 @@ def test_coefficients_are_those_of_statsmodels() -> None:
     found = logistic(design, weights * wins, weights * (1 - wins))
     for row, expected in zip(weights, found, strict=True):
         twice, outcomes = np.concatenate([design, design]), np.repeat([1.0, 0.0], 300)
-        model = sm.GLM(outcomes, twice, sm.families.Binomial(), freq_weights=np.concatenate([row * wins, row * (1 - wins)]))
+        model = sm.GLM(
+            outcomes, twice, sm.families.Binomial(), freq_weights=np.concatenate([row * wins, row * (1 - wins)])
+        )
         assert expected == pytest.approx(model.fit(tol=1e-12).params, abs=1e-6)
 
 
@@ -76,5 +78,5 @@ def test_of_a_share_it_is_on_the_scale_of_log_odds() -> None:
     value, low, high = bootstrap_interval(values, 10, share=True)
     half = t.ppf(0.975, 9) * math.sqrt(11 / 9) * float(np.std(logit(values[1:])))
     assert (value, logit(low), logit(high)) == pytest.approx((0.8, logit(0.8) - half, logit(0.8) + half))
-    for values, clusters in ((np.ones(5), 10), (np.zeros(5), 10), (np.full(5, 0.3), 10), (values, 1)):
-        assert [math.isnan(end) for end in bootstrap_interval(values, clusters, share=True)] == [False, True, True]
+    for others, clusters in ((np.ones(5), 10), (np.zeros(5), 10), (np.full(5, 0.3), 10), (values, 1)):
+        assert [math.isnan(end) for end in bootstrap_interval(others, clusters, share=True)] == [False, True, True]
