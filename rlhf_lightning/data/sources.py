@@ -74,7 +74,7 @@ def read_source(
     """
     if isinstance(source, Source):
         return source
-    key = f"data.{name or split}"
+    key = name if name and "." in name else f"data.{name or split}"
     if isinstance(source, list | tuple) and source and all(isinstance(part, str | Path | Source) for part in source):
         parts = [read_source(part, split, limit, kind, world, name, stream) for part in source]
         return several(parts, key, check_weights(weights, len(parts), key), stream)

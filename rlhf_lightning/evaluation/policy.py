@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -20,6 +21,7 @@ from rlhf_lightning.ops.groups import Group
 from rlhf_lightning.ops.kl import best_of_n_kl, kl_estimate
 from rlhf_lightning.ops.statistics import Interval, mean_interval, share_interval
 from rlhf_lightning.rewards.ensemble import DISAGREEMENT
+from rlhf_lightning.rewards.judged import JudgeReward
 from rlhf_lightning.rewards.scoring import Reward, score_groups
 
 SHARES = (
@@ -31,6 +33,8 @@ SHARES = (
     "correct",
     "padded",
     "accuracy",
+    "reward_failed",
+    "gold_failed",
 )
 """Metrics that are shares; their interval is Wilson's."""
 REWARDS = ("reward", "gold")
@@ -42,7 +46,8 @@ class Evaluation:
 
     `columns` holds per metric one value (or None, where it does not apply) per response; `places` the row and the
     number of the generation; `prompts` what the responses to one prompt have in common. `groups` has for a reward with
-    groups their names; their scores are the columns <reward>_<group>.
+    groups their names; their scores are the columns <reward>_<group>. `metadata` has per response what rewards and
+    judges get with it.
     """
 
     columns: Mapping[str, Sequence[float | None]]
@@ -50,10 +55,12 @@ class Evaluation:
     prompts: Sequence[tuple[int, ...]]
     samples: list[dict[str, Any]]
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    metadata: Sequence[dict[str, Any]] = ()
 
     def intervals(self) -> dict[str, Interval]:
         """Return metric -> (mean, low, high); <reward>_worst is that of the group with the lowest mean."""
-        table = {metric: interval(metric, column, self.prompts) for metric, column in self.columns.items()}
+        known = {metric: column for metric, column in self.columns.items() if any(v is not None for v in column)}
+        table = {metric: interval(metric, column, self.prompts) for metric, column in known.items()}
         for reward, names in self.groups.items():
             table[f"{reward}_worst"] = min(table[f"{reward}_{name}"] for name in names)
         return table
@@ -65,7 +72,8 @@ class Evaluation:
         model that it samples from is at most log n - (n - 1) / n (Beirami et al. 2024, arXiv 2401.01879): `kl` here.
 
         Args:
-            by: the column that decides; equal scores leave the first.
+            by: the column that decides; equal scores leave the first. A response without a score is not chosen, and
+                where none of n has one, nothing is.
             to_reference: whether the model is the one that `kl` is measured to; else there is no `kl`.
 
         Raises:
@@ -77,15 +85,20 @@ class Evaluation:
             raise ValueError(f"the best of {n} of {generations} generations")
         decided, best = self.columns[by], dict[tuple[int, int], int]()
         for place, (row, number) in enumerate(self.places):
-            block = (row, number // n)
-            if number < generations // n * n and (block not in best or decided[place] > decided[best[block]]):  # type: ignore[operator]
+            block, score = (row, number // n), decided[place]
+            if score is None or number >= generations // n * n:
+                continue
+            if block not in best or score > decided[best[block]]:  # type: ignore[operator]
                 best[block] = place
         chosen = list(best.values())
         columns = {name: [column[place] for place in chosen] for name, column in self.columns.items() if name != "kl"}
         if "kl" in self.columns and to_reference:
             columns["kl"] = [best_of_n_kl(n)] * len(chosen)
         samples = [{k: v for k, v in self.samples[place].items() if k != "kl"} for place in chosen]
-        return Evaluation(columns, list(best), [self.prompts[place] for place in chosen], samples, self.groups)
+        metadata = [self.metadata[place] for place in chosen] if self.metadata else ()
+        return Evaluation(
+            columns, list(best), [self.prompts[place] for place in chosen], samples, self.groups, metadata
+        )
 
     def minus(self, other: Evaluation) -> dict[str, Interval]:
         """Return metric -> (mean, low, high) of the difference to another policy on the same rows.
@@ -167,26 +180,50 @@ def evaluate_policy(
     }
     if reference is not None and temperature > 0 and not truncation(engine):  # else samples are not the model's
         scores["kl"] = sequence_kl(lm, reference(), answers.groups(prompts), temperature, device)
-    groups: dict[str, list[str]] = {}
-    for name, reward in (rewards or {}).items():
-        parts = score_groups(reward, answers.prompts, answers.texts, answers.metadata)
-        scores |= {f"{name}_{part}" if part else name: values.tolist() for part, values in parts.items()}
-        if named := [part for part in parts if part not in ("", DISAGREEMENT)]:
-            groups[name] = named
+    places = [(group.index, k) for group in prompts for k in range(num_generations)]
+    clusters = [tuple(group.prompt) for group in prompts for _ in range(num_generations)]
+    return scored(scores, places, clusters, answers.prompts, answers.texts, answers.metadata, rewards or {})
+
+
+def scored(
+    columns: Mapping[str, Sequence[float | None]],
+    places: Sequence[tuple[int, int]],
+    clusters: Sequence[Any],
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    metadata: Sequence[dict[str, Any]],
+    rewards: Mapping[str, Reward],
+) -> Evaluation:
+    """Return the evaluation of S responses with the scores and measures of the rewards beside `columns`.
+
+    A response that a judge did not rate has no score; `<reward>_failed` is 1 for it, and 0 for the others.
+
+    Args:
+        places, clusters, prompts, texts, metadata: (S,) as in :class:`Evaluation`; prompts as rewards read them.
+    """
+    scores, groups = dict(columns), dict[str, list[str]]()
+    for name, reward in rewards.items():
+        judged = isinstance(reward, JudgeReward)
+        parts = score_groups(reward, prompts, texts, metadata, skip=judged)
+        found = {f"{name}_{part}" if part else name: values.tolist() for part, values in parts.items()}
+        if judged:
+            failed = [float(math.isnan(value)) for value in found[name]]
+            found = {name: [None if math.isnan(value) else value for value in found[name]]}
+            found |= {f"{name}_failed": failed} if any(failed) else {}
+        scores |= found
+        if members := [part for part in parts if part not in ("", DISAGREEMENT)]:
+            groups[name] = members
         if measures := getattr(reward, "measures", None):
-            rows_measured = [measures(*pair) for pair in zip(answers.metadata, answers.texts, strict=True)]
+            rows_measured = [measures(*pair) for pair in zip(metadata, texts, strict=True)]
             scores |= {m: [row.get(m) for row in rows_measured] for m in dict.fromkeys(chain(*rows_measured))}
-    kept = {f"gold_{name}" for name in groups.get("gold", ())}
+    kept = {f"gold_{name}" for name in [*groups.get("gold", ()), "failed"]}
     hidden = {name for name in scores if name.startswith("gold_") and name not in kept}  # the same as gold
     samples = [
-        {"prompt": answers.prompts[i], "response": answers.texts[i]}
+        {"prompt": prompts[i], "response": texts[i]}
         | {name: column[i] for name, column in scores.items() if column[i] is not None and name not in hidden}
-        for i in range(len(answers.texts))
+        for i in range(len(texts))
     ]
-    places = [(group.index, k) for group in prompts for k in range(num_generations)]
-    return Evaluation(
-        scores, places, [tuple(group.prompt) for group in prompts for _ in range(num_generations)], samples, groups
-    )
+    return Evaluation(scores, places, clusters, samples, groups, metadata)
 
 
 def interval(metric: str, values: Sequence[float | None], prompts: Sequence[Any]) -> Interval:

@@ -18,6 +18,7 @@ COLUMNS = {
     "accuracy": "pair accuracy",
     "kl": "KL (nats)",
     "length": "tokens",
+    "characters": "characters",
     "ended_with_eos": "ended",
     "refused_harmful": "refuses harmful",
     "over_refused": "over-refuses",
@@ -45,14 +46,27 @@ WITH_INTERVAL = (
     "length_controlled_accuracy",
     "best_of_accuracy",
     "shift",
+    "win_rate",
+    "length_controlled",
     "effect",
 )
 OF_GROUPS = ("gold", "reward", "accuracy")
 """Metrics that each group of people has a value of."""
-DIGITS = {"length": 1, "ngrams_found": 0}
+DIGITS = {"length": 1, "characters": 1, "ngrams_found": 0, "wins": 0, "ties": 0, "losses": 0, "failed": 0}
 HELD_OUT, HELD_OUT_PAIRS = "held-out prompts", "held-out pairs"
 DIFFERENCES = "paired differences to {}"
+WIN_RATES, RATINGS = "win rates", "ratings, Bradley-Terry on the scale of Elo (95%)"
 BY_GROUP = "by group"
+
+
+ATTEMPTS = ("pass", "majority")
+"""How the names of metrics of several attempts begin: pass_at_4."""
+
+
+def attempt_columns(table: Mapping[str, Mapping[str, Interval]]) -> dict[str, str]:
+    """Return the columns of pass@k and majority@k that any model has: metric -> title."""
+    names = dict.fromkeys(name for row in table.values() for name in row if name.partition("_at_")[0] in ATTEMPTS)
+    return {name: name.replace("_at_", "@") + " (95%)" for name in names}
 
 
 def group_columns(groups: Collection[str]) -> dict[str, str]:
@@ -109,6 +123,8 @@ def cell(name: str, value: Interval | None) -> str:
     if value is None:
         return ""
     mean, low, high = value
-    if (name in WITH_INTERVAL or name.partition("_")[0] in ("gold", "accuracy")) and math.isfinite(low):
+    if name.endswith("_rating"):
+        return f"{mean:.0f} [{low:.0f}, {high:.0f}]" if math.isfinite(low) else f"{mean:.0f}"
+    if (name in WITH_INTERVAL or name.partition("_")[0] in ("gold", "accuracy", *ATTEMPTS)) and math.isfinite(low):
         return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
     return f"{mean:.{DIGITS.get(name, 3)}f}"

@@ -73,6 +73,18 @@ class Verdict:
         return None if forward is None or swapped is None else (forward + swapped) / 2
 
     @property
+    def outcome(self) -> float | None:
+        """1 where the first response is better in both orders, 0 where the second is, else 0.5, a tie.
+
+        None where one order has no answer. A verdict that changes with the order is a tie, as in Zheng et al. 2023
+        (arXiv 2306.05685).
+        """
+        forward, swapped = self.orders
+        if forward is None or swapped is None:
+            return None
+        return float(min(forward, swapped) > 0.5) + 0.5 * (min(forward, swapped) <= 0.5 <= max(forward, swapped))
+
+    @property
     def answers(self) -> tuple[Answer, ...]:
         """All answers."""
         return self.forward + self.swapped

@@ -25,3 +25,6 @@ def exact_answer(prompts: Sequence[str], responses: Sequence[str], metadata: Seq
         answer = last_number(response)
         scores.append(float(answer is not None and expected.matches(answer)))
     return scores
+
+
+exact_answer.read_answer = last_number  # pyright: ignore[reportFunctionMemberAccess]  # what majority@k counts

@@ -245,12 +245,19 @@ def score(
 
 
 def score_groups(
-    reward: Reward, prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]
+    reward: Reward,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    metadata: Sequence[dict[str, Any]],
+    skip: bool = False,
 ) -> dict[str, Tensor]:
     """Return the rewards (S,) as "", and by name the parts (S,) that they have.
 
     These are the scores of every group of a reward with groups, and as "disagreement" the standard deviation over the
     members of an ensemble.
+
+    Args:
+        skip: as in :func:`score`, of a reward without parts.
     """
     parts: dict[str, Tensor] = {}
 
@@ -264,7 +271,7 @@ def score_groups(
             return combined(parts, reward.how)
         return call_reward(reward, *texts)
 
-    return {"": score(total, prompts, responses, metadata)} | parts
+    return {"": score(total, prompts, responses, metadata, skip)} | parts
 
 
 def _response(responses: Sequence[str], prompts: Sequence[str], place: int) -> str:

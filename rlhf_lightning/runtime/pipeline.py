@@ -156,8 +156,13 @@ def parent_weights(stage: dict[str, Any], folders: dict[str, str | None]) -> dic
 
 def content_digests(values: dict[str, Any], splits: Mapping[str, str] = DATA_SPLITS) -> list[Any]:
     """Return the digests of the data files, rewards, models of judges and constitutions among a stage's values."""
-    given = [(key, part) for key in splits for part in parts_of(values.get(key)) if is_local(part)]
-    keys = [read_source(part, splits[key], name=key.removeprefix("data.")).key for key, part in given]
+    places = {key: key if key in splits else key.rpartition(".")[0] for key in values}  # of a map of sources
+    given = [(key, part) for key, place in places.items() if place in splits for part in parts_of(values[key])]
+    keys = [
+        read_source(part, splits[places[key]], name=key.removeprefix("data.")).key
+        for key, part in given
+        if is_local(part)
+    ]
     rewards = [value for key, value in values.items() if value and key.partition(".")[0] in REWARDS]
     judges = [str(value) for key, value in values.items() if JUDGES_MODEL.fullmatch(key) and Path(str(value)).is_dir()]
     models = [weights_key(model) for model in judges]

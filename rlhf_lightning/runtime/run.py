@@ -32,6 +32,7 @@ from rlhf_lightning.runtime.settings import (
     flat,
     identity,
     lower_is_better,
+    named,
     select,
     task_overrides,
     to_container,
@@ -106,10 +107,11 @@ class Run:
         kind = getattr(self.data_class(target), "kind", None) if target else ""
         world = {"seed": data.get("seed", self.settings["seed"])} | (data.get("world") or {})
         sources: dict[str, Source] = {}
-        for key in (*(DATA_SPLITS if kind is not None else ()), *self.stage.sources):  # another's keys are its own
-            value, name = select(self.settings, key), key.removeprefix("data.")
-            if value is not None:
-                split = {**DATA_SPLITS, **self.stage.sources}[key]
+        splits = {**(DATA_SPLITS if kind is not None else {}), **self.stage.sources}  # another's keys are its own
+        for place, split in splits.items():
+            given = select(self.settings, place)
+            for key, value in named(place, given) if given is not None else ():
+                name = key.removeprefix("data.")
                 rows = {"data.ptx": "demonstrations"}.get(key, str(kind) if key in DATA_SPLITS else "preferences")
                 stream = split == "train" and data.get("window") is not None
                 options = world if key in ("data.train", "data.val") else world | {"records": None}

@@ -81,6 +81,11 @@ def select(settings: dict[str, Any], key: str) -> Any:
     return value
 
 
+def named(key: str, value: Any) -> list[tuple[str, Any]]:
+    """Return (key, value) of a setting, of a map of names to values one for each."""
+    return [(f"{key}.{name}", member) for name, member in value.items()] if isinstance(value, dict) else [(key, value)]
+
+
 LOWER = ("loss", "kl", "calibration_error", "brier", "disagreement")
 """Parts of the names of metrics of which less is better."""
 

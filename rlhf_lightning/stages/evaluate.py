@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rlhf_lightning.data.sources import Source
 from rlhf_lightning.data.tokenize import report_rows
 from rlhf_lightning.errors import UserError, check_number
 from rlhf_lightning.evaluation.baselines import Judgement, bag_of_words, longer
+from rlhf_lightning.evaluation.comparing import RATING_COLUMNS, WIN_RATE_COLUMNS, Compared
 from rlhf_lightning.evaluation.policy import Evaluation, evaluate_policy
 from rlhf_lightning.evaluation.reward_model import TextPair, accuracies, text_pairs
 from rlhf_lightning.evaluation.table import (
@@ -28,7 +30,10 @@ from rlhf_lightning.evaluation.table import (
     HELD_OUT,
     HELD_OUT_PAIRS,
     PAIR_COLUMNS,
+    RATINGS,
+    WIN_RATES,
     as_markdown_table,
+    attempt_columns,
     cells,
     group_columns,
     show,
@@ -43,6 +48,7 @@ from rlhf_lightning.models.loading import (
 )
 from rlhf_lightning.ops.statistics import Interval
 from rlhf_lightning.runtime.run import Run
+from rlhf_lightning.stages.comparing import Plan, attempted, compare_all, plan, unrated, with_given
 from rlhf_lightning.stages.reward_models import evaluate_reward_models
 
 
@@ -56,29 +62,35 @@ def run(run: Run) -> float | None:
     alone = run.settings["init_from"] or not options["models"]  # `model=` may be what a pipeline began with
     models = {"model": run.start} if run.start and alone else {}
     models |= {name: resolve_model(str(model), cache) for name, model in options["models"].items()}
-    if not models:
+    if not models and not options["answers"]:
         raise UserError("nothing to evaluate: give init_from=<folder> or evaluate.models.<name>=<folder>")
     reward_models = {name: folder for name, folder in models.items() if is_reward_model(folder)}
     policies = {name: folder for name, folder in models.items() if name not in reward_models}
     if not policies and (ensemble := run.settings["reward_ensemble"]) != "mean":
         raise UserError(f"reward_ensemble={ensemble} is of the rewards of responses, and no language model answers")
+    made = plan(
+        run, list(policies), answers=options["answers"], best_of=options["best_of"], pass_at=options["pass_at"],
+        majority_at=options["majority_at"], against=options["against"], num_generations=options["num_generations"],
+    )  # fmt: skip
     loggers = run.loggers()
     answered: dict[str, Evaluation] = {}
-    compared_to = ""
+    compared_to = next(iter(made.given), "")
     table, evaluated = evaluate_reward_models(run, reward_models, partial(preferences, run))
     beaten = baselines(run, reward_models) if reward_models else {}
     if policies:
         reference = resolve_model(str(options["reference"] or next(iter(policies.values()))), cache)
         compared_to = next((name for name, folder in policies.items() if folder == reference), next(iter(policies)))
-        answered = evaluations(run, policies, reference)
-        table |= {name: answer.intervals() for name, answer in answered.items()}
-        evaluated += sum(len(answered[name].samples) for name in policies)
+        answered = evaluations(run, policies, reference, made)
+    answered, notes = with_given(made, answered, compared_to, options["rows"])
+    evaluated += sum(len(answered[name].samples) for name in (*policies, *made.given))
     for name, answer in answered.items():
+        table[name] = answer.intervals() | (attempted(made, answer) if name in (*policies, *made.given) else {})
         rows = answer.samples
         write_jsonl(run.folder / "samples" / f"{name}.jsonl", rows)
         for logger in loggers:
             log_table(logger, f"samples/{name}", rows[:16], "\n\n".join(map(as_markdown, rows[:16])), 0)
-    metrics, tables = figures(table, answered, compared_to, beaten)
+    comparison = compare_all(run, made, answered, compared_to)
+    metrics, tables = figures(table, answered, compared_to, beaten, comparison)
     for logger in loggers:
         logger.log_metrics({name: metrics[name] for name in metrics if not name.endswith(("_low", "_high"))}, 0)
         for tag, titled in tables.items():
@@ -86,9 +98,9 @@ def run(run: Run) -> float | None:
             lines = [dict(zip(header, line, strict=True)) for line in lines]
             log_table(logger, tag, lines, as_markdown_table(*titled), 0)
         logger.finalize("success")
-    last = next(reversed(policies or reward_models))
+    last = next(reversed(policies or made.given or reward_models))
     metrics["monitor"] = f"{last}/{monitored(table[last], run.settings['monitor'])}"
-    if len(models) == 1:  # it needs no prefix
+    if len(models) + len(made.given) == 1:  # it needs no prefix
         metrics |= {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{last}/")}
     metrics |= {
         "perf/peak_memory_gb": peak_memory_gb(),
@@ -97,34 +109,25 @@ def run(run: Run) -> float | None:
     write_json(run.folder / "metrics.json", metrics)
     for title, rows, columns in tables.values():
         show(title, rows, columns=columns)
+    for line in [*notes, *unrated(answered), *comparison.notes]:
+        Console().print(line, style="yellow", markup=False, soft_wrap=True)
     Console().print(f"run         {run.folder}", soft_wrap=True)
     if reward_models and options["diagnostics"]:
         Console().print(f"tables      {run.folder / 'tables'}", soft_wrap=True)
     return metrics.get(metrics["monitor"])
 
 
-def evaluations(run: Run, policies: dict[str, str], reference: str) -> dict[str, Evaluation]:
+def evaluations(run: Run, policies: dict[str, str], reference: str, made: Plan) -> dict[str, Evaluation]:
     """Return the responses of each policy and, as `<name>_bo<n>`, what `evaluate.best_of` makes of them."""
     options, load, answered = run.options, run.settings["model"]["load"], dict[str, Evaluation]()
-    rewards = {"reward": run.reward("reward_from"), "gold": run.reward("gold_from")}
-    rewards = {name: reward for name, reward in rewards.items() if reward is not None}
     engine = run.build("sampler")
-    if options["best_of"] and "reward" not in rewards:
-        raise UserError(
-            "evaluate.best_of chooses by reward_from: give a reward model folder, module:function, or world"
-        )
-    choices = options["best_of"] if isinstance(options["best_of"], list) else [options["best_of"]]
-    for n in choices:
-        check_number("evaluate.best_of", n, "[1, inf)", whole=True)
-        if n > options["num_generations"]:
-            raise UserError(f"evaluate.best_of={n} needs evaluate.num_generations={n} or more")
     for name, folder in policies.items():
         answered[name] = evaluate_policy(
             load_causal_lm(folder, **load),
             prompts(run, folder),
             engine,
             reference=partial(load_causal_lm, reference, **load),
-            rewards=rewards,
+            rewards=made.rewards,
             rows=options["rows"],
             num_generations=options["num_generations"],
             max_new_tokens=options["max_new_tokens"],
@@ -133,7 +136,7 @@ def evaluations(run: Run, policies: dict[str, str], reference: str) -> dict[str,
             device=run.device,
             title=f"{name}: answers",
         )
-        for n in choices:
+        for n in made.best_of:
             answered[f"{name}_bo{n}"] = answered[name].best_of(n, to_reference=folder == reference)
     return answered
 
@@ -147,11 +150,12 @@ def figures(
     answered: dict[str, Evaluation],
     compared_to: str,
     beaten: dict[str, dict[str, Interval]],
+    comparison: Compared,
 ) -> tuple[dict[str, Any], dict[str, Shown]]:
     """Return every mean and end of an interval by name, and what is shown of them.
 
-    That is a table of the models, of their differences to one of them, of both by groups of people, and of reward
-    models beside the baselines `beaten`.
+    That is a table of the models, of their differences to one of them, of both by groups of people, of reward
+    models beside the baselines `beaten`, and of win rates and ratings.
     """
     gaps = {
         f"{name}-{compared_to}": answer.minus(answered[compared_to])
@@ -159,12 +163,12 @@ def figures(
         if name != compared_to
     }
     metrics: dict[str, Any] = {}
-    for name, row in (table | gaps | beaten).items():
+    for name, row in chain((table | gaps | beaten).items(), comparison.figures.items()):
         for metric, (mean, low, high) in row.items():
             metrics[f"{name}/{metric}"] = mean
             if math.isfinite(low):
                 metrics |= {f"{name}/{metric}_low": low, f"{name}/{metric}_high": high}
-    tables: dict[str, Shown] = {"evaluation": (HELD_OUT, table, COLUMNS)}
+    tables: dict[str, Shown] = {"evaluation": (HELD_OUT, table, COLUMNS | attempt_columns(table))}
     if gaps:
         tables["differences"] = (DIFFERENCES.format(compared_to), gaps, COLUMNS)
     if beaten:
@@ -172,6 +176,10 @@ def figures(
         tables["pairs"] = (HELD_OUT_PAIRS, reward_models | beaten, PAIR_COLUMNS)
     if groups := groups_in(table, answered):
         tables["groups"] = (BY_GROUP, table | gaps, group_columns(groups))
+    if comparison.shown:
+        tables["win_rates"] = (WIN_RATES, comparison.shown, WIN_RATE_COLUMNS)
+    if comparison.ratings:
+        tables["ratings"] = (RATINGS, comparison.figures, RATING_COLUMNS)
     return metrics, tables
 
 
@@ -231,5 +239,5 @@ def preferences(run: Run, folder: str, source: Source | None = None) -> Preferen
 
 
 def monitored(row: dict[str, Interval], monitor: str) -> str:
-    """Return the metric a sweep reads: the configured one, or the first of gold, reward, accuracy and length."""
-    return next(metric for metric in (monitor, "gold", "reward", "accuracy", "length") if metric in row)
+    """Return the metric a sweep reads: the configured one, or the first of these that there is."""
+    return next(m for m in (monitor, "gold", "reward", "accuracy", "length", "characters") if m in row)

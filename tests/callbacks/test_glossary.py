@@ -51,6 +51,8 @@ EVALUATED = {
     "ngrams_found",
     "reward_disagreement",
 }  # beside those of the world
+EVALUATED |= {"characters", "pass_at_<k>", "majority_at_<k>", "reward_failed", "gold_failed"}
+EVALUATED |= {f"{by}_rating" for by in ("gold", "reward", "judge")}
 EVALUATED |= {f"{metric}_{of}" for metric in ("gold", "reward", "accuracy") for of in ("<group>", "worst")}
 GROUPS = ("cautious", "curious")
 ELSEWHERE = {
@@ -60,6 +62,8 @@ ELSEWHERE = {
     "differences",
     "groups",
     "pairs",
+    "win_rates",
+    "ratings",
 }  # in metrics.json, or written by the evaluate stage
 
 
