@@ -25,7 +25,17 @@ COLUMNS = {
     "flattered": "flatters",
 }
 PAIR_COLUMNS = {"accuracy": "accuracy (95%)", "shorter_accuracy": "where the shorter response is better"}
-WITH_INTERVAL = ("gold", "gold_win_rate", "reward_win_rate", "accuracy", "shorter_accuracy")
+WITH_INTERVAL = (
+    "gold",
+    "gold_win_rate",
+    "reward_win_rate",
+    "accuracy",
+    "shorter_accuracy",
+    "a",
+    "b",
+    "peak_reward",
+    "lost_after_peak",
+)
 OF_GROUPS = ("gold", "reward", "accuracy")
 """Metrics that each group of people has a value of."""
 HELD_OUT, HELD_OUT_PAIRS = "held-out prompts", "held-out pairs"
