@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlhf_lightning.data.template import Template
-from rlhf_lightning.errors import check_number
+from rlhf_lightning.errors import UserError, check_number
 from rlhf_lightning.models.ends import set_eos
 from rlhf_lightning.models.folder import write_model
 
@@ -40,6 +40,10 @@ class ModelFolders(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.written_at = trainer.global_step
+        if not hasattr(trainer.datamodule, "tokenizer"):  # type: ignore[attr-defined]
+            raise UserError(
+                "callbacks=models writes the tokenizer of the data module beside the model, and this has none"
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -53,4 +57,5 @@ class ModelFolders(Callback):
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             manifest = {"stage": self.stage, "metrics": {"global_step": step}}
             tokenizer = deepcopy(data.tokenizer)  # the run goes on with its own
-            write_trained(self.folder / f"step_{step:06d}", model, tokenizer, data.template, manifest)
+            folder = self.folder / f"step_{step:06d}"
+            write_trained(folder, model, tokenizer, getattr(data, "template", None), manifest)
