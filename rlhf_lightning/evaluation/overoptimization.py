@@ -18,8 +18,6 @@ from rlhf_lightning.ops.seeding import derive_seed
 from rlhf_lightning.ops.statistics import Interval, mean_interval
 
 BEST_OF_N = "best_of_n"
-FORMS = {"square": "d (a - b d)", "log": "d (a - b log d)"}
-"""Forms of Gao, Schulman and Hilton 2022 (arXiv 2210.10760): of best-of-n, and of methods that update the policy."""
 RESAMPLES, FEWEST_PROMPTS, FEWEST_POINTS = 1000, 20, 4
 """Of the bootstrap; prompts below which percentiles cover too little; points below which a fit says nothing."""
 
@@ -49,7 +47,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Fit:
-    """A form of `FORMS`, its coefficients with their 95% intervals, and R^2 over the points."""
+    """The form, "square" or "log", its coefficients with their 95% intervals, and R^2 over the points."""
 
     form: str
     a: Interval
@@ -114,10 +112,11 @@ def _rows(answers: Evaluation, column: str, size: int) -> torch.Tensor:
 def fit(curve: Curve, seed: int = 0) -> Fit | None:
     """Return the least-squares fit of gold reward gained over the reference; None with too few points.
 
-    Best-of-n is fitted by d (a - b d), other methods by d (a - b log d). Points are weighted by the distance in d to
-    their neighbors, so that many policies at nearly the same d weigh as much as one. Intervals are percentiles of a
-    bootstrap over prompts (Efron and Tibshirani 1993), of gold reward and KL together: they are about these policies
-    on other prompts, and say nothing of another seed of training. With fewer than 20 prompts the ends are NaN.
+    The forms are those of Gao, Schulman and Hilton 2022 (arXiv 2210.10760): d (a - b d), "square", for best-of-n and
+    d (a - b log d), "log", for methods that update the policy. Points are weighted by the distance in d to their
+    neighbors, so that many policies at nearly the same d weigh as much as one. Intervals are percentiles of a bootstrap
+    over prompts (Efron and Tibshirani 1993), of gold reward and KL together: they are about these policies on other
+    prompts, and say nothing of another seed of training. With fewer than 20 prompts the ends are NaN.
 
     Raises:
         ValueError: the curve has no gold reward.

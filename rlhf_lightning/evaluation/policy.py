@@ -214,7 +214,7 @@ def sequence_kl(
         UserError: the reference has another vocabulary.
     """
     if reference.config.get_text_config().vocab_size != lm.config.get_text_config().vocab_size:
-        raise UserError("evaluate.reference has another vocabulary than the model, so there is no KL to it")
+        raise UserError("the reference has another vocabulary than the model, so there is no KL to it")
     layout, _ = choose_layout(lm)
     policy, other = (
         response_logprobs(CompletionModel(model.eval()), groups, layout, device, temperature)
