@@ -18,7 +18,7 @@ from rlhf_lightning.generation.answers import answer, start
 from rlhf_lightning.generation.engine import Engine, truncation
 from rlhf_lightning.models.completion import CompletionModel, choose_layout, response_logprobs, vocabulary_size
 from rlhf_lightning.ops.groups import Group
-from rlhf_lightning.ops.kl import best_of_n_kl, kl_estimate
+from rlhf_lightning.ops.kl import KLEstimator, best_of_n_kl, kl_estimate
 from rlhf_lightning.ops.statistics import Interval, mean_interval, share_interval
 from rlhf_lightning.rewards.ensemble import DISAGREEMENT
 from rlhf_lightning.rewards.judged import JudgeReward
@@ -38,6 +38,8 @@ SHARES = (
 )
 """Metrics that are shares; their interval is Wilson's."""
 REWARDS = ("reward", "gold")
+KL = ("kl", "kl_k3")
+"""Estimates of the KL of a policy's own responses, which say nothing of a choice between them."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,11 @@ class Evaluation:
             if block not in best or score > decided[best[block]]:  # type: ignore[operator]
                 best[block] = place
         chosen = list(best.values())
-        columns = {name: [column[place] for place in chosen] for name, column in self.columns.items() if name != "kl"}
+        kept = {name: column for name, column in self.columns.items() if name not in KL}
+        columns = {name: [column[place] for place in chosen] for name, column in kept.items()}
         if "kl" in self.columns and to_reference:
             columns["kl"] = [best_of_n_kl(n)] * len(chosen)
-        samples = [{k: v for k, v in self.samples[place].items() if k != "kl"} for place in chosen]
+        samples = [{k: v for k, v in self.samples[place].items() if k not in KL} for place in chosen]
         metadata = [self.metadata[place] for place in chosen] if self.metadata else ()
         return Evaluation(
             columns, list(best), [self.prompts[place] for place in chosen], samples, self.groups, metadata
@@ -179,7 +182,7 @@ def evaluate_policy(
         "ended_with_eos": [float(done) for done in answers.finished],
     }
     if reference is not None and temperature > 0 and not truncation(engine):  # else samples are not the model's
-        scores["kl"] = sequence_kl(lm, reference(), answers.groups(prompts), temperature, device)
+        scores |= sequence_kl(lm, reference(), answers.groups(prompts), temperature, device)
     places = [(group.index, k) for group in prompts for k in range(num_generations)]
     clusters = [tuple(group.prompt) for group in prompts for _ in range(num_generations)]
     return scored(scores, places, clusters, answers.prompts, answers.texts, answers.metadata, rewards or {})
@@ -234,8 +237,13 @@ def interval(metric: str, values: Sequence[float | None], prompts: Sequence[Any]
 
 
 @torch.no_grad()
-def sequence_kl(lm: Any, reference: Any, groups: Sequence[Group], temperature: float, device: str) -> list[float]:
-    """Return log pi(y) - log pi_ref(y) of every response; the mean over samples estimates KL(pi : ref) in nats.
+def sequence_kl(
+    lm: Any, reference: Any, groups: Sequence[Group], temperature: float, device: str
+) -> dict[str, list[float]]:
+    """Return two estimates of KL(pi : ref) in nats for every response, whose means over samples are unbiased.
+
+    `kl` is k1 summed over the tokens, log pi(y) - log pi_ref(y), and `kl_k3` the sum of k3, never negative
+    (:func:`rlhf_lightning.ops.kl.kl_estimate`).
 
     Args:
         groups: prompts with the responses that `lm` gave at `temperature`, whose distribution is compared.
@@ -244,11 +252,12 @@ def sequence_kl(lm: Any, reference: Any, groups: Sequence[Group], temperature: f
         UserError: the reference has another vocabulary.
     """
     if reference.config.get_text_config().vocab_size != lm.config.get_text_config().vocab_size:
-        raise UserError("evaluate.reference has another vocabulary than the model, so there is no KL to it")
+        raise UserError("the reference has another vocabulary than the model, so there is no KL to it")
     layout, _ = choose_layout(lm)
     policy, other = (
         response_logprobs(CompletionModel(model.eval()), groups, layout, device, temperature)
         for model in (lm, reference.to(device))
     )
-    pairs = zip(chain(*policy), chain(*other), strict=True)
-    return [kl_estimate(ours, theirs, "k1").sum().item() for ours, theirs in pairs]
+    pairs = list(zip(chain(*policy), chain(*other), strict=True))
+    kinds: dict[str, KLEstimator] = {"kl": "k1", "kl_k3": "k3"}
+    return {name: [kl_estimate(*pair, kind).sum().item() for pair in pairs] for name, kind in kinds.items()}

@@ -49,6 +49,10 @@ WITH_INTERVAL = (
     "win_rate",
     "length_controlled",
     "effect",
+    "a",
+    "b",
+    "peak_reward",
+    "lost_after_peak",
 )
 OF_GROUPS = ("gold", "reward", "accuracy")
 """Metrics that each group of people has a value of."""

@@ -128,7 +128,7 @@ class Run:
         models += [("judge", model) for model in judges.models(self.judge)]
         for key in self.stage.models:
             value = select(self.settings, key)
-            models += value.items() if isinstance(value, dict) else [(key.rpartition(".")[2], value)]
+            models += flat(value).items() if isinstance(value, dict) else [(key.rpartition(".")[2], value)]
         return [(role, str(place)) for role, place in models if place]
 
     @cached_property

@@ -18,7 +18,7 @@ RUN_ONLY = (
 )  # fmt: skip
 DECIDING = {
     "BackboneFinetuning", "BatchSizeFinder", "EMAWeightAveraging", "EarlyStopping", "LearningRateFinder",
-    "ModelPruning", "StochasticWeightAveraging", "Timer", "WeightAveraging",
+    "ModelPruning", "Smoothed", "StochasticWeightAveraging", "Timer", "WeightAveraging",
 }  # fmt: skip
 """Lightning's callbacks that decide a run's result; the others look at it."""
 OPTIONAL = ("adapter", "callbacks", "judge", "logger", "schedule")

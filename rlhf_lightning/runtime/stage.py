@@ -21,7 +21,7 @@ class Stage:
         generative: it computes logits of response tokens, unlike a reward model.
         needs_start: it cannot start from a tiny model that is built by the run.
         output: the file in its run folder that says it is done; None is never done.
-        models: keys of the configuration that name further models, or map names to models.
+        models: keys of the configuration that name further models, or map names, or names in names, to models.
         judges: it asks the judge of the configuration, where there is one, whatever the reward is.
         sources: keys of the configuration, beside those of `data`, that name rows, or map names to rows -> the split
             that they are, whose limit holds: "val" for data.val_rows.

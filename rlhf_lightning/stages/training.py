@@ -23,17 +23,16 @@ from rlhf_lightning.callbacks.checkpoints import (
     resumed_step,
 )
 from rlhf_lightning.callbacks.loggers import judged_by, log_settings, write_hparams
+from rlhf_lightning.callbacks.models import write_trained
 from rlhf_lightning.callbacks.notices import Notices
 from rlhf_lightning.callbacks.progress import LineProgress, progress_bar
 from rlhf_lightning.callbacks.stop import Stop, interrupted_at_once, interruptible
 from rlhf_lightning.callbacks.throughput import Throughput
 from rlhf_lightning.data.base import RowData
-from rlhf_lightning.data.template import Template
 from rlhf_lightning.data.tokenize import report_rows
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.files import fingerprint, readable_os_errors, write_json
-from rlhf_lightning.models.ends import set_eos
-from rlhf_lightning.models.folder import parent_entry, write_model
+from rlhf_lightning.models.folder import parent_entry
 from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.modules.trainer import check_precision
 from rlhf_lightning.runtime.launch import check_devices, environment
@@ -235,11 +234,7 @@ def finish(run: Run, folder: str, trainer: Trainer, module: Any, data: Any) -> f
         "metrics": metrics,
     }
     tokenizer = getattr(data, "tokenizer", None) or load_tokenizer(folder)
-    template = getattr(data, "template", None)
-    if isinstance(template, Template):  # what was learned as the end of a turn stops a plain `generate`, too
-        tokenizer.chat_template = template.exported
-        set_eos(model, tokenizer, template.ends)
-    write_model(run.folder / "model", model, tokenizer, manifest)
+    write_trained(run.folder / "model", model, tokenizer, getattr(data, "template", None), manifest)
     write_json(run.folder / "metrics.json", {"monitor": monitor, **metrics})  # last: its stage is done
     table = Table(title=f"{run.stage.name} done", show_header=False)
     for name, value in sorted(metrics.items()):

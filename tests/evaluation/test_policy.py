@@ -250,7 +250,7 @@ def test_kl_is_what_a_plain_forward_says(folders: dict[str, str], temperature: f
     found = sequence_kl(lm, other, groups, temperature, "cpu")
     for place, response in enumerate(responses):
         expected = [response_logprob(model, prompts[place // 2], response, temperature).sum() for model in (lm, other)]
-        assert found[place] == pytest.approx((expected[0] - expected[1]).item(), abs=1e-4)
+        assert found["kl"][place] == pytest.approx((expected[0] - expected[1]).item(), abs=1e-4)
 
 
 @pytest.mark.slow
@@ -263,7 +263,7 @@ def test_estimate_agrees_with_the_exact_divergence(folders: dict[str, str]) -> N
     engine = LocalEngine()
     engine.start(lm, {2})
     drawn = engine.generate([prompt], 4000, max_new_tokens=1, seed_parts=("kl",))
-    values = sequence_kl(lm, other, [Group(prompt, drawn.responses)], 1.0, "cpu")
+    values = sequence_kl(lm, other, [Group(prompt, drawn.responses)], 1.0, "cpu")["kl"]
     mean, low, high = interval("kl", values, range(4000))
     assert low - (mean - low) < exact < high + (high - mean)  # twice the 95% interval: the seed is fixed
     assert high - low < exact
