@@ -64,7 +64,7 @@ def read_source(
         limit: read only the first rows, of each of several sources.
         kind: what the built-in world should make: demonstrations, preferences or prompts.
         world: options of the built-in world.
-        name: the key of the configuration it comes from, for messages; `split` when None.
+        name: the key of the configuration it comes from, without `data.`, for messages; `split` when None.
         stream: read nothing before the rows are asked for: a file's content key is its name, size and time, and a hub
             data set is not downloaded.
         weights: proportions in which the rows of several sources are drawn.
@@ -74,7 +74,7 @@ def read_source(
     """
     if isinstance(source, Source):
         return source
-    key = f"data.{name or split}"
+    key = name if name and "." in name else f"data.{name or split}"
     if isinstance(source, list | tuple) and source and all(isinstance(part, str | Path | Source) for part in source):
         parts = [read_source(part, split, limit, kind, world, name, stream) for part in source]
         return several(parts, key, check_weights(weights, len(parts), key), stream)

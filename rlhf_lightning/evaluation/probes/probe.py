@@ -58,6 +58,7 @@ class Probe:
         runs: `module:function` in this package, called as `(subject, rows, **settings) -> Result`.
         columns: column that every row has -> what it means.
         optional: column that a row may have -> what it means.
+        check: `module:function` in this package that returns why a row is wrong, or None.
         world: `module:function` in this package that returns rows of the built-in world, called with their number and
             the seed.
         needs: of `NEEDS`, without which it measures nothing.
@@ -70,6 +71,7 @@ class Probe:
     runs: str
     columns: Mapping[str, str]
     optional: Mapping[str, str] = field(default_factory=dict)
+    check: str | None = None
     world: str | None = None
     needs: tuple[str, ...] = ()
     uses: tuple[str, ...] = ()
@@ -78,6 +80,10 @@ class Probe:
     def load(self) -> Callable[..., Result]:
         """Import and return the function that runs it."""
         return _function(self.runs)
+
+    def problem(self, row: Row) -> str | None:
+        """Return why a row is wrong, None where it is not."""
+        return None if self.check is None else _function(self.check)(row)
 
     def world_rows(self, count: int, seed: int) -> list[Row]:
         """Return rows made from the built-in world.
@@ -270,6 +276,11 @@ class Subject:
                     ids, tokens = self.template.prompt(prompt), list(response)
             except RowError as error:
                 raise UserError(f"probe: conversation {place + 1}: {error}") from error
+            if self.context is not None and len(ids) + len(tokens) > self.context:
+                raise UserError(
+                    f"probe: conversation {place + 1} and its response have {len(ids) + len(tokens)} tokens, and the "
+                    f"model reads at most {self.context}"
+                )
             groups.append(Group(ids, [tokens], index=place))
         training = self.model.training
         self.model.eval()
@@ -280,6 +291,7 @@ class Subject:
             self.model.train(training)
 
 
-def question(prompt: Prompt) -> str:
-    """Return the text by which a prompt is shown and scored: the last message, or the text itself."""
+def question(row: Row) -> str:
+    """Return the text by which a row is shown and scored: its last message."""
+    prompt = row.get("prompt", row.get("question", ""))
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
