@@ -15,7 +15,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rlhf_lightning.errors import UserError, check_number
 from rlhf_lightning.evaluation.probes import PROBES
 from rlhf_lightning.evaluation.probes.probe import Result, Row
-from rlhf_lightning.evaluation.probes.running import GIVE, as_rows, check_needs, load_subject, run_probe, show
+from rlhf_lightning.evaluation.probes.rows import read_rows
+from rlhf_lightning.evaluation.probes.running import (
+    GIVE,
+    as_rows,
+    check_needs,
+    check_settings,
+    check_used,
+    load_subject,
+    run_probe,
+    show,
+)
 from rlhf_lightning.files import fingerprint, read_json, write_json, write_jsonl
 from rlhf_lightning.judges.table import load_judge
 from rlhf_lightning.models.loading import resolve_model
@@ -41,7 +51,12 @@ def run(run: Run) -> float | None:
     models = named_models(run)
     given = {"gold": run.settings["gold_from"], "reward": run.settings["reward_from"], "judge": run.judge}
     given |= {"reference": options["reference"]}
-    check_needs([PROBES[name] for name in names], {need for need in GIVE if given[need]})
+    probes, has = [PROBES[name] for name in names], {need for need in GIVE if given[need]}
+    check_used(probes, has)
+    for probe in probes:  # before any work
+        check_needs(probe, has)
+        check_settings(probe, options[probe.name])
+        read_rows(probe, data, options["rows"], run.settings["seed"])
     results: dict[tuple[str, str], Result] = {}
     with bar(len(models) * len(names)) as (advance, inside):
         for model, folder in models.items():

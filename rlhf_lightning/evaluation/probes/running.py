@@ -86,7 +86,7 @@ def run_probe(
     """
     probe = find_probe(name)
     check_settings(probe, settings or {})
-    check_needs([probe], {need for need in NEEDS if has(subject, need)})
+    check_needs(probe, {need for need in NEEDS if has(subject, need)})
     read = read_rows(probe, data, rows, subject.seed)
     for reward in (subject.gold, subject.reward):
         to_device(reward, subject.device)
@@ -107,11 +107,14 @@ def check_settings(probe: Probe, settings: Mapping[str, Any]) -> None:
             raise UserError(f"probe.{probe.name}.{option}: there is no such option; its options: {known}.{hint}")
 
 
-def check_needs(probes: Sequence[Probe], given: set[str]) -> None:
-    """Raise a UserError for a probe without what it needs, or for what was given and no probe uses."""
-    for probe in probes:
-        if missing := [need for need in probe.needs if need not in given]:
-            raise UserError(f"probe={probe.name} needs {', '.join(GIVE[need] for need in missing)}")
+def check_needs(probe: Probe, given: set[str]) -> None:
+    """Raise a UserError for a probe without what it needs."""
+    if missing := [need for need in probe.needs if need not in given]:
+        raise UserError(f"probe={probe.name} needs {', '.join(GIVE[need] for need in missing)}")
+
+
+def check_used(probes: Sequence[Probe], given: set[str]) -> None:
+    """Raise a UserError for what was given and no probe uses."""
     used = {need for probe in probes for need in (*probe.needs, *probe.uses)}
     if unused := [need for need in NEEDS if need in given - used]:
         names = ", ".join(probe.name for probe in probes)
