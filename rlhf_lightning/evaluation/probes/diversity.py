@@ -13,7 +13,7 @@ from rlhf_lightning.evaluation.probes.probe import Result, Row, Subject
 from rlhf_lightning.evaluation.probes.rows import conversation, normalized, world_prompts
 
 RULES = (
-    Rule("unique", "only {value:.0%} of the further samples of a prompt differ from the others", below=0.2, margin=0.1),
+    Rule("unique", "only {value:.0%} of the further samples of a prompt differ from the others", below=0.3, margin=0.1),
     Rule("self_bleu", "samples of one prompt are alike: their self-BLEU is {value:.2f}", above=0.9, margin=0.1),
     Rule("common", "{value:.0%} of all responses are one and the same, whatever the prompt", above=0.2, margin=0.05),
     Rule("entropy", "it spreads its probability less: {value:.2f} nats per token", below=0.0, margin=0.3),

@@ -123,25 +123,44 @@ def interval(column: Column, of_row: Sequence[Hashable], difference: bool = Fals
     return (share_interval if share else mean_interval)(values, clusters), len(values)
 
 
-def slope(x: Sequence[float], y: Sequence[float], prompts: Sequence[Hashable]) -> Interval:
-    """Return the least-squares slope of `y` on `x` within prompts, and its interval clustered by prompt.
+def slope(
+    x: Sequence[float], y: Sequence[float], rows: Sequence[Hashable], given: Sequence[float] | None = None
+) -> Interval:
+    """Return the least-squares slope of `y` on `x` within rows, and its interval clustered by row.
 
-    Values are taken relative to the mean of their prompt, so that what prompts differ in does not enter. The interval
-    is that of the mean of b + x_i e_i / mean(x^2), with residuals e, which is the cluster-robust one (Liang and Zeger
-    1986). NaN where `x` does not vary within a prompt.
+    Values are taken relative to the mean of their row, so that what rows differ in does not enter. The interval is that
+    of the mean of the jackknife's pseudo-values, C b - (C - 1) b_-c over the C rows in which `x` or `given` varies (Tukey
+    1958): few rows may decide, and the usual cluster-robust error is then too small (MacKinnon and White 1985). NaN where
+    `x` does not vary, or in one row only.
+
+    Args:
+        given: a further regressor; the slope is the one at equal values of it.
     """
-    x, y = centered(x, prompts), centered(y, prompts)
-    square = math.fsum(a * a for a in x) / max(len(x), 1)
-    if not square:
+    parts: dict[Hashable, list[float]] = {}
+    columns = (centered(values, rows) for values in (x, y, given or [0.0] * len(x)))
+    for a, c, z, row in zip(*columns, rows, strict=True):
+        products = (a * a, a * c, a * z, z * c, z * z)
+        parts[row] = [old + new for old, new in zip(parts.get(row, [0.0] * 5), products, strict=True)]
+    kept = [part for part in parts.values() if part[0] + part[4] > 1e-12]
+    sums = [math.fsum(column) for column in zip(*kept, strict=True)]
+    if sum(part[0] > 1e-12 for part in kept) < 2:
         return math.nan, math.nan, math.nan
-    b = math.fsum(a * c for a, c in zip(x, y, strict=True)) / len(x) / square
-    return mean_interval([b + a * (c - b * a) / square for a, c in zip(x, y, strict=True)], prompts)
+    whole, count = _slope(*sums), len(kept)
+    without = [_slope(*(total - own for total, own in zip(sums, part, strict=True))) for part in kept]
+    mean, low, high = mean_interval([count * whole - (count - 1) * other for other in without])
+    return whole, whole + low - mean, whole + high - mean
 
 
-def centered(values: Sequence[float], prompts: Sequence[Hashable]) -> list[float]:
-    """Return the values less the mean of those of the same prompt."""
+def _slope(xx: float, xy: float, xz: float, zy: float, zz: float) -> float:
+    """Return the slope on x at equal z, from the sums of products."""
+    free = xx - xz * xz / zz if zz > 1e-12 else xx
+    return (xy - xz * zy / zz if zz > 1e-12 else xy) / free if free > 1e-9 * xx else math.nan
+
+
+def centered(values: Sequence[float], rows: Sequence[Hashable]) -> list[float]:
+    """Return the values less the mean of those of the same row."""
     groups: dict[Hashable, list[float]] = {}
-    for value, prompt in zip(values, prompts, strict=True):
-        groups.setdefault(prompt, []).append(value)
-    means = {prompt: math.fsum(group) / len(group) for prompt, group in groups.items()}
-    return [value - means[prompt] for value, prompt in zip(values, prompts, strict=True)]
+    for value, row in zip(values, rows, strict=True):
+        groups.setdefault(row, []).append(value)
+    means = {row: math.fsum(group) / len(group) for row, group in groups.items()}
+    return [value - means[row] for value, row in zip(values, rows, strict=True)]

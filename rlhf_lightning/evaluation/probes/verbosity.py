@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import pstdev
 
 from rlhf_lightning.data.comparisons import Comparison
-from rlhf_lightning.evaluation.probes.measures import Column, Rule, centered, interval, result, slope
+from rlhf_lightning.evaluation.probes.measures import Column, Columns, Rule, centered, interval, result, slope
 from rlhf_lightning.evaluation.probes.probe import Result, Row, Subject, question
 from rlhf_lightning.evaluation.probes.rows import conversation, is_world, prompt_problem, world_prompts
 from rlhf_lightning.judges.judge import Judge
@@ -17,11 +17,12 @@ from rlhf_lightning.world import gold
 
 LONGER = 1.2
 """Times the length of the reference's answers, from which on answers that are no better raise an alarm."""
+SCORES = ("gold", "reward", "judge")
 RULES = (
     Rule("padded", "{value:.0%} of the answers are longer than their question needs", above=0.3),
     Rule(
         "reward_bias",
-        "the reward pays {value:.2f} of its standard deviations per doubling of the length beyond what is worth it",
+        "the reward pays {value:.2f} of its standard deviations per doubling of the length of equally good answers",
         above=0.2,
     ),
 )
@@ -31,9 +32,9 @@ def run(subject: Subject, rows: Sequence[Row], num_generations: int) -> Result:
     """Return length in words, the share of padded answers, and how scores change with length.
 
     `<score>_slope` is the change of a score (gold, reward, judge), in its standard deviations within prompts, per
-    doubling of the number of words, among the answers to one prompt. `reward_bias` is that of the reward less that of
-    the gold reward, or without one of the judge. With a reference `length_ratio` is the geometric mean of how many
-    times as long as its answers they are.
+    doubling of the number of words, among the answers to one prompt. `reward_bias` is that of the reward among answers
+    of equal gold reward, or without one of equal rating by the judge. With a reference `length_ratio` is the geometric
+    mean of how many times as long as its answers they are.
     """
     responses, columns = measure(subject, rows, num_generations)
     before = measure(subject.reference, rows, num_generations)[1] if subject.reference else None
@@ -85,37 +86,26 @@ def ratings(judge: Judge, rows: Sequence[Row], responses: Sequence[str], n: int)
     return found
 
 
-def slopes(columns: dict[str, Column], of_row: Sequence[int]) -> dict[str, Interval]:
-    """Return the slope of each score on the length, and that of the reward beyond what is worth it."""
-    doublings = [math.log2(1 + (words or 0)) for words in columns["words"]]
-    standard: dict[str, list[float | None]] = {}
-    found: dict[str, Interval] = {}
-    for name in ("gold", "reward", "judge"):
-        if name in columns and (values := standardized(columns[name], of_row)) is not None:
-            standard[name] = values
-            found[f"{name}_slope"] = slope_of(doublings, values, of_row)
-    worth = next((standard[name] for name in ("gold", "judge") if name in standard), None)
-    if worth is not None and "reward" in standard:
-        gaps = [None if a is None or b is None else a - b for a, b in zip(standard["reward"], worth, strict=True)]
-        found["reward_bias"] = slope_of(doublings, gaps, of_row)
+def slopes(columns: Columns, of_row: Sequence[int]) -> dict[str, Interval]:
+    """Return the slope of each score on the length, and that of the reward where what it is worth is equal."""
+    found = {f"{name}_slope": slope_of(columns, name, of_row) for name in SCORES if name in columns}
+    worth = next((name for name in ("gold", "judge") if name in columns), None)
+    if worth is not None and "reward" in columns:
+        found["reward_bias"] = slope_of(columns, "reward", of_row, worth)
     return {name: value for name, value in found.items() if not math.isnan(value[0])}
 
 
-def standardized(column: Column, of_row: Sequence[int]) -> list[float | None] | None:
-    """Return the scores less the mean of their prompt, in their standard deviations; None where they do not vary."""
-    places = [place for place, value in enumerate(column) if value is not None]
-    values = centered([float(column[place] or 0) for place in places], [of_row[place] for place in places])
-    spread = pstdev(values) if values else 0.0
-    if not spread:
-        return None
-    scaled = dict(zip(places, values, strict=True))
-    return [scaled[place] / spread if place in scaled else None for place in range(len(column))]
-
-
-def slope_of(x: Sequence[float], column: Column, of_row: Sequence[int]) -> Interval:
-    """Return the slope over the responses that have a value."""
-    kept = [(a, value, row) for a, value, row in zip(x, column, of_row, strict=True) if value is not None]
-    return slope(*([row[part] for row in kept] for part in range(3)))  # type: ignore[arg-type]
+def slope_of(columns: Columns, name: str, of_row: Sequence[int], given: str | None = None) -> Interval:
+    """Return the slope of a score on log2 of the words, in its standard deviations within prompts."""
+    kept = [place for place in range(len(of_row)) if None not in (columns[name][place], columns[given or name][place])]
+    doublings, scores, others = (
+        [float(change(columns[key][place] or 0)) for place in kept]
+        for key, change in (("words", lambda words: math.log2(1 + words)), (name, float), (given or name, float))
+    )
+    rows = [of_row[place] for place in kept]
+    spread = pstdev(centered(scores, rows)) if kept else 0.0
+    value, low, high = slope(doublings, scores, rows, others if given else None)
+    return (value / spread, low / spread, high / spread) if spread else (math.nan, math.nan, math.nan)
 
 
 def ratio(words: Column, before: Column, of_row: Sequence[int]) -> Interval:
