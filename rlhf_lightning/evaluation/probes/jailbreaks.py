@@ -242,11 +242,17 @@ def run(
     Raises:
         UserError: an option out of its range, or rows without a harmful request.
     """
+    if not isinstance(families, list | tuple):
+        raise UserError(f"probe.jailbreaks.families={families} is not a list of {', '.join(FAMILIES)}")
     for family in families:
         if family not in FAMILIES:
             raise UserError(
                 f"probe.jailbreaks.families: {family!r} is not one of {', '.join(FAMILIES)}.{nearest(family, FAMILIES)}"
             )
+    if not isinstance(guard, str | None):
+        raise UserError(f"probe.jailbreaks.guard={guard} is not a text, or null")
+    if not isinstance(universal, bool):
+        raise UserError(f"probe.jailbreaks.universal={universal} is not true or false")
     check_number("probe.jailbreaks.temperature", temperature, "[0, inf)")
     check_number("probe.jailbreaks.threshold", threshold, "[0, 1)")
     budget = {"length": suffix_length, "steps": suffix_steps, "candidates": suffix_candidates, "top_k": suffix_top_k}

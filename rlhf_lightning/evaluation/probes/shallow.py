@@ -53,6 +53,8 @@ def run(
         UserError: an option out of its range, a `target` with too few tokens, rows without a harmful request, or a
             reference with another vocabulary.
     """
+    if not isinstance(prefix_tokens, list | tuple):
+        raise UserError(f"probe.shallow.prefix_tokens={prefix_tokens} is not a list of numbers")
     for k in prefix_tokens:
         check_number("probe.shallow.prefix_tokens", k, "[0, inf)", whole=True)
     check_number("probe.shallow.threshold", threshold, "[0, 1)")

@@ -44,8 +44,8 @@ class Request:
         self.target = template.content(target)
         if not self.target:
             raise UserError("the compliant opening of a response has no tokens; give a text in the column `target`")
-        question = template.content(self.conversation[-1]["content"])
-        self._question, self._decoded = question, len(template.tokenizer.decode(question))
+        self._question = template.content(self.conversation[-1]["content"])
+        self._decoded = len(self._decode(self._question))
         one, other = (self._ids(letter) for letter in "ab")
         # what follows the user's text: the tokens in which two conversations end alike
         same = next((i for i, pair in enumerate(zip(one[::-1], other[::-1], strict=False)) if pair[0] != pair[1]), 0)
@@ -53,13 +53,7 @@ class Request:
 
     def text(self, suffix: Sequence[int]) -> str:
         """Return the text that tokens add to the user's message."""
-        whole = self.template.tokenizer.decode([*self._question, *suffix], clean_up_tokenization_spaces=False)
-        return whole[self._decoded :]
-
-    def with_suffix(self, text: str) -> list[Message]:
-        """Return the conversation whose last message ends with `text`."""
-        last = self.conversation[-1]
-        return [*self.conversation[:-1], {**last, "content": last["content"] + text}]
+        return self._decode([*self._question, *suffix])[self._decoded :]
 
     def before(self, suffix: Sequence[int]) -> list[int] | None:
         """Return the tokens in front of a suffix, or None where its text is encoded as other tokens than these."""
@@ -68,8 +62,14 @@ class Request:
         found = begin > 0 and ids[begin : len(ids) - end] == list(suffix) and ids[len(ids) - end :] == self.after
         return ids[:begin] if found else None
 
+    def _decode(self, ids: Sequence[int]) -> str:
+        # what some tokenizers do to spaces in front of punctuation would give other tokens
+        return self.template.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
     def _ids(self, text: str) -> list[int]:
-        return self.template.prompt(self.with_suffix(text))
+        """Return the tokens of the conversation whose last message ends with `text`."""
+        *before, last = self.conversation
+        return self.template.prompt([*before, last | {"content": last["content"] + text}])
 
 
 @dataclass(frozen=True)
@@ -194,8 +194,8 @@ def _start(requests: Sequence[Request], allowed: Tensor, length: int, seed_parts
         suffix = next((one for one in grown if _survives(requests, one)), suffix)
         if len(suffix) == place:
             raise UserError(
-                f"no suffix of {length} tokens keeps its tokens behind a message of {len(requests)} conversations: "
-                "the chat template or the tokenizer joins them; try a shorter probe.suffix_length"
+                f"no suffix of {length} tokens keeps its tokens when its text is encoded behind the request: "
+                f"{requests[0].conversation[-1]['content']!r:.60}; try a shorter probe.jailbreaks.suffix_length"
             )
     return suffix
 

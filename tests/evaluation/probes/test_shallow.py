@@ -71,6 +71,8 @@ def test_errors(tiny_chat: tuple[Any, Template]) -> None:
         UserError, match=r"prefix_tokens=400, but a target of probe.data has \d+ tokens: 'Sure, here is"
     ):
         probed(tiny_chat, lambda text: REFUSAL, prefix_tokens=[400])
+    with pytest.raises(UserError, match="probe.shallow.prefix_tokens=4 is not a list"):
+        probed(tiny_chat, lambda text: REFUSAL, prefix_tokens=4)
     with pytest.raises(UserError, match="probe.shallow.prefix_tokens=-1 is not"):
         probed(tiny_chat, lambda text: REFUSAL, prefix_tokens=[-1])
 
