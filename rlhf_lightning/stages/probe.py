@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,20 +57,46 @@ def run(run: Run) -> float | None:
         check_needs(probe, has)
         check_settings(probe, options[probe.name])
         read_rows(probe, data, options["rows"], run.settings["seed"])
-    results: dict[tuple[str, str], Result] = {}
     with bar(len(models) * len(names)) as (advance, inside):
-        for model, folder in models.items():
-            subject = None
-            for name in names:
-                part = run.folder / "parts" / f"{fingerprint([model, name])[:16]}.json"
-                found = kept(part)
-                if found is None:
-                    subject = subject or subject_of(run, folder, inside(model))
-                    found = run_probe(name, subject, data, options["rows"], options[name])
-                    write_json(part, as_json(found))
-                results[model, name] = found
-                advance()
+        results = measured(
+            run.folder / "parts",
+            models,
+            names,
+            lambda model: subject_of(run, models[model], inside(model)),
+            lambda name, subject: run_probe(name, subject, data, options["rows"], options[name]),
+            advance,
+        )
     return written(run, models, results)
+
+
+def measured(
+    parts: Path,
+    models: Iterable[str],
+    probes: Sequence[str],
+    load: Callable[[str], Any],
+    measure: Callable[[str, Any], Result],
+    advance: Callable[[], Any] = lambda: None,
+) -> dict[tuple[str, str], Result]:
+    """Return the result of each probe of each model; what an interrupted run has left in `parts` is not measured again.
+
+    Args:
+        load: returns the subject of a model; a model of which all is known is not loaded.
+        measure: returns what a probe, by name, measures of a subject.
+        advance: called after each result.
+    """
+    results: dict[tuple[str, str], Result] = {}
+    for model in models:
+        subject = None
+        for name in probes:
+            part = parts / f"{fingerprint([model, name])[:16]}.json"
+            found = kept(part)
+            if found is None:
+                subject = subject or load(model)
+                found = measure(name, subject)
+                write_json(part, as_json(found))
+            results[model, name] = found
+            advance()
+    return results
 
 
 def named_models(run: Run) -> dict[str, str]:
