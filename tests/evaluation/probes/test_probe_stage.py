@@ -37,9 +37,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_command_writes_what_the_report_reads(folder: Path, tmp_path: Path) -> None:
+def test_a_command_writes_what_the_report_reads(chat_folder: Path, tmp_path: Path) -> None:
     command = ["stage=probe", "probe=[refusal,diversity]", "probe.data=world", "probe.rows=10", "probe.max_new_tokens=4",
-               f"+probe.models.one={folder}", f"+probe.models.two={folder}", f"probe.reference={folder}", "logger=csv"]  # fmt: skip
+               f"+probe.models.one={chat_folder}", f"+probe.models.two={chat_folder}", f"probe.reference={chat_folder}", "logger=csv"]  # fmt: skip
     done = rlhf(tmp_path, *command)
     run = newest(tmp_path, "probe")
     metrics, table = json.loads((run / "metrics.json").read_text()), read(run / "tables" / "probes.jsonl")
@@ -68,15 +68,16 @@ def test_a_command_writes_what_the_report_reads(folder: Path, tmp_path: Path) ->
         ([], "choose what to measure: probe= one of verbosity"),
         (["probe=refusl"], "Did you mean 'refusal'"),
         (["probe=all", "probe.data=rows.jsonl"], "has the columns of one probe, and"),
+        (["probe=refusal", "data=world"], "stage=probe reads probe.data (world, or a file), not data.train"),
         (["probe=refusal", "gold_from=world"], "gold_from was given, and probe=refusal does not use it"),
         (["probe=refusal", "+probe.refusal.x=1"], "probe.refusal.x: there is no such option; its options: none"),
         (["probe=refusal", "probe.rows=0"], r"probe.rows=0 is not a whole number in [1, inf)"),
         (["probe=refusal", "probe.data=rows.jsonl"], "rows.jsonl, row 1: it has no label"),
     ],
 )
-def test_mistakes_are_one_line(folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_mistakes_are_one_line(chat_folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "?"}\n')
-    done = rlhf(tmp_path, "stage=probe", f"init_from={folder}", "logger=null", *arguments, code=2)
+    done = rlhf(tmp_path, "stage=probe", f"init_from={chat_folder}", "logger=null", *arguments, code=2)
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
 
@@ -134,20 +135,25 @@ class Drawing(LocalEngine):
         return super().generate(*args, **options)
 
 
-def trained(stage: str, folder: Path, place: Path, probes: bool) -> Any:
+def trained(stage: str, chat_folder: Path, place: Path, probes: bool) -> Any:
     """Train two steps, with dropout, and return the module."""
-    lm = partial(load_causal_lm, str(folder), dropout=0.1 if stage == "sft" else 0.0)
+    lm = partial(load_causal_lm, str(chat_folder), dropout=0.1 if stage == "sft" else 0.0)
     common: dict[str, Any] = {"optimizer": partial(torch.optim.AdamW, lr=1e-3)}
     gold = load_reward("world")
     module = {
         "sft": lambda: SFT(lm, **common),
         "dpo": lambda: DPO(lm, **common),
         "ppo": lambda: PPO(lm, reward=gold, gold=gold, max_new_tokens=4, **common),
-        "reward": lambda: RewardModel(partial(load_scalar_model, str(folder)), **common),
+        "reward": lambda: RewardModel(partial(load_scalar_model, str(chat_folder)), **common),
     }[stage]()
     kind = {"sft": DemonstrationData, "ppo": PromptData}.get(stage, PreferenceData)
     data = kind(
-        load_tokenizer(str(folder)), "world", batch_size=4, row_tokens=128, cache_dir=place / "cache", world={"rows": 8}
+        load_tokenizer(str(chat_folder)),
+        "world",
+        batch_size=4,
+        row_tokens=128,
+        cache_dir=place / "cache",
+        world={"rows": 8},
     )
     callback = Probes(
         place / "probes",
@@ -172,10 +178,10 @@ def trained(stage: str, folder: Path, place: Path, probes: bool) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
 @quiet_lightning
-def test_training_with_probes_ends_bit_equal(stage: str, folder: Path, tmp_path: Path) -> None:
-    with_probes = trained(stage, folder, tmp_path, True)
+def test_training_with_probes_ends_bit_equal(stage: str, chat_folder: Path, tmp_path: Path) -> None:
+    with_probes = trained(stage, chat_folder, tmp_path, True)
     draw = torch.rand(3)
-    without = trained(stage, folder, tmp_path, False)
+    without = trained(stage, chat_folder, tmp_path, False)
     assert torch.equal(draw, torch.rand(3))
     for name, weight in with_probes.state_dict().items():
         assert torch.equal(weight, without.state_dict()[name]), name
@@ -188,9 +194,9 @@ def test_training_with_probes_ends_bit_equal(stage: str, folder: Path, tmp_path:
 
 
 @quiet_lightning
-def test_a_reward_model_is_no_subject(folder: Path, tmp_path: Path) -> None:
+def test_a_reward_model_is_no_subject(chat_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="callbacks.probes asks a language model, and RewardModel trains none"):
-        trained("reward", folder, tmp_path, True)
+        trained("reward", chat_folder, tmp_path, True)
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,13 @@ ASKED: list[list[Message]] = [
 ]
 
 
-def test_answers_depend_on_seed_key_and_place(folder: Path, subject: Subject) -> None:
+def test_answers_depend_on_seed_key_and_place(chat_folder: Path, subject: Subject) -> None:
     first = subject.answer(ASKED, "a", num_generations=2)
     assert len(first) == 4
     assert first == subject.answer(ASKED, "a", num_generations=2)
     assert first[:2] == subject.answer(ASKED[:1], "a", num_generations=2)
     assert first != subject.answer(ASKED, "b", num_generations=2)
-    other = load_subject(str(folder), max_new_tokens=8, seed=1)
+    other = load_subject(str(chat_folder), max_new_tokens=8, seed=1)
     assert first != other.answer(ASKED, "a", num_generations=2)
     greedy = subject.answers(ASKED, "a", temperature=0, max_new_tokens=3)
     assert all(len(ids) <= 3 for ids in greedy.token_ids)
@@ -58,15 +58,15 @@ def test_logprobs_are_those_of_a_whole_forward_pass(subject: Subject) -> None:
     assert len(text) == len(subject.template.content("Paris.")) + 1
 
 
-def test_the_reference_answers_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = load_subject(str(folder), max_new_tokens=4, reference=str(folder))
+def test_the_reference_answers_once(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = load_subject(str(chat_folder), max_new_tokens=4, reference=str(chat_folder))
     before = subject.reference
     assert before is not None
     assert before is subject.reference
     first = before.answer(ASKED, "r")
     monkeypatch.setattr(before.engine, "generate", lambda *_, **__: pytest.fail("asked again"))
     assert before.answer(ASKED, "r") == first
-    assert load_subject(str(folder)).reference is None
+    assert load_subject(str(chat_folder)).reference is None
 
 
 def test_the_mode_of_the_model_is_left_alone(subject: Subject) -> None:
@@ -77,9 +77,9 @@ def test_the_mode_of_the_model_is_left_alone(subject: Subject) -> None:
     subject.model.eval()
 
 
-def test_progress_counts_the_answers(folder: Path) -> None:
+def test_progress_counts_the_answers(chat_folder: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    subject = load_subject(str(folder), max_new_tokens=2, progress=lambda *state: seen.append(state))
+    subject = load_subject(str(chat_folder), max_new_tokens=2, progress=lambda *state: seen.append(state))
     subject.answer(ASKED, "count")
     assert seen[-1] == ("count", 2, 2)
 

@@ -13,7 +13,7 @@ from rlhf_lightning.world import rows
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [message["content"] for row in rows("demonstrations", 200) for message in row["messages"]]
     place = tmp_path_factory.mktemp("probes") / "model"
     build_tiny(place, texts, vocab_size=300, hidden_size=32, layers=1, heads=2, seed=1)
@@ -21,5 +21,5 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def subject(folder: Path) -> Subject:
-    return load_subject(str(folder), max_new_tokens=8, reference=str(folder))
+def subject(chat_folder: Path) -> Subject:
+    return load_subject(str(chat_folder), max_new_tokens=8, reference=str(chat_folder))
