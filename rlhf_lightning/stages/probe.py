@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rlhf_lightning.errors import UserError, check_number
 from rlhf_lightning.evaluation.probes import PROBES
-from rlhf_lightning.evaluation.probes.probe import Result, Row
+from rlhf_lightning.evaluation.probes.probe import Result, Row, Subject
 from rlhf_lightning.evaluation.probes.rows import read_rows
 from rlhf_lightning.evaluation.probes.running import (
     GIVE,
@@ -27,6 +28,7 @@ from rlhf_lightning.evaluation.probes.running import (
     show,
 )
 from rlhf_lightning.files import fingerprint, read_json, write_json, write_jsonl
+from rlhf_lightning.judges.judge import Judge
 from rlhf_lightning.judges.table import load_judge
 from rlhf_lightning.models.loading import resolve_model
 from rlhf_lightning.ops.statistics import Interval
@@ -43,6 +45,8 @@ def run(run: Run) -> float | None:
     check_number("probe.temperature", options["temperature"], "[0, inf)")
     if options["rows"] is not None:
         check_number("probe.rows", options["rows"], "[1, inf)", whole=True)
+    if unread := [key for key in ("train", "val") if run.settings["data"][key] is not None]:
+        raise UserError(f"stage={run.stage.name} reads probe.data (world, or a file), not data.{unread[0]}")
     data = options["data"]
     if data not in (None, "world"):
         if len(names) > 1:
@@ -57,20 +61,51 @@ def run(run: Run) -> float | None:
         check_needs(probe, has)
         check_settings(probe, options[probe.name])
         read_rows(probe, data, options["rows"], run.settings["seed"])
-    results: dict[tuple[str, str], Result] = {}
-    with bar(len(models) * len(names)) as (advance, inside):
-        for model, folder in models.items():
-            subject = None
-            for name in names:
-                part = run.folder / "parts" / f"{fingerprint([model, name])[:16]}.json"
-                found = kept(part)
-                if found is None:
-                    subject = subject or subject_of(run, folder, inside(model))
-                    found = run_probe(name, subject, data, options["rows"], options[name])
-                    write_json(part, as_json(found))
-                results[model, name] = found
-                advance()
+    judge = load_judge(run.judge) if run.judge else None
+    if hasattr(judge, "to"):
+        judge.to(run.device)  # type: ignore[union-attr]
+    with contextlib.closing(judge) if judge else contextlib.nullcontext(), bar(len(models) * len(names)) as moves:
+        advance, inside = moves
+        load = loader(run, judge)
+        results = measured(
+            run.folder / "parts",
+            models,
+            names,
+            lambda model: load(models[model], progress=inside(model)),
+            lambda name, subject: run_probe(name, subject, data, options["rows"], options[name]),
+            advance,
+        )
     return written(run, models, results)
+
+
+def measured(
+    parts: Path,
+    models: Iterable[str],
+    probes: Sequence[str],
+    load: Callable[[str], Any],
+    measure: Callable[[str, Any], Result],
+    advance: Callable[[], Any] = lambda: None,
+) -> dict[tuple[str, str], Result]:
+    """Return the result of each probe of each model; what an interrupted run has left in `parts` is not measured again.
+
+    Args:
+        load: returns the subject of a model; a model of which all is known is not loaded.
+        measure: returns what a probe, by name, measures of a subject.
+        advance: called after each result.
+    """
+    results: dict[tuple[str, str], Result] = {}
+    for model in models:
+        subject = None
+        for name in probes:
+            part = parts / f"{fingerprint([model, name])[:16]}.json"
+            found = kept(part)
+            if found is None:
+                subject = subject or load(model)
+                found = measure(name, subject)
+                write_json(part, as_json(found))
+            results[model, name] = found
+            advance()
+    return results
 
 
 def named_models(run: Run) -> dict[str, str]:
@@ -83,24 +118,26 @@ def named_models(run: Run) -> dict[str, str]:
     return models
 
 
-def subject_of(run: Run, folder: str, progress: Any) -> Any:
-    """Return a model with what the configuration says that it is measured with."""
+def loader(run: Run, judge: Judge | None) -> Callable[..., Subject]:
+    """Return the function that loads a model with what the configuration says that it is measured with."""
     options, reference = run.options, run.options["reference"]
-    return load_subject(
-        folder,
-        run.build("sampler"),
+    load = partial(
+        load_subject,
+        engine=run.build("sampler"),
         template=run.settings["data"]["template"],
         load=run.settings["model"]["load"],
         device=run.device,
-        reference=resolve_model(str(reference), run.settings["paths"]["cache"]) if reference else None,
         gold=run.reward("gold_from"),
         reward=run.reward("reward_from"),
-        judge=load_judge(run.judge) if run.judge else None,
+        judge=judge,
         max_new_tokens=options["max_new_tokens"],
         temperature=options["temperature"],
         seed=run.settings["seed"],
-        progress=progress,
     )
+    if not reference:
+        return load
+    folder = resolve_model(str(reference), run.settings["paths"]["cache"])
+    return partial(load, reference=cache(partial(load, folder, remember=True)))  # one for all models
 
 
 def written(run: Run, models: dict[str, str], results: dict[tuple[str, str], Result]) -> float | None:
@@ -153,7 +190,7 @@ def kept(part: Path) -> Result | None:
     return Result(metrics, found["samples"], found["tables"], found["alarms"], found["counts"])
 
 
-@contextmanager
+@contextlib.contextmanager
 def bar(total: int) -> Iterator[Any]:
     """Show a bar of the probes and one of the answers of the present probe, and yield the functions that move them."""
     columns = (

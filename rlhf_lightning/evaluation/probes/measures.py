@@ -129,9 +129,9 @@ def slope(
     """Return the least-squares slope of `y` on `x` within rows, and its interval clustered by row.
 
     Values are taken relative to the mean of their row, so that what rows differ in does not enter. The interval is that
-    of the mean of the jackknife's pseudo-values, C b - (C - 1) b_-c over the C rows in which `x` or `given` varies (Tukey
-    1958): few rows may decide, and the usual cluster-robust error is then too small (MacKinnon and White 1985). NaN where
-    `x` does not vary, or in one row only.
+    of the mean of the jackknife's pseudo-values, C b - (C - 1) b_-c over the C rows in which `x` or `given` varies
+    (Tukey 1958): a few rows may decide, and the usual cluster-robust error is then too small (MacKinnon and White
+    1985). NaN where `x` does not vary, or in one row only.
 
     Args:
         given: a further regressor; the slope is the one at equal values of it.

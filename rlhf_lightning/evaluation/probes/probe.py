@@ -194,7 +194,9 @@ class Subject:
         memory = repr((key, num_generations, prefixes, heat, room, conversations))
         if self._remembered is not None and memory in self._remembered:
             return self._remembered[memory]
-        forced = [self._tokens(prefix) for prefix in prefixes] if prefixes else [[] for _ in conversations]
+        forced = [
+            self._forced(*pair) for pair in zip(conversations, prefixes or [""] * len(conversations), strict=True)
+        ]
         prompts = [self._prompt(c, place, forced[place], room) for place, c in enumerate(conversations)]
         done = 0
 
@@ -223,8 +225,13 @@ class Subject:
             self._remembered[memory] = found
         return found
 
-    def _tokens(self, text: str | Sequence[int]) -> list[int]:
-        return self.template.content(text) if isinstance(text, str) else list(text)
+    def _forced(self, conversation: Prompt, prefix: str | Sequence[int]) -> list[int]:
+        """Return the tokens of a prefix; of a text those with which a response that begins so is learned."""
+        if not prefix or not isinstance(prefix, str):
+            return list(prefix)  # type: ignore[arg-type]
+        prompt = conversation if isinstance(conversation, str) else list(conversation)
+        tokens, end = self.template.completions(prompt, [prefix])[1][0], self.template.end
+        return tokens[: -len(end)] if end and tokens[-len(end) :] == end else tokens
 
     def _prompt(self, conversation: Prompt, place: int, prefix: Sequence[int], room: int) -> Group:
         try:

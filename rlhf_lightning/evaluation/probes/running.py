@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,7 +43,7 @@ def load_subject(
     template: str = "auto",
     load: Mapping[str, Any] | None = None,
     device: str = "cpu",
-    reference: str | None = None,
+    reference: str | Callable[[], Subject] | None = None,
     **options: Any,
 ) -> Subject:
     """Return a model folder as the subject of probes.
@@ -52,18 +52,19 @@ def load_subject(
         engine: generates; None is a :class:`LocalEngine`.
         template: as `data.template`.
         load: arguments of :func:`load_causal_lm`.
-        reference: a folder to compare with, loaded at its first use.
+        reference: a folder to compare with, or what returns its subject; loaded at its first use.
         options: of :class:`Subject`.
     """
     lm: Any = load_causal_lm(folder, **(load or {}))
     engine = engine or LocalEngine()
-    common: dict[str, Any] = {"template": template, "load": load, "device": device}
-    before = partial(load_subject, reference, engine, **common, **options, remember=True) if reference else None
+    if isinstance(reference, str):
+        common: dict[str, Any] = {"template": template, "load": load, "device": device}
+        reference = partial(load_subject, reference, engine, **common, **options, remember=True)
     return Subject(
         lm.eval().to(device),
         Template(load_tokenizer(folder), template),
         engine,
-        reference=before,
+        reference=reference,
         context=context_length(folder),
         device=device,
         **options,
