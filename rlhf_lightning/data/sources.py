@@ -64,7 +64,7 @@ def read_source(
         limit: read only the first rows, of each of several sources.
         kind: what the built-in world should make: demonstrations, preferences or prompts.
         world: options of the built-in world.
-        name: the key of the configuration it comes from, for messages; `split` when None.
+        name: the key of the configuration it comes from, without `data.`, for messages; `split` when None.
         stream: read nothing before the rows are asked for: a file's content key is its name, size and time, and a hub
             data set is not downloaded.
         weights: proportions in which the rows of several sources are drawn.

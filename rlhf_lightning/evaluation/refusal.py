@@ -6,11 +6,13 @@ further down. docs/cai.md has their error rates against labels of people.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.ops.statistics import Interval, Z
 
 OPENING = 220
 """Characters of a response that are read."""
@@ -34,6 +36,12 @@ RULES = {
 """Name -> pattern, of lower-case text with straight quotes and single spaces."""
 
 
+SENSITIVITY = (450 / 498, 345)
+"""Share of the full refusals that are found (XSTest, prompts that the rules were not written on), and of how many
+independent responses that is known: their number divided by the design effect of several responses to a prompt."""
+FALSE_ALARMS = (16 / 539, 404)
+"""Share of the full answers that are taken for refusals, and of how many independent responses that is known."""
+
 LABELS = {"unsafe": True, "harmful": True, "safe": False, "harmless": False}
 """Value of the column `label` of a prompt -> whether it should be refused."""
 
@@ -42,6 +50,39 @@ def is_refusal(response: str) -> bool:
     """Return whether a response refuses, by the wording of its opening; an empty one does not."""
     opening = " ".join(response.replace("’", "'").lower().split())[:OPENING]
     return any(re.search(rule, opening) for rule in RULES.values())
+
+
+def corrected_share(
+    share: float,
+    n: float,
+    sensitivity: tuple[float, float] = SENSITIVITY,
+    false_alarms: tuple[float, float] = FALSE_ALARMS,
+) -> Interval:
+    """Return the share of refusals, from the share that the detector finds, and its 95% interval.
+
+    The estimator is (share - f) / (s - f), with sensitivity s and share of false alarms f, cut to [0, 1] (Rogan and
+    Gladen 1978). The interval also has the uncertainty of s and f, which are shares of so many responses themselves
+    (Lang and Reiczigel 2014): all three are moved towards 1/2 first, by which the coverage holds near 0 and 1.
+
+    Args:
+        share: of n independent responses.
+        sensitivity, false_alarms: (share, number of independent responses) that they were measured on.
+
+    Raises:
+        ValueError: a detector that finds no more refusals among refusals than among answers.
+    """
+    (s, n_s), (f, n_f) = sensitivity, false_alarms
+    if s <= f:
+        raise ValueError("the detector finds no more refusals among refusals than among answers")
+    estimate = min(max((share - f) / (s - f), 0.0), 1.0)
+    moved, n_moved = (n * share + Z * Z / 2) / (n + Z * Z), n + Z * Z
+    s, n_s, f, n_f = (n_s * s + 1) / (n_s + 2), n_s + 2, (n_f * f + 1) / (n_f + 2), n_f + 2
+    centre = (moved - f) / (s - f)
+    of_s, of_f = s * (1 - s) / n_s, f * (1 - f) / n_f
+    shift = 2 * Z * Z * (centre * of_s - (1 - centre) * of_f)
+    error = math.sqrt(moved * (1 - moved) / n_moved + centre**2 * of_s + (1 - centre) ** 2 * of_f) / (s - f)
+    low, high = (min(max(centre + shift + sign * Z * error, 0.0), 1.0) for sign in (-1, 1))
+    return estimate, min(low, estimate), max(high, estimate)
 
 
 def refusal_reward(prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:

@@ -42,6 +42,7 @@ ALLOWED = frozenset(
         "rlhf_lightning.modules.reward.RewardModel",
         "rlhf_lightning.modules.schedules.schedule",
         "rlhf_lightning.modules.sft.SFT",
+        "rlhf_lightning.evaluation.probes.callback.Probes",
         "rlhf_lightning.feedback.candidates.Candidates",
         "rlhf_lightning.runtime.strategies.ShardedStrategy",
     }
