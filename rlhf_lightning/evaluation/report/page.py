@@ -1,0 +1,234 @@
+"""The report of a pipeline: what is stored of it, as one page that needs nothing else and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from rlhf_lightning.evaluation.report.figures import Drawn, of_metrics, of_samples, of_tables, of_training
+from rlhf_lightning.evaluation.report.findings import findings, is_difference
+from rlhf_lightning.evaluation.report.samples import SideBySide, side_by_side
+from rlhf_lightning.evaluation.report.store import Results, Stage, number, read_results, visible
+from rlhf_lightning.evaluation.table import COLUMNS, PAIR_COLUMNS
+from rlhf_lightning.files import atomic_path, write_json
+from rlhf_lightning.ops.statistics import Interval
+
+VERSION = 1
+"""Of report.json; it rises when a key changes its meaning."""
+MOST_CELLS = 40
+"""Rows of a table on the page; the stored table has all."""
+TABLES = {  # tables of which a figure shows too little: name -> title and columns
+    "win_rates": (
+        "Win rates",
+        ("model", "opponent", "by", "wins", "ties", "losses", "win_rate", "length_controlled"),
+    ),
+    "fits": ("Fits of overoptimization", ("method", "proxy", "form", "a", "b", "r2")),
+    "probes": ("Probes", ("probe", "model", "metric", "value", "count", "alarm")),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a cell of a table shows: a value, and its interval below it."""
+
+    text: str
+    interval: str = ""
+    mark: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page, where it was read from and the command that wrote that."""
+
+    title: str
+    header: list[str]
+    rows: list[list[Cell]]
+    note: str = ""
+    source: str = ""
+    command: str = ""
+
+
+def write_report(folders: str | Path | Sequence[str | Path], into: str | Path | None = None) -> Path:
+    """Write `report.html` and `report.json` of stored results, and return the path of the page.
+
+    Nothing is computed again. What is missing or cannot be read is named on the page.
+
+    Args:
+        folders: the folder of a pipeline or of a run, or several whose stages are shown together.
+        into: where the two files go; None is the first of the folders.
+
+    Raises:
+        UserError: a folder that holds neither, or a file that cannot be written.
+    """
+    given = [folders] if isinstance(folders, str | Path) else list(folders)
+    results = read_results(*given)
+    content = report(results)
+    return write_page("report", content, Path(into or given[0]))
+
+
+def write_page(name: str, content: Mapping[str, Any], into: Path) -> Path:
+    """Write `<name>.html` and `<name>.json`, which is the same without the drawings, and return the page's path."""
+    page = into / f"{name}.html"
+    html = environment().get_template(f"{name}.html").render(content)
+    with atomic_path(page) as temporary:
+        temporary.write_text(html, encoding="utf-8", errors="replace")
+        temporary.chmod(0o644)
+    write_json(into / f"{name}.json", plain(content))
+    return page
+
+
+@cache
+def environment() -> jinja2.Environment:
+    """Return the templates; every value is escaped, but for the drawings."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    return jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+
+
+def plain(value: Any) -> Any:
+    """Return content as containers for JSON: no drawings, null for what is no number."""
+    if hasattr(value, "__dataclass_fields__"):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {key: plain(member) for key, member in value.items() if key != "svg"}
+    if isinstance(value, list | tuple):
+        return [plain(member) for member in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def report(results: Results) -> dict[str, Any]:
+    """Return the content of the page."""
+    looks = looks_of(results)
+    samples = {stage.name: results.samples(stage) for stage in results.stages}
+    found, looked = findings(results)
+    figures = [
+        drawn
+        for stage in results.stages
+        for drawn in (*of_metrics(stage, looks), *(of_samples(stage, samples[stage.name], looks) if stage.models else ()))
+    ]
+    if not any(stage.models for stage in results.stages):
+        results.missing.append("no results of models: no stage=evaluate has finished")
+    content = {
+        "version": VERSION,
+        "name": results.name,
+        "folders": [str(folder) for folder in results.folders],
+        "command": results.command,
+        "created": max((str(stage.manifest.get("created", ""))[:19] for stage in results.stages), default=""),
+        "findings": found,
+        "comparisons": looked,
+        "lineage": lineage(results.stages),
+        "results": {stage.name: stage.models for stage in results.stages if stage.models},
+        "tables": [table for stage in results.stages for table in of_models(stage)],
+        "figures": figures + list(of_tables(results, looks)),
+        "stored": list(stored_tables(results)),
+        "samples": [
+            {"title": title, "pairs": pairs} for stage in results.stages for title, pairs in compared(stage, samples[stage.name])
+        ],
+        "training": list(of_training(results)),
+    }
+    return content | {"missing": list(dict.fromkeys(visible(line, 400) for line in results.missing))}
+
+
+def looks_of(results: Results) -> dict[str, int]:
+    """Return the number of the colour of every model, in the order of the stages and then of the results."""
+    models = [model for stage in results.stages for model in stage.models if not is_difference(model, stage.models)]
+    order = [stage.name for stage in results.stages if stage.name in models]
+    return {name: place for place, name in enumerate(dict.fromkeys([*order, *models]))}
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def lineage(stages: Sequence[Stage]) -> Table:
+    """Return the table of stages: what each started from and what it wrote."""
+    header = ["stage", "kind", "from", "weights (SHA-256)", "seed", "updates", "monitored", "written"]
+    rows = []
+    for stage in stages:
+        monitor = str(stage.metrics.get("monitor") or "")
+        value = number(stage.metrics.get(monitor))
+        written = str(stage.manifest.get("created", ""))[:16].replace("T", " ")
+        texts = [
+            stage.name,
+            stage.kind,
+            ", ".join(stage.parents) or "-",
+            stage.weights[:12] or "-",
+            stage.manifest.get("seed", "-"),
+            stage.metrics.get("global_step", "-"),
+            f"{monitor} {value:.4g}" if value is not None else "-" if stage.done else "not finished",
+            written or "-",
+        ]
+        rows.append([Cell(visible(text)) for text in texts])
+    return Table("Stages", header, rows)
+
+
+def of_models(stage: Stage) -> Iterator[Table]:
+    """Yield the tables of a stage that has evaluated models: the models, their differences, and every metric."""
+    plain_rows = {name: row for name, row in stage.models.items() if not is_difference(name, stage.models)}
+    gaps = {name: row for name, row in stage.models.items() if name not in plain_rows}
+    source = f"{stage.name}/metrics.json"
+    for title, rows in ((f"Results of {stage.name}", plain_rows), ("Paired differences", gaps)):
+        columns = {m: t.removesuffix(" (95%)") for m, t in (COLUMNS | PAIR_COLUMNS).items() if any(m in row for row in rows.values())}
+        shown = [name for name, row in rows.items() if row.keys() & columns.keys()]
+        if shown and columns:
+            cells = [[Cell(name), *(of_interval(rows[name].get(metric)) for metric in columns)] for name in shown]
+            yield Table(title, ["model", *columns.values()], cells, "with 95% intervals", source, stage.command)
+
+
+def of_interval(value: Interval | None) -> Cell:
+    """Return the cell of a value."""
+    if value is None:
+        return Cell("")
+    mean, low, high = value
+    form = ".1f" if abs(mean) >= 10 else ".3f"
+    return Cell(f"{mean:{form}}", f"{low:{form}} to {high:{form}}" if math.isfinite(low) and math.isfinite(high) else "")
+
+
+def stored_tables(results: Results) -> Iterator[Table]:
+    """Yield the stored tables of which a figure shows too little."""
+    for name, (title, columns) in TABLES.items():
+        for stage, rows in results.rows(name):
+            known = [column for column in columns if any(column in row for row in rows)]
+            cells = [[stored(row, column) for column in known] for row in rows[:MOST_CELLS]]
+            note = f"the first {MOST_CELLS} of {len(rows)} rows" if len(rows) > MOST_CELLS else ""
+            header = [column.replace("_", " ") for column in known]
+            yield Table(title, header, cells, note, f"{stage.name}/tables/{name}.jsonl", stage.command)
+
+
+def stored(row: Mapping[str, Any], column: str) -> Cell:
+    """Return the cell of a stored value; the row's `low` and `high` belong to its first column of numbers with some."""
+    value = row.get(column)
+    if (known := number(value)) is None:
+        return Cell("" if value is None or value is False else visible(value), mark=column == "alarm" and bool(value))
+    if isinstance(value, int):
+        return Cell(f"{value:,}")
+    own = f"{column}_low" in row
+    low, high = (number(row.get(f"{column}_{end}" if own else end)) for end in ("low", "high"))
+    if low is None or high is None or not (own or column in ("value", "win_rate", "rating")):
+        return of_interval((known, math.nan, math.nan))
+    return of_interval((known, low, high))
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+
+def compared(stage: Stage, samples: Mapping[str, list[dict[str, Any]]]) -> Iterator[tuple[str, list[SideBySide]]]:
+    """Yield what is shown side by side of a stage: models, or the same model at its first and last step."""
+    steps = sorted(name for name in samples if name.startswith("step_"))
+    if len(steps) > 1:
+        ends = {f"{stage.name}, {name.replace('_', ' ')}": samples[name] for name in (steps[0], steps[-1])}
+        if pairs := side_by_side(ends, most=3):
+            yield f"{stage.name}: before and after", pairs
+    models = {name: rows for name, rows in samples.items() if name not in steps}
+    if pairs := side_by_side(models):
+        yield f"{stage.name}: where the models differ most", pairs
+
+
+__all__ = ["Cell", "Drawn", "Table", "report", "write_page", "write_report"]
