@@ -190,8 +190,12 @@ def panels(of: Sequence[Panel], x_label: str) -> Figure:
             for one in panel.series:
                 draw(axis, one)
         figure.align_ylabels(axes)
-        if any(len(panel.series) > 1 for panel in of):
+        if len({tuple(one.name for one in panel.series) for panel in of}) == 1 < len(of[0].series):
             named(figure, axes)
+        else:
+            for axis, panel in zip(axes, of, strict=True):
+                if len(panel.series) > 1:
+                    axis.legend(fontsize=7.5)
         axes[-1].set_xlabel(x_label)
     return figure
 

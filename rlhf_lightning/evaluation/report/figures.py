@@ -240,17 +240,19 @@ FIGURES = (
 
 def of_tables(results: Results, looks: Looks) -> Iterator[Drawn]:
     """Yield the figures of all stored tables; name in `results.missing` those without one."""
+    absent: dict[str, list[str]] = {}
     for row in FIGURES:
-        drawn = False
+        there = False
         for stage, rows in results.rows(row.table):
             source = f"{stage.name}/tables/{row.table}.jsonl"
             rows = usable(rows, row, source, results.missing.append)
             for name, figure in row.draw(rows, looks) if rows else ():
                 title = f"{row.title}: {name}" if name else row.title
-                drawn = True
+                there = True
                 yield Drawn(title, as_svg(figure, title), row.caption, source, stage.command)
-        if not drawn:
-            results.missing.append(f"no figure “{row.title}”: no stage has stored tables/{row.table}.jsonl, as {row.hint} does")
+        if not there:
+            absent.setdefault(row.hint, []).append(row.title)
+    results.missing += [f"no table for {', '.join(titles)}: {hint} stores it" for hint, titles in absent.items()]
 
 
 def usable(rows: Sequence[Row], of: Figured, source: str, complain: Callable[[str], None]) -> list[Row]:
