@@ -1,4 +1,4 @@
-"""Figures of stored tables: rows in, a matplotlib figure out, and that as SVG for a page or as an image for TensorBoard.
+"""Figures of stored tables: numbers in, a matplotlib figure out, and that as SVG for a page or as an image.
 
 No function here computes a result; each draws the numbers that a stage has written. Figures have no global state
 (`pyplot` is not imported) and no title: the page or the tag has it.
@@ -26,7 +26,7 @@ COLORS = ("#0072b2", "#d55e00", "#007f5c", "#a8488a", "#8a6d00", "#5c6670", "#3b
 its own in the variables --c0, --c1, ... for a dark background."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 INK, GRID = "#010203", "#d0d4d9"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "axes.spines.right": False,
@@ -151,7 +151,13 @@ def forest(
             look = looks[place] if looks else 0
             color, marker = COLORS[look % len(COLORS)], MARKERS[look % len(MARKERS)]
             axis.errorbar(
-                [value], [place], xerr=spread([value], [low], [high]), fmt=marker, color=color, capsize=3, markersize=5.5
+                [value],
+                [place],
+                xerr=spread([value], [low], [high]),
+                fmt=marker,
+                color=color,
+                capsize=3,
+                markersize=5.5,
             )
         axis.set_yticks(range(len(rows)), [name for name, _ in rows])
         axis.set_ylim(len(rows) - 0.4, -0.6)
@@ -227,7 +233,7 @@ def as_svg(figure: Any, label: str) -> str:
 
 
 def recolored(svg: str) -> str:
-    """Return an SVG with the colours of `COLORS`, `INK` and `GRID` in attributes `style` replaced by those of a page."""
+    """Return an SVG whose colours, in attributes `style`, are those of the page that it is on."""
     named_colors = {INK: "currentColor", GRID: f"var(--grid, {GRID})"}
     named_colors |= {color: f"var(--c{number}, {color})" for number, color in enumerate(COLORS)}
     pattern = re.compile("|".join(map(re.escape, named_colors)))

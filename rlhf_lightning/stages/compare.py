@@ -15,6 +15,8 @@ def run(run: Run) -> None:
     if isinstance(given, list):
         given = named([str(folder) for folder in given])
     if not isinstance(given, dict) or len(given) < 2:
-        raise UserError("compare.folders: two folders of pipelines or runs are needed, [one,two] or {name:one,other:two}")
+        raise UserError(
+            "compare.folders: two folders of pipelines or runs are needed, [one,two] or {name:one,other:two}"
+        )
     page = write_comparison({str(name): str(folder) for name, folder in given.items()}, run.folder)
     Console().print(f"comparison  {page}", soft_wrap=True)

@@ -10,10 +10,10 @@ from typing import Any
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.plots import Series, as_svg, forest, lines
 from rlhf_lightning.evaluation.report.figures import REWARDS, Drawn
-from rlhf_lightning.evaluation.report.findings import findings, is_difference
+from rlhf_lightning.evaluation.report.findings import findings
 from rlhf_lightning.evaluation.report.page import VERSION, Cell, Table, lineage, of_interval, write_page
 from rlhf_lightning.evaluation.report.samples import side_by_side
-from rlhf_lightning.evaluation.report.store import Results, Stage, read_results, visible
+from rlhf_lightning.evaluation.report.store import Results, Stage, read_results, split_difference, visible
 from rlhf_lightning.ops.statistics import Interval
 
 PLACES = ("run_folder", "run_id", "resume", "paths", "hydra", "name")
@@ -113,19 +113,23 @@ def shown(settings: Mapping[str, Mapping[str, Any]], label: str, key: str) -> st
 def results_tables(of: Mapping[str, Results]) -> Iterator[Table]:
     """Yield for every stage the metrics of each model that at least two have, with their intervals."""
     for name in shared(of):
-        tables = {label: stage.models for label, results in of.items() if (stage := stage_of(results, name)) and stage.models}
+        tables = {
+            label: stage.models for label, results in of.items() if (stage := stage_of(results, name)) and stage.models
+        }
         models = dict.fromkeys(model for table in tables.values() for model in table)
         rows = []
         for model in models:
             having = {label: table[model] for label, table in tables.items() if model in table}
             for metric in dict.fromkeys(metric for row in having.values() for metric in row) if len(having) > 1 else ():
                 values = {label: row[metric] for label, row in having.items() if metric in row}
-                if len({value for value in values.values()}) > 1 or len(values) < len(having):
+                if len(set(values.values())) > 1 or len(values) < len(having):
                     apart = "yes" if are_apart(list(values.values())) else ""
                     cells = [of_interval(values.get(label)) for label in of]
                     rows.append([Cell(f"{model}: {metric}"), *cells, Cell(apart, mark=bool(apart))])
         if rows:
-            note = "metrics that are not equal; two 95% intervals that do not overlap are a difference, others may be one"
+            note = (
+                "metrics that are not equal; two 95% intervals that do not overlap are a difference, others may be one"
+            )
             yield Table(f"Results of {name}", ["model: metric", *of, "intervals apart"], rows, note)
 
 
@@ -143,7 +147,7 @@ def figures(of: Mapping[str, Results]) -> Iterator[Drawn]:
         for label, results in of.items():
             for stage in results.stages:
                 for model, row in stage.models.items():
-                    if metric not in row or is_difference(model, stage.models):
+                    if metric not in row or model in stage.earlier or split_difference(model, stage.models):
                         continue
                     y = row[metric]
                     bars.append((model, label, y))
@@ -152,7 +156,11 @@ def figures(of: Mapping[str, Results]) -> Iterator[Drawn]:
         source = "the metrics.json of each"
         if len({label for _, label, _ in bars}) > 1:
             bars.sort(key=lambda bar: [model for model, *_ in bars].index(bar[0]))
-            figure = forest([(f"{model}, {label}", y) for model, label, y in bars], title, looks=[looks[label] for _, label, _ in bars])
+            figure = forest(
+                [(f"{model}, {label}", y) for model, label, y in bars],
+                title,
+                looks=[looks[label] for _, label, _ in bars],
+            )
             yield Drawn(title.capitalize(), as_svg(figure, title), "", source, "")
         if len({label for *_, label in points}) > 1:
             series = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,11 +11,12 @@ from typing import Any
 
 import jinja2
 
-from rlhf_lightning.evaluation.report.figures import Drawn, of_metrics, of_samples, of_tables, of_training
-from rlhf_lightning.evaluation.report.findings import findings, is_difference
+from rlhf_lightning.evaluation.report.figures import of_metrics, of_samples, of_training
+from rlhf_lightning.evaluation.report.findings import findings
 from rlhf_lightning.evaluation.report.samples import SideBySide, side_by_side
-from rlhf_lightning.evaluation.report.store import Results, Stage, number, read_results, visible
-from rlhf_lightning.evaluation.table import COLUMNS, PAIR_COLUMNS
+from rlhf_lightning.evaluation.report.store import Results, Stage, number, read_results, split_difference, visible
+from rlhf_lightning.evaluation.report.tables import of_tables
+from rlhf_lightning.evaluation.table import COLUMNS, HELD_OUT, HELD_OUT_PAIRS, PAIR_COLUMNS
 from rlhf_lightning.files import atomic_path, write_json
 from rlhf_lightning.ops.statistics import Interval
 
@@ -107,12 +107,15 @@ def plain(value: Any) -> Any:
 def report(results: Results) -> dict[str, Any]:
     """Return the content of the page."""
     looks = looks_of(results)
-    samples = {stage.name: results.samples(stage) for stage in results.stages}
+    samples = {stage.name: in_order(results.samples(stage), looks) for stage in results.stages}
     found, looked = findings(results)
     figures = [
         drawn
         for stage in results.stages
-        for drawn in (*of_metrics(stage, looks), *(of_samples(stage, samples[stage.name], looks) if stage.models else ()))
+        for drawn in (
+            *of_metrics(stage, looks),
+            *(of_samples(stage, samples[stage.name], looks) if stage.models else ()),
+        )
     ]
     if not any(stage.models for stage in results.stages):
         results.missing.append("no results of models: no stage=evaluate has finished")
@@ -130,7 +133,9 @@ def report(results: Results) -> dict[str, Any]:
         "figures": figures + list(of_tables(results, looks)),
         "stored": list(stored_tables(results)),
         "samples": [
-            {"title": title, "pairs": pairs} for stage in results.stages for title, pairs in compared(stage, samples[stage.name])
+            {"title": title, "pairs": pairs}
+            for stage in sorted(results.stages, key=lambda stage: not stage.models)
+            for title, pairs in compared(stage, samples[stage.name])
         ],
         "training": list(of_training(results)),
     }
@@ -139,9 +144,16 @@ def report(results: Results) -> dict[str, Any]:
 
 def looks_of(results: Results) -> dict[str, int]:
     """Return the number of the colour of every model, in the order of the stages and then of the results."""
-    models = [model for stage in results.stages for model in stage.models if not is_difference(model, stage.models)]
+    models = [model for stage in results.stages for model in stage.models if not split_difference(model, stage.models)]
     order = [stage.name for stage in results.stages if stage.name in models]
     return {name: place for place, name in enumerate(dict.fromkeys([*order, *models]))}
+
+
+def in_order(samples: dict[str, Any], looks: Mapping[str, int]) -> dict[str, Any]:
+    """Return samples with the models in the order of their colours."""
+    return {
+        name: samples[name] for name in sorted(samples, key=lambda name: (looks.get(visible(name), len(looks)), name))
+    }
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -170,16 +182,29 @@ def lineage(stages: Sequence[Stage]) -> Table:
 
 
 def of_models(stage: Stage) -> Iterator[Table]:
-    """Yield the tables of a stage that has evaluated models: the models, their differences, and every metric."""
-    plain_rows = {name: row for name, row in stage.models.items() if not is_difference(name, stage.models)}
+    """Yield the tables of a stage that has evaluated models: policies, reward models, paired differences."""
+    plain_rows = {name: row for name, row in stage.models.items() if not split_difference(name, stage.models)}
     gaps = {name: row for name, row in stage.models.items() if name not in plain_rows}
     source = f"{stage.name}/metrics.json"
-    for title, rows in ((f"Results of {stage.name}", plain_rows), ("Paired differences", gaps)):
-        columns = {m: t.removesuffix(" (95%)") for m, t in (COLUMNS | PAIR_COLUMNS).items() if any(m in row for row in rows.values())}
+    reward_models = {name: row for name, row in plain_rows.items() if "accuracy" in row}
+    policies = {name: row for name, row in plain_rows.items() if name not in reward_models}
+    for title, rows, known in (
+        (HELD_OUT, policies, COLUMNS),
+        ("paired differences", gaps, COLUMNS),
+        (HELD_OUT_PAIRS, reward_models, PAIR_COLUMNS),
+    ):
+        columns = {m: t.removesuffix(" (95%)") for m, t in known.items() if any(m in row for row in rows.values())}
         shown = [name for name, row in rows.items() if row.keys() & columns.keys()]
         if shown and columns:
             cells = [[Cell(name), *(of_interval(rows[name].get(metric)) for metric in columns)] for name in shown]
-            yield Table(title, ["model", *columns.values()], cells, "with 95% intervals", source, stage.command)
+            yield Table(
+                f"{stage.name}: {title}",
+                ["model", *columns.values()],
+                cells,
+                "with 95% intervals",
+                source,
+                stage.command,
+            )
 
 
 def of_interval(value: Interval | None) -> Cell:
@@ -188,7 +213,9 @@ def of_interval(value: Interval | None) -> Cell:
         return Cell("")
     mean, low, high = value
     form = ".1f" if abs(mean) >= 10 else ".3f"
-    return Cell(f"{mean:{form}}", f"{low:{form}} to {high:{form}}" if math.isfinite(low) and math.isfinite(high) else "")
+    return Cell(
+        f"{mean:{form}}", f"{low:{form}} to {high:{form}}" if math.isfinite(low) and math.isfinite(high) else ""
+    )
 
 
 def stored_tables(results: Results) -> Iterator[Table]:
@@ -222,13 +249,10 @@ def stored(row: Mapping[str, Any], column: str) -> Cell:
 def compared(stage: Stage, samples: Mapping[str, list[dict[str, Any]]]) -> Iterator[tuple[str, list[SideBySide]]]:
     """Yield what is shown side by side of a stage: models, or the same model at its first and last step."""
     steps = sorted(name for name in samples if name.startswith("step_"))
+    models = {name: rows for name, rows in samples.items() if name not in steps}
+    if pairs := side_by_side(models, apart=stage.earlier):
+        yield f"{stage.name}: where the models differ most", pairs
     if len(steps) > 1:
-        ends = {f"{stage.name}, {name.replace('_', ' ')}": samples[name] for name in (steps[0], steps[-1])}
+        ends = {f"step {name[5:].lstrip('0') or 0}": samples[name] for name in (steps[0], steps[-1])}
         if pairs := side_by_side(ends, most=3):
             yield f"{stage.name}: before and after", pairs
-    models = {name: rows for name, rows in samples.items() if name not in steps}
-    if pairs := side_by_side(models):
-        yield f"{stage.name}: where the models differ most", pairs
-
-
-__all__ = ["Cell", "Drawn", "Table", "report", "write_page", "write_report"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +36,17 @@ class SideBySide:
     spread: float
 
 
-def side_by_side(samples: Mapping[str, Sequence[Mapping[str, Any]]], most: int = MOST) -> list[SideBySide]:
+def side_by_side(
+    samples: Mapping[str, Sequence[Mapping[str, Any]]], most: int = MOST, apart: Collection[str] = ()
+) -> list[SideBySide]:
     """Return prompts that at least two of `samples` (model -> rows) answer, at most `most`, largest difference first.
 
-    The n-th response of one model to a prompt stands beside the n-th of another. Prompts without a value that two
-    models share come last, in the order of the file.
+    The n-th response of one model to a prompt stands beside the n-th of another; of a prompt that is there more than
+    once the largest difference is shown. Prompts without a value that two models share come last, in the order of the
+    file.
+
+    Args:
+        apart: models that are shown, and that the difference is not of.
     """
     asked: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
     for model, rows in samples.items():
@@ -52,8 +58,9 @@ def side_by_side(samples: Mapping[str, Sequence[Mapping[str, Any]]], most: int =
             prompt = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)  # a conversation
             asked.setdefault((prompt, seen[prompt]), {})[model] = row
             seen[prompt] += 1
-    found = [compared(prompt, rows) for (prompt, _), rows in asked.items() if len(rows) > 1]
+    found = [compared(prompt, rows, apart) for (prompt, _), rows in asked.items() if len(rows) > 1]
     found.sort(key=lambda one: ((*ORDER, "").index(one[1]), -one[0]))  # differences of two metrics do not compare
+    found = list({one[2]: one for one in reversed(found)}.values())[::-1]  # of equal prompts the first
     return [
         SideBySide(
             visible(prompt, MOST_TEXT),
@@ -66,11 +73,12 @@ def side_by_side(samples: Mapping[str, Sequence[Mapping[str, Any]]], most: int =
 
 
 def compared(
-    prompt: str, rows: Mapping[str, Mapping[str, Any]]
+    prompt: str, rows: Mapping[str, Mapping[str, Any]], apart: Collection[str]
 ) -> tuple[float, str, str, Mapping[str, Mapping[str, Any]]]:
     """Return how far the responses to a prompt differ, by what, and the responses."""
     for metric in ORDER:
-        known = [value for row in rows.values() if (value := number(row.get(metric))) is not None]
+        measured = {model: value for model, row in rows.items() if (value := number(row.get(metric))) is not None}
+        known = [value for model, value in measured.items() if model not in apart]
         if len(known) > 1:
             return max(known) - min(known), metric, prompt, rows
     return 0.0, "", prompt, rows

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ MOST_ROWS, MOST_BYTES = 20_000, 64 << 20
 """Of a file of samples or of a table; a page shows fewer."""
 LARGEST = 1e15
 """A number beyond it is no result; the axes of a figure could not be computed."""
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]")
+CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
 
 
 def visible(value: Any, limit: int = 200) -> str:
@@ -45,9 +47,17 @@ def number(value: Any) -> float | None:
     return float(value)
 
 
+def column(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """Return a column of numbers, NaN where a row has none."""
+    return [math.nan if (value := number(row.get(name))) is None else value for row in rows]
+
+
 @dataclass
 class Stage:
-    """One run folder. `models` is model -> metric -> (value, low, high) of a stage that evaluates, else empty."""
+    """One run folder. `models` is model -> metric -> (value, low, high) of a stage that evaluates, else empty.
+
+    `earlier` are those of its models that a model it compares with was trained from: that they are worse is no news.
+    """
 
     name: str
     folder: Path
@@ -59,6 +69,7 @@ class Stage:
     metrics: dict[str, Any] = field(default_factory=dict)
     models: dict[str, dict[str, Interval]] = field(default_factory=dict)
     parents: list[str] = field(default_factory=list)
+    earlier: set[str] = field(default_factory=set)
 
     @property
     def weights(self) -> str:
@@ -75,6 +86,18 @@ class Results:
     command: str
     stages: list[Stage]
     missing: list[str] = field(default_factory=list)
+
+    def before(self, model: str) -> set[str]:
+        """Return the stages that a model was trained from, one after the other; a reward model is none of them."""
+        found: set[str] = set()
+        names = [model]
+        while names:
+            stage = next((stage for stage in self.stages if stage.manifest and stage.name == names[-1]), None)
+            names.pop()
+            new = {parent for parent in stage.parents if parent not in found} if stage else set()
+            found |= new
+            names += new
+        return found
 
     def rows(self, table: str) -> Iterator[tuple[Stage, list[dict[str, Any]]]]:
         """Yield every stage that has stored this table, with its rows."""
@@ -101,25 +124,39 @@ def read_results(*folders: str | Path) -> Results:
         folder = Path(given)
         if not folder.is_dir():
             raise UserError(f"{given} is not a folder; give a pipeline's folder or a run's, such as outputs/...")
-        parts = sorted((int(m[1]), m[2], path) for path in folder.iterdir() if (m := stage_name(path)) and path.is_dir())
+        parts = sorted(
+            (int(m[1]), m[2], path) for path in folder.iterdir() if (m := stage_name(path)) and path.is_dir()
+        )
         if not parts and not (folder / "run.json").is_file():
             raise UserError(f"{folder} holds neither the stages of a pipeline (0_<name>, ...) nor a run (run.json)")
         results.folders.append(folder)
         config = guarded(lambda folder=folder: read_yaml(folder / ".hydra" / "config.yaml"), results.missing.append)
-        pipeline = config.get("pipeline") if isinstance(config.get("pipeline"), dict) else {}
+        pipeline = subdict(config, "pipeline")
         names.append(visible(pipeline.get("name") or folder.resolve().name) if parts else folder.resolve().name)
         results.command = results.command or command_of(folder, results.missing.append)
         stages = [read_stage(name, path, results.missing.append) for _, name, path in parts]
         if not parts:
             stages = [read_stage(str(config.get("stage") or folder.resolve().name), folder, results.missing.append)]
         results.stages += stages
-        planned = pipeline.get("stages") if isinstance(pipeline.get("stages"), dict) else {}
         started = {stage.name for stage in stages}
-        results.missing += [f"stage {visible(name)} has not been started" for name in planned if name not in started]
-    results.missing += [f"stage {stage.name} has not finished: there is no metrics.json" for stage in results.stages if not stage.done]
+        results.missing += [
+            f"stage {visible(name)} has not been started" for name in subdict(pipeline, "stages") if name not in started
+        ]
+    results.missing += [
+        f"stage {stage.name} has not finished: there is no metrics.json" for stage in results.stages if not stage.done
+    ]
     results.name = " + ".join(names)
     link(results)
+    for stage in results.stages:
+        references = {pair[1] for name in stage.models if (pair := split_difference(name, stage.models))}
+        stage.earlier = {model for reference in references for model in results.before(reference)}
     return results
+
+
+def subdict(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return the dict at a key, an empty one where something else is there."""
+    value = values.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def stage_name(path: Path) -> re.Match[str] | None:
@@ -163,6 +200,14 @@ def models_of(metrics: Mapping[str, Any]) -> dict[str, dict[str, Interval]]:
         interval = (value, math.nan, math.nan) if low is None or high is None else (value, low, high)
         found.setdefault(visible(model), {})[visible(metric)] = interval
     return found
+
+
+def split_difference(name: str, table: Collection[str]) -> tuple[str, str] | None:
+    """Return the two models of a row `<model>-<reference>` of paired differences, None where it is another row."""
+    for place, letter in enumerate(name):
+        if letter == "-" and name[:place] in table and name[place + 1 :] in table:
+            return name[:place], name[place + 1 :]
+    return None
 
 
 def link(results: Results) -> None:
@@ -222,7 +267,7 @@ def read_yaml(path: Path, kind: type = dict) -> Any:
     if not path.is_file():
         return kind()
     try:
-        content = yaml.load(regular(path).read_text(encoding="utf-8"), _WithoutAliases)  # noqa: S506
+        content = yaml.load(regular(path).read_text(encoding="utf-8"), _WithoutAliases)
     except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} is not readable YAML ({type(error).__name__})") from error
     if not isinstance(content, kind):
@@ -253,7 +298,9 @@ def read_rows(path: Path, complain: Callable[[str], None]) -> list[dict[str, Any
     return rows
 
 
-def curves(folder: Path, tags: Mapping[str, str], complain: Callable[[str], None]) -> dict[str, list[tuple[int, float]]]:
+def curves(
+    folder: Path, tags: Mapping[str, str], complain: Callable[[str], None]
+) -> dict[str, list[tuple[int, float]]]:
     """Return tag -> (step, value) of what a run logged to TensorBoard, or else to CSV; only `tags` that it has."""
     found: dict[str, list[tuple[int, float]]] = {}
     if any((folder / "tensorboard").glob("events.out.*")):
