@@ -76,6 +76,12 @@ def styled() -> Iterator[None]:
         yield
 
 
+def short(name: str, most: int = 36) -> str:
+    """Return a name as a label: on one line, with at most so many characters, so that room is left for the plot."""
+    text = " ".join(name[: 4 * most].split())
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def lines(
     series: Sequence[Series], x_label: str, y_label: str, *, diagonal: bool = False, legend: bool = True
 ) -> Figure:
@@ -103,7 +109,7 @@ def draw(axis: Any, one: Series) -> None:
     """Draw one series: its line, its points and its intervals."""
     color, marker = COLORS[one.look % len(COLORS)], MARKERS[one.look % len(MARKERS)]
     axis.plot(
-        one.x, one.y, color=color, linewidth=1.5, label=one.name, zorder=3,
+        one.x, one.y, color=color, linewidth=1.5, label=short(one.name, 24), zorder=3,
         linestyle=("--" if one.dashed else "-") if one.line else "none",
         marker=marker if one.points else "none", markersize=5,
         markerfacecolor="none" if one.dashed else color,
@@ -159,7 +165,7 @@ def forest(
                 capsize=3,
                 markersize=5.5,
             )
-        axis.set_yticks(range(len(rows)), [name for name, _ in rows])
+        axis.set_yticks(range(len(rows)), [short(name) for name, _ in rows])
         axis.set_ylim(len(rows) - 0.4, -0.6)
         axis.spines["left"].set_visible(False)
         axis.tick_params(axis="y", length=0)

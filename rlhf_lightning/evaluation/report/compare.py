@@ -140,36 +140,35 @@ def are_apart(values: list[Interval]) -> bool:
 
 
 def figures(of: Mapping[str, Results]) -> Iterator[Drawn]:
-    """Yield for each reward its plane with KL, and its value for every model in each pipeline."""
+    """Yield for each reward its value for every model in each pipeline, and against KL."""
     looks = {label: place for place, label in enumerate(of)}
     for metric, title in REWARDS.items():
-        points, bars = [], []
-        for label, results in of.items():
-            for stage in results.stages:
-                for model, row in stage.models.items():
-                    if metric not in row or model in stage.earlier or split_difference(model, stage.models):
-                        continue
-                    y = row[metric]
-                    bars.append((model, label, y))
-                    if "kl" in row:
-                        points.append((row["kl"][0], y, label))
-        source = "the metrics.json of each"
-        if len({label for _, label, _ in bars}) > 1:
-            bars.sort(key=lambda bar: [model for model, *_ in bars].index(bar[0]))
-            figure = forest(
-                [(f"{model}, {label}", y) for model, label, y in bars],
-                title,
-                looks=[looks[label] for _, label, _ in bars],
-            )
-            yield Drawn(title.capitalize(), as_svg(figure, title), "", source, "")
-        if len({label for *_, label in points}) > 1:
-            series = []
-            for label in of:
-                mine = sorted(point[:2] for point in points if point[2] == label)
-                y, low, high = zip(*(interval for _, interval in mine), strict=True) if mine else ((), (), ())
-                series.append(Series(label, [kl for kl, _ in mine], y, low, high, look=looks[label], line=False))
+        found = list(measured(of, metric))
+        order = list(dict.fromkeys(model for _, model, _ in found))
+        found.sort(key=lambda one: order.index(one[1]))  # the pipelines of a model together
+        if len({label for label, *_ in found}) < 2:
+            continue
+        bars = [(f"{model}, {label}", row[metric]) for label, model, row in found]
+        figure = forest(bars, title, looks=[looks[label] for label, *_ in found])
+        yield Drawn(title.capitalize(), as_svg(figure, title), "Bars are 95% intervals.", "metrics.json of each", "")
+        series = []
+        for label in of:
+            points = [(row["kl"], row[metric]) for name, _, row in found if name == label and "kl" in row]
+            x, y = [kl for kl, _ in points], [value for _, value in points]
+            ends = ([value[end] for value in of] for of in (y, x) for end in (1, 2))
+            series.append(Series(label, [v[0] for v in x], [v[0] for v in y], *ends, look=looks[label], line=False))
+        if all(one.x for one in series):
             figure = lines(series, "KL to the reference (nats)", title)
-            yield Drawn(f"{title.capitalize()} against KL", as_svg(figure, title), "", source, "")
+            yield Drawn(f"{title.capitalize()} against KL", as_svg(figure, title), "", "metrics.json of each", "")
+
+
+def measured(of: Mapping[str, Results], metric: str) -> Iterator[tuple[str, str, Mapping[str, Interval]]]:
+    """Yield the pipeline, model and values of every model that has this metric."""
+    for label, results in of.items():
+        for stage in results.stages:
+            for model, row in stage.models.items():
+                if metric in row and model not in stage.earlier and not split_difference(model, stage.models):
+                    yield label, model, row
 
 
 def answers(of: Mapping[str, Results]) -> Iterator[dict[str, Any]]:

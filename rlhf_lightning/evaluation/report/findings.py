@@ -16,11 +16,12 @@ CUT_OFF = 0.1
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence, what it is about, and the file that it was read from."""
+    """One sentence, the model that it is about, and the file that it was read from; a gain is no warning."""
 
     text: str
-    subject: str
+    model: str
     source: str
+    gain: bool = False
 
 
 def above(row: Row, metric: str, value: float = 0.0) -> bool:
@@ -86,6 +87,16 @@ def worse(model: str, gap: Row, other: str, values: Row) -> str | None:
     return f"{model} has a lower gold reward than {other} ({signed(gap['gold'])})"
 
 
+def better(model: str, gap: Row, other: str, values: Row) -> str | None:
+    """A higher gold reward, or where there is none a higher reward."""
+    judged = "gold" if "gold" in gap else "reward"
+    if not above(gap, judged):
+        return None
+    wins = gap.get(f"{judged}_win_rate")
+    rate = f"; it wins {wins[0]:.0%} of the comparisons, {wins[1]:.0%} to {wins[2]:.0%}" if wins else ""
+    return f"{model} is better than {other} by {NAMES[judged]} ({signed(gap[judged])}{rate})"
+
+
 NAMES = {"gold": "the gold reward", "reward": "the reward model"}
 CHANGES = {  # metric -> the direction that is bad, and the words
     "refused_harmful": (-1, "refuses fewer harmful requests than"),
@@ -115,7 +126,7 @@ RULES: tuple[tuple[set[str], Rule], ...] = (
     ({"gold"}, worse),
     *(({metric}, change(metric)) for metric in CHANGES),
 )
-"""The metrics that a rule is about, and the rule."""
+"""The metrics that a warning is about, and its rule."""
 
 
 BASELINES = ("longer", "bag_of_words")
@@ -135,10 +146,11 @@ def of_reward_model(model: str, row: Row, table: Mapping[str, Row]) -> Iterator[
 
 
 def findings(results: Results) -> tuple[list[Finding], int]:
-    """Return what stands out in all stages, and the number of comparisons that were looked at."""
+    """Return what stands out in all stages, gains first, and the number of comparisons that were looked at."""
     told = [finding for stage in results.stages for finding in (*of_differences(stage), *of_models(stage))]
     told += of_probes(results)
-    return [finding for finding in told if finding is not None], len(told)
+    found = [finding for finding in told if finding is not None]
+    return sorted(found, key=lambda finding: not finding.gain), len(told)
 
 
 def of_differences(stage: Stage) -> Iterator[Finding | None]:
@@ -149,6 +161,8 @@ def of_differences(stage: Stage) -> Iterator[Finding | None]:
             if needed <= gap.keys():
                 text = rule(model, gap, other, stage.models[other])
                 yield Finding(text, model, f"{stage.name}/metrics.json") if text else None
+        if model and model not in stage.earlier and (text := better(model, gap, other, stage.models[other])):
+            yield Finding(text, model, f"{stage.name}/metrics.json", gain=True)
 
 
 def of_models(stage: Stage) -> Iterator[Finding | None]:

@@ -89,13 +89,12 @@ class Results:
 
     def before(self, model: str) -> set[str]:
         """Return the stages that a model was trained from, one after the other; a reward model is none of them."""
-        found: set[str] = set()
-        names = [model]
+        trained = {stage.name: stage for stage in self.stages if stage.manifest}
+        found, names = set[str](), [model]
         while names:
-            stage = next((stage for stage in self.stages if stage.manifest and stage.name == names[-1]), None)
-            names.pop()
-            new = {parent for parent in stage.parents if parent not in found} if stage else set()
-            found |= new
+            stage = trained.get(names.pop())
+            new = [parent for parent in (stage.parents if stage else ()) if parent in trained and parent not in found]
+            found.update(new)
             names += new
         return found
 

@@ -48,7 +48,7 @@ def by(rows: Iterable[Row], *columns: str) -> dict[str, list[Row]]:
     """Return the rows by the values of columns, in their order."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(" ".join(visible(row[column], 60) for column in columns if column in row), []).append(row)
+        groups.setdefault(" ".join(visible(row[column]) for column in columns if column in row), []).append(row)
     return groups
 
 
@@ -85,7 +85,7 @@ def buckets(x_label: str) -> Callable[[Sequence[Row], Looks], Iterator[Plot]]:
     def draw(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
         for name, of in by(rows, "model").items():
             bars = [
-                (f"{visible(row['bucket'], 30)} ({row.get('count', '?')})", interval(row, "accuracy"))
+                (f"{visible(row['bucket'])} ({row.get('count', '?')})", interval(row, "accuracy"))
                 for row in of[:MOST_BARS]
             ]
             yield (
@@ -102,10 +102,7 @@ def effects(value: str, name: str, x_label: str) -> Callable[[Sequence[Row], Loo
     def draw(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
         for model, of in by(rows, "model").items():
             largest = sorted(of, key=lambda row: -abs(row[value]))[:MOST_BARS]
-            bars = [
-                (visible(repr(row[name]) if name == "ngram" else row[name], 34), interval(row, value))
-                for row in largest
-            ]
+            bars = [(visible(row[name]), interval(row, value)) for row in largest]
             yield model, forest(bars, x_label, looks=[looks.get(model, 0)] * len(bars), zero=0.0)
 
     return draw
@@ -116,7 +113,7 @@ def win_rates(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
     for decided, of in by(rows, "by").items():
         bars: list[tuple[str, Interval]] = []
         for row in of[:MOST_BARS]:
-            name = f"{visible(row['model'], 20)} over {visible(row['opponent'], 20)}"
+            name = f"{visible(row['model'])} over {visible(row['opponent'])}"
             bars.append((name, interval(row, "win_rate")))
             if number(row.get("length_controlled")) is not None:
                 bars.append((f"{name}, length-controlled", interval_of(row, "length_controlled")))
@@ -133,7 +130,7 @@ def ratings(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
     """Yield the ratings, the highest first, a plot for each kind of comparison."""
     for decided, of in by(rows, "by").items():
         ordered = sorted(of, key=lambda row: -row["rating"])[:MOST_BARS]
-        bars = [(visible(row["model"], 34), interval(row, "rating")) for row in ordered]
+        bars = [(visible(row["model"]), interval(row, "rating")) for row in ordered]
         yield (
             f"by {decided}" if decided else "",
             forest(bars, "rating (Elo points)", looks=[looks.get(n, 0) for n, _ in bars]),
@@ -185,8 +182,7 @@ def probes(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
     """Yield the metrics of each probe with their intervals, a plot per probe."""
     for probe, of in by(rows, "probe").items():
         bars = [
-            (f"{visible(row['metric'], 24)}, {visible(row['model'], 16)}", interval(row, "value"))
-            for row in of[:MOST_BARS]
+            (f"{visible(row['metric'])}, {visible(row['model'])}", interval(row, "value")) for row in of[:MOST_BARS]
         ]
         yield probe, forest(bars, "value", looks=[looks.get(visible(row["model"]), 0) for row in of[:MOST_BARS]])
 
