@@ -247,11 +247,18 @@ def stored(row: Mapping[str, Any], column: str) -> Cell:
 
 
 def compared(stage: Stage, samples: Mapping[str, list[dict[str, Any]]]) -> Iterator[tuple[str, list[SideBySide]]]:
-    """Yield what is shown side by side of a stage: models, or the same model at its first and last step."""
+    """Yield what is shown side by side of a stage: its models, those of each probe, its first and last step."""
     steps = sorted(name for name in samples if name.startswith("step_"))
-    models = {name: rows for name, rows in samples.items() if name not in steps}
+    of_probes = {name: rows for name, rows in samples.items() if all("model" in row for row in rows)}
+    models = {name: rows for name, rows in samples.items() if name not in steps and name not in of_probes}
     if pairs := side_by_side(models, apart=stage.earlier):
         yield f"{stage.name}: where the models differ most", pairs
+    for name, rows in of_probes.items():
+        by_model: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            by_model.setdefault(visible(row["model"]), []).append(row)
+        if pairs := side_by_side(by_model, most=4, least=min(2, len(by_model))):
+            yield f"{stage.name}: {visible(name)}", pairs
     if len(steps) > 1:
         ends = {f"step {name[5:].lstrip('0') or 0}": samples[name] for name in (steps[0], steps[-1])}
         if pairs := side_by_side(ends, most=3):

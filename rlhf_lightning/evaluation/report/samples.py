@@ -37,9 +37,9 @@ class SideBySide:
 
 
 def side_by_side(
-    samples: Mapping[str, Sequence[Mapping[str, Any]]], most: int = MOST, apart: Collection[str] = ()
+    samples: Mapping[str, Sequence[Mapping[str, Any]]], most: int = MOST, apart: Collection[str] = (), least: int = 2
 ) -> list[SideBySide]:
-    """Return prompts that at least two of `samples` (model -> rows) answer, at most `most`, largest difference first.
+    """Return prompts that `least` of `samples` (model -> rows) answer, at most `most`, largest difference first.
 
     The n-th response of one model to a prompt stands beside the n-th of another; of a prompt that is there more than
     once the largest difference is shown. Prompts without a value that two models share come last, in the order of the
@@ -58,7 +58,7 @@ def side_by_side(
             prompt = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)  # a conversation
             asked.setdefault((prompt, seen[prompt]), {})[model] = row
             seen[prompt] += 1
-    found = [compared(prompt, rows, apart) for (prompt, _), rows in asked.items() if len(rows) > 1]
+    found = [compared(prompt, rows, apart) for (prompt, _), rows in asked.items() if len(rows) >= least]
     found.sort(key=lambda one: ((*ORDER, "").index(one[1]), -one[0]))  # differences of two metrics do not compare
     found = list({one[2]: one for one in reversed(found)}.values())[::-1]  # of equal prompts the first
     return [

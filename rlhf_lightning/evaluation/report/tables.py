@@ -19,6 +19,10 @@ Row = Mapping[str, Any]
 Plot = tuple[str, Any]
 """What a figure is of, such as a model's name or nothing, and the matplotlib figure."""
 MOST_BARS = 24
+FEW = 12
+"""Points of a line that are drawn one by one; the intervals of more are drawn as a band."""
+ENDS = ("low", "high")
+OF_LENGTH_CONTROLLED = ("length_controlled_low", "length_controlled_high")
 
 
 @dataclass(frozen=True)
@@ -52,30 +56,23 @@ def by(rows: Iterable[Row], *columns: str) -> dict[str, list[Row]]:
     return groups
 
 
-def interval(row: Row, name: str) -> Interval:
-    """Return a value with its ends in the columns `low` and `high`, or `<name>_low` and `<name>_high`."""
-    own = f"{name}_low" in row
-    value, low, high = (
-        column([row], name)
-        + column([row], f"{name}_low" if own else "low")
-        + column([row], f"{name}_high" if own else "high")
-    )
+def interval(row: Row, name: str, ends: Sequence[str] = ENDS) -> Interval:
+    """Return the value in one column with the ends of its interval in two others, NaN where the row has none."""
+    value, low, high = (column([row], key)[0] for key in (name, *ends))
     return value, low, high
+
+
+def curve(name: str, rows: Sequence[Row], x: str, y: str, look: int, ends: Sequence[str] = ENDS) -> Series:
+    """Return the line of rows from the smallest x to the largest; of many points the intervals are a band."""
+    rows = sorted(rows, key=lambda row: row[x])
+    across, up, low, high = (column(rows, key) for key in (x, y, *ends))
+    return Series(name, across, up, low, high, look=look, points=len(rows) <= FEW)
 
 
 def calibration(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
     """Yield the reliability diagram: observed share against predicted probability."""
-    series = [
-        Series(
-            name,
-            column(of, "predicted"),
-            column(of, "observed"),
-            column(of, "low"),
-            column(of, "high"),
-            look=looks.get(name, 0),
-        )
-        for name, of in by(rows, "model").items()
-    ]
+    models = by(rows, "model").items()
+    series = [curve(name, of, "predicted", "observed", looks.get(name, 0)) for name, of in models]
     yield "", lines(series, "predicted probability", "observed share", diagonal=True)
 
 
@@ -83,15 +80,11 @@ def buckets(x_label: str) -> Callable[[Sequence[Row], Looks], Iterator[Plot]]:
     """Return what yields the accuracy by bucket, a plot per model."""
 
     def draw(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
-        for name, of in by(rows, "model").items():
-            bars = [
-                (f"{visible(row['bucket'])} ({row.get('count', '?')})", interval(row, "accuracy"))
-                for row in of[:MOST_BARS]
-            ]
-            yield (
-                name,
-                forest(bars, f"pair accuracy, by {x_label} (pairs)", looks=[looks.get(name, 0)] * len(bars), zero=0.5),
-            )
+        for name, of in by(rows, "model", "by").items():
+            counted = [(f"{visible(row['bucket'])} ({visible(row.get('count', '?'))})", row) for row in of[:MOST_BARS]]
+            bars = [(name, interval(row, "accuracy")) for name, row in counted]
+            look = [looks.get(visible(of[0]["model"]), 0)] * len(bars)
+            yield name, forest(bars, f"pair accuracy, by {x_label} (pairs)", looks=look, zero=0.5)
 
     return draw
 
@@ -116,14 +109,8 @@ def win_rates(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
             name = f"{visible(row['model'])} over {visible(row['opponent'])}"
             bars.append((name, interval(row, "win_rate")))
             if number(row.get("length_controlled")) is not None:
-                bars.append((f"{name}, length-controlled", interval_of(row, "length_controlled")))
+                bars.append((f"{name}, length-controlled", interval(row, "length_controlled", OF_LENGTH_CONTROLLED)))
         yield f"by {decided}", forest(bars, "win rate", zero=0.5)
-
-
-def interval_of(row: Row, name: str) -> Interval:
-    """Return a value with the ends of its own interval, NaN where the row has none."""
-    value, low, high = (column([row], key)[0] for key in (name, f"{name}_low", f"{name}_high"))
-    return value, low, high
 
 
 def ratings(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
@@ -139,42 +126,27 @@ def ratings(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
 
 def overoptimization(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
     """Yield proxy and gold reward against the square root of KL, a plot per method."""
+    rows = [{**row, "distance": math.sqrt(max(row["kl"], 0.0))} for row in rows]
+    rewards = {"proxy reward": ("proxy_reward", ("proxy_low", "proxy_high")), "gold reward": ("gold_reward", ENDS)}
     for method, of in by(rows, "method").items():
-        above, below = [], []
-        for look, (proxy, points) in enumerate(by(of, "proxy").items()):
-            points = sorted(points, key=lambda row: row["kl"])
-            several = len({str(row.get("seed")) for row in points}) > 1
-            x = [math.sqrt(max(row["kl"], 0.0)) for row in points]
-            above.append(Series(proxy, x, column(points, "proxy_reward"), look=look, line=not several, dashed=True))
-            low, high = (column(points, end) if all(end in row for row in points) else [] for end in ("low", "high"))
-            below.append(Series(proxy, x, column(points, "gold_reward"), low, high, look=look, line=not several))
-        yield method, panels([Panel("proxy reward", above), Panel("gold reward", below)], "sqrt(KL) (sqrt of nats)")
+        plots = []
+        for label, (reward, ends) in rewards.items():
+            known = by((row for row in of if number(row.get(reward)) is not None), "proxy", "seed")
+            series = [curve(name, m, "distance", reward, look, ends) for look, (name, m) in enumerate(known.items())]
+            plots += [Panel(label, series)] if series else []
+        yield method, panels(plots, "square root of KL (nats)")
 
 
 def frontier(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
-    """Yield reward against KL, a line per method."""
-    series = []
-    for look, (method, of) in enumerate(by(rows, "method").items()):
-        of = sorted(of, key=lambda row: row["kl"])
-        low, high = (column(of, end) if all(end in row for row in of) else [] for end in ("low", "high"))
-        series.append(Series(method, column(of, "kl"), column(of, "reward"), low, high, look=look))
+    """Yield reward against KL, a line per method and proxy."""
+    found = by(rows, "method", "proxy").items()
+    series = [curve(name, of, "kl", "reward", look) for look, (name, of) in enumerate(found)]
     yield "", lines(series, "KL (nats)", "reward")
 
 
 def positions(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
     """Yield the KL by the position of the token, a line per model."""
-    series = [
-        Series(
-            name,
-            column(of, "position"),
-            column(of, "kl"),
-            column(of, "low"),
-            column(of, "high"),
-            look=looks.get(name, 0),
-            points=False,
-        )
-        for name, of in by(rows, "model").items()
-    ]
+    series = [curve(name, of, "position", "kl", looks.get(name, 0)) for name, of in by(rows, "model").items()]
     yield "", lines(series, "position in the response (tokens)", "KL (nats per token)")
 
 
@@ -193,7 +165,7 @@ FIGURES = (
         "overoptimization", "Overoptimization", overoptimization,
         "Where the proxy goes on rising while the gold reward turns, the policy exploits its reward model "
         "(Gao et al. 2022, arXiv 2210.10760).",
-        "stage=overoptimize", ("kl", "proxy_reward", "gold_reward"), ("method", "proxy"),
+        "stage=overoptimize", ("kl", "proxy_reward"), ("method", "proxy"),
     ),
     Figured(
         "frontier", "Frontier of reward and KL", frontier, "Higher at the same KL is better.",
