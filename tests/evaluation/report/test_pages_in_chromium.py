@@ -60,8 +60,15 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"report": made[0] / "report.html", "compare": compared}
 
 
-@pytest.mark.parametrize("name", ["report", "compare"])
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        ("report", 390),
+        ("compare", 1280),
+        pytest.param("report", 1280, marks=pytest.mark.nightly),
+        pytest.param("compare", 390, marks=pytest.mark.nightly),
+    ],
+)
 def test_hostile_text_is_shown_as_text(name: str, width: int, browser: Any, pages: dict[str, Path]) -> None:
     context = browser.new_context(viewport={"width": width, "height": 844})
     page = context.new_page()
@@ -86,7 +93,8 @@ def test_hostile_text_is_shown_as_text(name: str, width: int, browser: Any, page
     context.close()
 
 
-def test_an_even_page_prints(browser: Any, pages: dict[str, Path]) -> None:
+@pytest.mark.nightly
+def test_a_page_prints(browser: Any, pages: dict[str, Path]) -> None:
     page = browser.new_page()
     page.goto(pages["report"].as_uri())
     assert page.pdf(format="A4").startswith(b"%PDF")

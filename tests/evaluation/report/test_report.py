@@ -147,6 +147,17 @@ def test_the_page_and_its_json_have_every_section(tmp_path: Path) -> None:
     assert write_report(folder).read_bytes() == html.encode()  # nor does it depend on the time
 
 
+@pytest.mark.slow
+def test_the_page_has_no_markup_of_a_model(tmp_path: Path) -> None:
+    """Without a browser, which has its own test of all of the page."""
+    markup = "<img src=x onerror=alert(1)>"
+    rows = [{"prompt": markup, "response": markup, "gold": 1.0}]
+    stored_stage(tmp_path / "run", "evaluate", {f"a{markup}/gold": 1.0}, samples={"a": rows, "b": rows})
+    html = write_report(tmp_path / "run").read_text()
+    assert "<img" not in html
+    assert html.count("&lt;img src=x onerror=alert(1)&gt;") >= 4
+
+
 def test_samples_come_first_where_the_models_differ_most() -> None:
     samples = answers(base=["9 x", "9 x", "9 x"], sft=["1 x", "0 x", "1 x"], ppo=["2 x", "-3 x", "1 x"])
     found = side_by_side(samples, apart=["base"])
