@@ -42,30 +42,18 @@ def of_metrics(stage: Stage, looks: Looks) -> Iterator[Drawn]:
                 for kl, y in [(row["kl"], row[metric])]
             ]
             caption = "To the right a model is further from the reference; up it is better. Bars are 95% intervals."
-            if left_out := ", ".join(
-                f"{name} ({having[name]['kl'][0]:.3g} nats)" for name in having if name not in rows
-            ):
-                caption += f" Not drawn: {left_out}, which the reference was trained from."
-            yield drawn(
-                lines(series, "KL to the reference (nats)", title),
-                f"{title.capitalize()} against KL",
-                caption,
-                source,
-                stage,
-            )
-    gaps = {name: row for name, row in stage.models.items() if name not in models}
+            left_out = [f"{name} ({row['kl'][0]:.3g} nats)" for name, row in having.items() if name not in rows]
+            if left_out:
+                caption += f" Not drawn: {', '.join(left_out)}, which the reference was trained from."
+            figure = lines(series, "KL to the reference (nats)", title)
+            yield drawn(figure, f"{title.capitalize()} against KL", caption, source, stage)
+    pairs = {pair: row for name, row in stage.models.items() if (pair := split_difference(name, stage.models))}
     for metric, title in {"gold": "gold reward", "length": "length (tokens)"}.items():
-        pairs = {
-            pair: row[metric]
-            for name, row in gaps.items()
-            if (pair := split_difference(name, stage.models)) and metric in row
-        }
-        pairs = {pair: value for pair, value in pairs.items() if pair[0] not in stage.earlier}
-        if pairs:
-            bars = [(" − ".join(pair), value) for pair, value in pairs.items()]
-            figure = forest(
-                bars, f"paired difference in {title}", looks=[looks.get(model, 0) for model, _ in pairs], zero=0.0
-            )
+        known = {pair: row[metric] for pair, row in pairs.items() if metric in row and pair[0] not in stage.earlier}
+        if known:
+            bars = [(" − ".join(pair), value) for pair, value in known.items()]
+            look = [looks.get(model, 0) for model, _ in known]
+            figure = forest(bars, f"paired difference in {title}", looks=look, zero=0.0)
             caption = "An interval that does not touch the line is a difference at the 95% level."
             yield drawn(figure, f"Difference in {title}", caption, source, stage)
 
@@ -93,24 +81,17 @@ TRAINING = {
 
 def of_training(results: Results) -> Iterator[Drawn]:
     """Yield the training curves of every stage that logged some."""
-    tags = {tag: label for label, of in TRAINING.items() for tag in of}
+    tags = [tag for members in TRAINING.values() for tag in members]
     for stage in results.stages:
         if not stage.manifest:
             continue
         found = curves(stage.folder, tags, results.missing.append)
         plots = []
         for label, members in TRAINING.items():
-            series = [
-                Series(
-                    tag,
-                    [step for step, _ in found[tag]],
-                    [value for _, value in found[tag]],
-                    look=look,
-                    points=len(found[tag]) == 1,
-                )
-                for look, tag in enumerate(members)
-                if found.get(tag)
-            ]
+            series = []
+            for look, tag in enumerate(tag for tag in members if tag in found):
+                steps, values = zip(*found[tag], strict=True)
+                series.append(Series(tag, steps, values, look=look, points=len(steps) == 1))
             plots += [Panel(label, series)] if series else []
         if plots:
             logs = "tensorboard" if (stage.folder / "tensorboard").is_dir() else "csv"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from rlhf_lightning.evaluation.report.store import Results, Stage, split_difference, visible
+from rlhf_lightning.evaluation.report.store import Results, Stage, number, split_difference, visible
 from rlhf_lightning.ops.statistics import Interval
 
 Row = Mapping[str, Interval]
@@ -148,7 +148,7 @@ def of_reward_model(model: str, row: Row, table: Mapping[str, Row]) -> Iterator[
 def findings(results: Results) -> tuple[list[Finding], int]:
     """Return what stands out in all stages, gains first, and the number of comparisons that were looked at."""
     told = [finding for stage in results.stages for finding in (*of_differences(stage), *of_models(stage))]
-    told += of_probes(results)
+    told += [*of_win_rates(results), *of_probes(results)]
     found = [finding for finding in told if finding is not None]
     return sorted(found, key=lambda finding: not finding.gain), len(told)
 
@@ -177,6 +177,27 @@ def of_models(stage: Stage) -> Iterator[Finding | None]:
         yield from (Finding(text, model, f"{stage.name}/metrics.json") for text in texts)
         if not texts:
             yield None
+
+
+def of_win_rates(results: Results) -> Iterator[Finding | None]:
+    """Yield for every length-controlled win rate a finding where wins are not shown at equal length, else None."""
+    for stage, rows in results.rows("win_rates"):
+        for row in rows:
+            ends = ("win_rate", "low", "length_controlled", "length_controlled_low", "length_controlled_high")
+            values = [value for name in ends if (value := number(row.get(name))) is not None]
+            if len(values) < len(ends):
+                continue
+            rate, low, controlled, controlled_low, controlled_high = values
+            if low <= 0.5 or controlled_low > 0.5:
+                yield None
+                continue
+            model, other, by = (visible(row.get(name, "")) for name in ("model", "opponent", "by"))
+            at_equal = share((controlled, controlled_low, controlled_high))
+            text = (
+                f"{model} wins {rate:.0%} of the comparisons with {other} by {by}, and at equal length it is not shown "
+                f"to win more than half ({at_equal})"
+            )
+            yield Finding(text, model, f"{stage.name}/tables/win_rates.jsonl")
 
 
 def of_probes(results: Results) -> Iterator[Finding | None]:

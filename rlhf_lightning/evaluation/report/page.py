@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,12 @@ VERSION = 1
 MOST_CELLS = 40
 """Rows of a table on the page; the stored table has all."""
 TABLES = {  # tables of which a figure shows too little: name -> title and columns
-    "win_rates": (
-        "Win rates",
-        ("model", "opponent", "by", "wins", "ties", "losses", "win_rate", "length_controlled"),
-    ),
+    "win_rates": ("Win rates", ("model", "opponent", "by", "wins", "ties", "losses", "win_rate", "length_controlled")),
     "fits": ("Fits of overoptimization", ("method", "proxy", "form", "a", "b", "r2")),
     "probes": ("Probes", ("probe", "model", "metric", "value", "count", "alarm")),
 }
+HAVE_ENDS = ("value", "win_rate")
+"""Columns whose interval is in the columns low and high; that of another is in <column>_low and <column>_high."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,10 @@ def environment() -> jinja2.Environment:
 
 def plain(value: Any) -> Any:
     """Return content as containers for JSON: no drawings, null for what is no number."""
-    if hasattr(value, "__dataclass_fields__"):
-        value = asdict(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value) if field.name != "svg"}
     if isinstance(value, Mapping):
-        return {key: plain(member) for key, member in value.items() if key != "svg"}
+        return {key: plain(member) for key, member in value.items()}
     if isinstance(value, list | tuple):
         return [plain(member) for member in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -124,7 +123,7 @@ def report(results: Results) -> dict[str, Any]:
         "name": results.name,
         "folders": [str(folder) for folder in results.folders],
         "command": results.command,
-        "created": max((str(stage.manifest.get("created", ""))[:19] for stage in results.stages), default=""),
+        "created": visible(max((str(stage.manifest.get("created", ""))[:19] for stage in results.stages), default="")),
         "findings": found,
         "comparisons": looked,
         "lineage": lineage(results.stages),
@@ -230,17 +229,15 @@ def stored_tables(results: Results) -> Iterator[Table]:
 
 
 def stored(row: Mapping[str, Any], column: str) -> Cell:
-    """Return the cell of a stored value; the row's `low` and `high` belong to its first column of numbers with some."""
+    """Return the cell of a stored value, with the ends of its interval where the row has them."""
     value = row.get(column)
     if (known := number(value)) is None:
         return Cell("" if value is None or value is False else visible(value), mark=column == "alarm" and bool(value))
-    if isinstance(value, int):
-        return Cell(f"{value:,}")
-    own = f"{column}_low" in row
-    low, high = (number(row.get(f"{column}_{end}" if own else end)) for end in ("low", "high"))
-    if low is None or high is None or not (own or column in ("value", "win_rate", "rating")):
-        return of_interval((known, math.nan, math.nan))
-    return of_interval((known, low, high))
+    own = (f"{column}_low", f"{column}_high")
+    low, high = (number(row.get(end)) for end in (("low", "high") if column in HAVE_ENDS else own))
+    if low is not None and high is not None:
+        return of_interval((known, low, high))
+    return Cell(f"{value:,}") if isinstance(value, int) else of_interval((known, math.nan, math.nan))
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------

@@ -131,12 +131,15 @@ def read_results(*folders: str | Path) -> Results:
         results.folders.append(folder)
         config = guarded(lambda folder=folder: read_yaml(folder / ".hydra" / "config.yaml"), results.missing.append)
         pipeline = subdict(config, "pipeline")
-        names.append(visible(pipeline.get("name") or folder.resolve().name) if parts else folder.resolve().name)
+        names.append(visible((pipeline.get("name") if parts else None) or folder.resolve().name))
         results.command = results.command or command_of(folder, results.missing.append)
         stages = [read_stage(name, path, results.missing.append) for _, name, path in parts]
         if not parts:
             stages = [read_stage(str(config.get("stage") or folder.resolve().name), folder, results.missing.append)]
-        results.stages += stages
+        for stage in stages:  # of several folders: two may have an evaluation
+            same = sum(other.name.partition(" (")[0] == stage.name for other in results.stages)
+            stage.name += f" ({same + 1})" if same else ""
+            results.stages.append(stage)
         started = {stage.name for stage in stages}
         results.missing += [
             f"stage {visible(name)} has not been started" for name in subdict(pipeline, "stages") if name not in started
@@ -181,7 +184,8 @@ def read_stage(name: str, folder: Path, complain: Callable[[str], None]) -> Stag
         manifest=read(folder / "model" / MANIFEST),
         metrics=metrics,
     )
-    if not stage.manifest:  # a stage that trains has tags such as val/accuracy, where val is no model
+    probes = (folder / "tables" / "probes.jsonl").is_file()  # its metrics are <model>/<probe>/<metric>
+    if not stage.manifest and not probes:  # a stage that trains has tags such as val/accuracy, where val is no model
         stage.models = models_of(metrics)
     return stage
 
@@ -217,10 +221,11 @@ def link(results: Results) -> None:
         parents = [p for p in parents if isinstance(p, dict)] if isinstance(parents, list) else []
         if not stage.manifest:
             text = json.dumps(stage.config, default=str)
-            stage.parents = [o.name for o in results.stages if o is not stage and f"{o.folder.name}/" in text]
+            stage.parents = [o.name for o in results.stages if o is not stage and place_of(o, stage) in text]
         for parent in parents:
             role, place = visible(parent.get("role", "")), Path(str(parent.get("folder", "")))
-            named = next((o for o in results.stages if o.folder.name in place.parts), None)
+            beside = [o for o in results.stages if o.folder.parent == stage.folder.parent]
+            named = next((o for o in beside if o.folder.name in place.parts), None)
             known = by_weights.get(str(parent.get("weights")))
             if known is None and named is not None and named is not stage and named.weights:
                 results.missing.append(
@@ -229,6 +234,12 @@ def link(results: Results) -> None:
             name = known or (named.name if named is not None and named is not stage else visible(place.name or place))
             if named is not stage:
                 stage.parents.append(name if role == "init" else f"{name} ({role})")
+
+
+def place_of(stage: Stage, seen_from: Stage) -> str:
+    """Return the part of a path that names a stage's folder, beside another stage's in the same pipeline or not."""
+    beside = stage.folder.parent == seen_from.folder.parent
+    return f"{stage.folder.name}/" if beside else f"{stage.folder.resolve().parent.name}/{stage.folder.name}/"
 
 
 def command_of(folder: Path, complain: Callable[[str], None]) -> str:
@@ -297,26 +308,40 @@ def read_rows(path: Path, complain: Callable[[str], None]) -> list[dict[str, Any
     return rows
 
 
-def curves(
-    folder: Path, tags: Mapping[str, str], complain: Callable[[str], None]
-) -> dict[str, list[tuple[int, float]]]:
-    """Return tag -> (step, value) of what a run logged to TensorBoard, or else to CSV; only `tags` that it has."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    if any((folder / "tensorboard").glob("events.out.*")):
-        from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+Curves = dict[str, list[tuple[int, float]]]
+"""Tag -> (step, value)."""
 
-        events = EventAccumulator(str(folder / "tensorboard"), size_guidance={SCALARS: 500})
-        try:
-            events.Reload()
-            for tag in events.Tags()[SCALARS]:
-                if tag in tags:
-                    found[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
-        except Exception as error:  # a file of another program, cut off, or made to break its reader
-            complain(f"{folder / 'tensorboard'} cannot be read ({type(error).__name__})")
-    for file in sorted(folder.glob("csv/**/metrics.csv"))[:1] if not found else ():
-        with regular(file).open(encoding="utf-8", errors="replace", newline="") as opened:
+
+def curves(folder: Path, tags: Collection[str], complain: Callable[[str], None]) -> Curves:
+    """Return what a run logged of `tags` to TensorBoard, or else to CSV."""
+    found: Curves = {}
+    for place, read in ((folder / "tensorboard", from_tensorboard), (folder / "csv", from_csv)):
+        if place.is_dir() and not found:
+            try:
+                found = read(place, tags)
+            except Exception as error:  # a file of another program, cut off, or made to break its reader
+                complain(f"{place} cannot be read ({type(error).__name__})")
+    known = {tag: [(step, value) for step, value in found[tag] if number(value) is not None] for tag in found}
+    return {tag: known[tag] for tag in tags if known.get(tag)}
+
+
+def from_tensorboard(place: Path, tags: Collection[str]) -> Curves:
+    """Return the scalars of event files, at most 500 of each."""
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+    events = EventAccumulator(str(place), size_guidance={SCALARS: 500})
+    events.Reload()
+    kept = [tag for tag in events.Tags()[SCALARS] if tag in tags]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in kept}
+
+
+def from_csv(place: Path, tags: Collection[str]) -> Curves:
+    """Return the columns of Lightning's metrics.csv, of the first version there is."""
+    found: Curves = {}
+    for file in sorted(place.glob("**/metrics.csv"))[:1]:
+        with regular(file).open(encoding="utf-8", newline="") as opened:
             for row in csv.DictReader(opened):
-                for tag in tags.keys() & row.keys():
-                    if row[tag] and (row.get("step") or "").isdigit():
+                for tag in tags:
+                    if row.get(tag):
                         found.setdefault(tag, []).append((int(row["step"]), float(row[tag])))
-    return {tag: [(step, value) for step, value in found[tag] if math.isfinite(value)] for tag in tags if tag in found}
+    return found

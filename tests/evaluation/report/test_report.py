@@ -13,7 +13,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.report.findings import findings
 from rlhf_lightning.evaluation.report.page import report, write_report
 from rlhf_lightning.evaluation.report.samples import side_by_side
-from rlhf_lightning.evaluation.report.store import models_of, read_results, visible
+from rlhf_lightning.evaluation.report.store import curves, models_of, read_results, visible
 from tests.helpers.results import EVALUATED, answers, hydra, intervals, stored_pipeline, stored_stage
 
 
@@ -108,6 +108,21 @@ def test_alarms_of_probes_stand_out(tmp_path: Path) -> None:
     assert ([finding.text for finding in found], looked) == (["ppo: it gives up right answers"], 2)
 
 
+def test_wins_that_length_explains_stand_out(tmp_path: Path) -> None:
+    ends = {"win_rate": 0.7, "low": 0.6, "high": 0.8, "opponent": "b", "by": "world"}
+    at_equal = {"length_controlled": 0.5, "length_controlled_low": 0.4, "length_controlled_high": 0.6}
+    better = {"length_controlled": 0.7, "length_controlled_low": 0.6, "length_controlled_high": 0.8}
+    rows = [
+        {"model": "long", **ends, **at_equal},
+        {"model": "good", **ends, **better},
+        {"model": "even", **ends, **at_equal, "low": 0.45},
+        {"model": "unknown", **ends, "length_controlled": None},
+    ]
+    found, looked = findings(read_results(stored_stage(tmp_path / "run", "evaluate", {}, tables={"win_rates": rows})))
+    assert ([finding.model for finding in found], looked) == (["long"], 3)
+    assert "at equal length it is not shown to win more than half (0.500, 95% interval 0.400 to 0.600)" in found[0].text
+
+
 # ---- what is stored ---------------------------------------------------------------------------------------------------
 
 
@@ -117,6 +132,30 @@ def test_stages_are_linked_by_the_hash_of_their_weights(tmp_path: Path) -> None:
     parents = {stage.name: stage.parents for stage in results.stages}
     assert parents["ppo"] == ["sft", "reward (reward)"]
     assert (parents["base"], parents["sft"]) == ([], ["base"])
+
+
+def test_two_folders_with_stages_of_one_name(tmp_path: Path) -> None:
+    one, two = stored_pipeline(tmp_path / "one"), stored_pipeline(tmp_path / "two")
+    config = {"probe": {"models": {"ppo": str(two / "3_ppo" / "model")}}}
+    beside = stored_stage(tmp_path / "probed", "probe", {}, config=config)
+    results = read_results(one, two, beside)
+    names = [stage.name for stage in results.stages]
+    assert names[4:7] == ["evaluate", "base (2)", "sft (2)"]
+    assert len(set(names)) == len(names) == 11
+    assert results.stages[-1].parents == ["ppo (2)"]
+    assert results.missing == []
+
+
+def test_curves_come_from_tensorboard_or_csv(tmp_path: Path) -> None:
+    (tmp_path / "csv" / "version_0").mkdir(parents=True)
+    (tmp_path / "csv" / "version_0" / "metrics.csv").write_text(
+        "step,train/loss,other\n0,2.5,1\n1,,1\n2,nan,\n3,1.5,\n"
+    )
+    complaints: list[str] = []
+    assert curves(tmp_path, ["train/loss", "val/loss"], complaints.append) == {"train/loss": [(0, 2.5), (3, 1.5)]}
+    (tmp_path / "csv" / "version_0" / "metrics.csv").write_text("step,train/loss\nx,2.5\n")
+    assert curves(tmp_path, ["train/loss"], complaints.append) == {}
+    assert complaints == [f"{tmp_path / 'csv'} cannot be read (ValueError)"]
 
 
 def test_weights_that_changed_since_are_named(tmp_path: Path) -> None:
