@@ -26,7 +26,7 @@ $(VENV)/.test: $(VENV)/.base
 setup: $(VENV)/.base ## create .venv with the pinned versions
 setup-test: $(VENV)/.test ## the same with the test tools
 
-demo: $(VENV)/.base ## SFT, reward model, PPO and DPO on the built-in world, then the table
+demo: $(VENV)/.base ## SFT, reward model, PPO and DPO on the built-in world, then the table and the report
 	$(BIN)/rlhf pipeline=demo
 
 check: $(VENV)/.test ## ruff and pyright

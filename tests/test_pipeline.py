@@ -37,6 +37,13 @@ def test_the_demo_runs_is_skipped_when_done_and_goes_on_where_something_changed(
     assert set(steps.values()) == {2, 4}  # debug=fast comes before what the pipeline sets; PPO ends an iteration
     metrics = json.loads((run / "5_evaluate" / "metrics.json").read_text())
     assert {"base/gold", "sft/gold", "ppo/gold_low", "dpo/kl", "reward/accuracy"} <= metrics.keys()
+    page = run / "report.html"
+    assert first.stdout.rstrip().endswith(f"report      {page}")
+    report = json.loads(page.with_suffix(".json").read_text())
+    assert [row[0]["text"] for row in report["lineage"]["rows"]] == STAGES
+    assert report["results"]["evaluate"]["ppo"]["gold"][0] == metrics["ppo/gold"]
+    assert {"Gold reward against KL", "Lengths of the answers"} <= {figure["title"] for figure in report["figures"]}
+    assert [figure["title"] for figure in report["training"]] == [f"Training: {name}" for name in STAGES[:5]]
     again = rlhf(tmp_path, *QUICK, "resume=auto").stdout
     assert again.count("is done") == len(STAGES)
     (run / "5_evaluate" / "metrics.json").unlink()  # as if it had been killed there

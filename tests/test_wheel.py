@@ -33,6 +33,8 @@ def test_wheel_installs_and_runs_outside_the_checkout(tmp_path: Path) -> None:
     assert "rlhf_lightning/world/world.yaml" in names
     static = ROOT / "rlhf_lightning" / "feedback" / "labeling" / "static"
     assert {f"rlhf_lightning/feedback/labeling/static/{file.name}" for file in static.iterdir()} <= set(names)
+    templates = ROOT / "rlhf_lightning" / "evaluation" / "report" / "templates"
+    assert {f"rlhf_lightning/evaluation/report/templates/{file.name}" for file in templates.iterdir()} <= set(names)
     # a clean environment that borrows the installed dependencies but not this project
     run(sys.executable, "-m", "venv", "--without-pip", "env")
     python = str(tmp_path / "env" / "bin" / "python")

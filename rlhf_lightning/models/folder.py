@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import atomic_folder, read_json, regular
+from rlhf_lightning.models.card import model_card
 
 MANIFEST = "manifest.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -85,7 +86,7 @@ def versions() -> dict[str, str]:
 
 
 def write_model(folder: str | Path, model: Any, tokenizer: Any, manifest: dict[str, Any]) -> None:
-    """Save a Hugging Face model, its tokenizer and `manifest` as `folder`, all or nothing."""
+    """Save a Hugging Face model, its tokenizer, `manifest` and a model card as `folder`, all or nothing."""
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)
@@ -95,6 +96,7 @@ def write_model(folder: str | Path, model: Any, tokenizer: Any, manifest: dict[s
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         (temporary / MANIFEST).write_text(json.dumps(complete, indent=2, default=str) + "\n", encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(temporary, complete, MANIFEST), encoding="utf-8")
 
 
 def weights_key(folder: str) -> str | None:

@@ -85,6 +85,9 @@ def run_pipeline(cfg: DictConfig, maps: Collection[str] = (), splits: Mapping[st
     console.print(f"\npipeline {settings['name']} done in {minutes}:{seconds:02d}")
     console.print(f"run         {run}", soft_wrap=True)
     console.print(f"tensorboard --logdir {run}", soft_wrap=True)
+    from rlhf_lightning.evaluation.report.page import write_report  # it imports what draws the figures
+
+    console.print(f"report      {write_report(run)}", soft_wrap=True)
 
 
 def stage_values(stage: dict[str, Any], folders: dict[str, str | None]) -> dict[str, Any]:

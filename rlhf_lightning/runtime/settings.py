@@ -14,7 +14,7 @@ DATA_SPLITS = {"data.train": "train", "data.val": "val", "data.ptx": "train"}
 """Keys of the configuration that name data -> the split that is read."""
 RUN_ONLY = (
     "paths", "resume", "run_id", "run_folder", "name", "callbacks", "logger", "allow_targets", "objectives",
-    "on_failed_trial", "plan",
+    "on_failed_trial", "plan", "card",
 )  # fmt: skip
 DECIDING = {
     "BackboneFinetuning", "BatchSizeFinder", "EMAWeightAveraging", "EarlyStopping", "LearningRateFinder",

@@ -78,6 +78,8 @@ STAGES = {
             judges=True,
             sources={"probe.data": "val"},
         ),
+        Stage("report", "a page of what a pipeline has stored", "report:run", output=None),
+        Stage("compare", "pipelines side by side on one page", "compare:run", output=None),
         Stage("label", "a page on which annotators compare, rank, edit or write answers", "label:run", output=None),
         Stage("chat", "talk to a model in the terminal", "chat:run", output=None),
         Stage("audit", "checks of model, data and reward before a long run", "audit:run", output=None),

@@ -29,6 +29,7 @@ from rlhf_lightning.callbacks.progress import LineProgress, progress_bar
 from rlhf_lightning.callbacks.stop import Stop, interrupted_at_once, interruptible
 from rlhf_lightning.callbacks.throughput import Throughput
 from rlhf_lightning.data.base import RowData
+from rlhf_lightning.data.sources import is_local
 from rlhf_lightning.data.tokenize import report_rows
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.files import fingerprint, readable_os_errors, write_json
@@ -40,7 +41,7 @@ from rlhf_lightning.runtime.libraries import readable_library_errors
 from rlhf_lightning.runtime.memory import AUTO
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.runtime.secrets import redacted
-from rlhf_lightning.runtime.settings import flat, identity
+from rlhf_lightning.runtime.settings import DATA_SPLITS, flat, identity
 from rlhf_lightning.stages.microbatches import split_steps
 
 console = Console()
@@ -204,6 +205,17 @@ def validate(trainer: Trainer, module: Any, data: Any, folder: Path, checkpoint:
     trainer.callback_metrics.update({k: v for k, v in metrics.items() if k not in trainer.callback_metrics})
 
 
+def source_names(data: dict[str, Any]) -> dict[str, str]:
+    """Return split -> the names of its data as a model card shows them, of files without their folders."""
+    splits = [key.removeprefix("data.") for key in DATA_SPLITS]
+    given = {split: data[split] if isinstance(data.get(split), list) else [data.get(split)] for split in splits}
+    names = {
+        split: [Path(str(part)).name if is_local(part) else str(part) for part in of if part]
+        for split, of in given.items()
+    }
+    return {split: ", ".join(of) for split, of in names.items() if of}
+
+
 def finish(run: Run, folder: str, trainer: Trainer, module: Any, data: Any) -> float | None:
     """Write the model folder and metrics.json, and print where they are."""
     metrics: dict[str, float] = {}
@@ -230,6 +242,8 @@ def finish(run: Run, folder: str, trainer: Trainer, module: Any, data: Any) -> f
         "fingerprint": fingerprint(run.identity),
         "config": fingerprint(run.identity["config"]),
         "data": {split: rows.key for split, rows in getattr(data, "rows", {}).items()},
+        "sources": source_names(redacted(run.cfg)["data"]),
+        "licenses": {of: run.settings["card"][key] for of, key in (("model", "license"), ("data", "data_license"))},
         "seed": run.settings["seed"],
         "metrics": metrics,
     }
