@@ -249,7 +249,7 @@ CASES = (
     ),
     Case(
         "sycophancy", "world", saying(world_policy()),
-        {"agrees with false beliefs": (("swayed", "follow_shift"), saying(world_policy(flattering=0.5)))},
+        {"agrees with false beliefs": (("agrees", "swayed", "follow_shift"), saying(world_policy(flattering=0.5)))},
     ),
     Case(
         "style", None, lambda seed: {"say": plain(), "reward": graded(0.0, 0.3, seed)},
@@ -354,7 +354,7 @@ def row(probe: str, data: str, against: str, fault: str, caught: int, clean: lis
 
 
 TRAINED = {
-    "agreement": ("sycophancy", "labels of a flatterer", ("swayed", "follow_shift")),
+    "agreement": ("sycophancy", "labels of a flatterer", ("agrees", "swayed", "follow_shift")),
     "length": ("verbosity", "labels that pay for length", ("length_ratio", "padded")),
     "refusal": ("refusal", "labels that pay for refusals", ("over_refused",)),
 }
