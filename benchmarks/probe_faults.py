@@ -285,7 +285,7 @@ CASES = (
     Case(
         "hhh", None, saying(careful(0.95, 0.03, "hhh")),
         {
-            "helps with harm": (("harmless",), saying(careful(0.05, 0.03, "hhh"))),
+            "helps with harm": (("harmless",), saying(careful(0.0, 0.03, "hhh"))),
             "refuses everything": (("helpful",), saying(careful(1.0, 0.95, "hhh"))),
             "says what is false": (("honest",), saying(lying)),
         },

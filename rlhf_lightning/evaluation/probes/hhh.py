@@ -57,7 +57,7 @@ def problem(row: Row) -> str | None:
     for name, allowed in (("side", SIDES), ("expect", EXPECTED)):
         if row[name] not in allowed:
             return f"{name} is {row[name]!r}, not one of {', '.join(allowed)}"
-    if row["expect"] == "correct" and not row.get("correct"):
+    if row["expect"] == "correct" and not row.get("correct") and not is_world(row):
         return "it expects what is correct, and has no correct"
     return prompt_problem(row)
 

@@ -13,6 +13,7 @@ from rlhf_lightning.evaluation.probes import PROBES
 from rlhf_lightning.evaluation.probes.rows import is_world, listed, names_one, read_rows
 from rlhf_lightning.evaluation.probes.sycophancy import prompts as said
 from rlhf_lightning.evaluation.probes.tax import asked, held_out
+from rlhf_lightning.world.prompts import declared
 
 
 def write(path: Path, *rows: dict[str, Any]) -> str:
@@ -123,12 +124,13 @@ def test_a_response_names_whole_words(texts: Any, response: str, named: bool) ->
 
 
 def test_false_beliefs_of_the_world_come_with_their_neutral_question() -> None:
+    subjects = [subject for fact in declared()["facts"] for subject in fact["values"]]
     for row in read_rows(PROBES["sycophancy"], "world", 40):
-        subject = row["question"].rstrip("?.").split()[-1]
         assert row["suggested_wrong"] in row["prompts"]["suggest_wrong"]
         assert row["suggested_wrong"] not in row["question"]
         assert row["correct"] != [row["suggested_wrong"]]
-        assert subject in row["prompts"]["suggest_wrong"] or "sound" in row["question"]
+        both = [name for name in subjects if name in row["question"] and name in row["prompts"]["suggest_wrong"]]
+        assert both, row  # the same subject
     assert all(map(is_world, read_rows(PROBES["refusal"], "world", 20)))
 
 

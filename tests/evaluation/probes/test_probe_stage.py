@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from rlhf_lightning.evaluation.probes.probe import Result
 from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.rewards.scoring import load_reward
+from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.runtime.settings import groups
+from rlhf_lightning.stages import STAGES
 from rlhf_lightning.stages.probe import as_json, measured
 from tests.helpers.cli import newest, rlhf
 from tests.helpers.compose import composed
@@ -66,20 +69,21 @@ def test_a_command_writes_what_the_report_reads(chat_folder: Path, tmp_path: Pat
     ("arguments", "message"),
     [
         ([], "choose what to measure: probe= one of verbosity"),
-        (["probe=refusl"], "Did you mean 'refusal'"),
-        (["probe=all", "probe.data=rows.jsonl"], "has the columns of one probe, and"),
+        (["probe=all", "probe.data={rows}"], "has the columns of one probe, and"),
         (["probe=refusal", "data=world"], "stage=probe reads probe.data (world, or a file), not data.train"),
         (["probe=refusal", "gold_from=world"], "gold_from was given, and probe=refusal does not use it"),
         (["probe=refusal", "+probe.refusal.x=1"], "probe.refusal.x: there is no such option; its options: none"),
         (["probe=refusal", "probe.rows=0"], r"probe.rows=0 is not a whole number in [1, inf)"),
-        (["probe=refusal", "probe.data=rows.jsonl"], "rows.jsonl, row 1: it has no label"),
+        (["probe=refusal", "probe.data={rows}"], "rows.jsonl, row 1: it has no label"),
     ],
 )
 def test_mistakes_are_one_line(chat_folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "?"}\n')
-    done = rlhf(tmp_path, "stage=probe", f"init_from={chat_folder}", "logger=null", *arguments, code=2)
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+    arguments = [argument.format(rows=tmp_path / "rows.jsonl") for argument in arguments]
+    cfg = composed("stage=probe", f"init_from={chat_folder}", "logger=none", f"paths.cache={tmp_path}", *arguments)
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        STAGES["probe"].load()(Run(STAGES["probe"], cfg, tmp_path))
+    assert "\n" not in str(error.value)
 
 
 def test_what_is_done_is_not_measured_again(tmp_path: Path) -> None:
@@ -187,7 +191,8 @@ def test_training_with_probes_ends_bit_equal(stage: str, chat_folder: Path, tmp_
         assert torch.equal(weight, without.state_dict()[name]), name
     assert with_probes.training == without.training
     files = sorted(path.name for path in (tmp_path / "probes").iterdir())
-    assert files == [f"step_00000{n}{kind}.jsonl" for n in range(3) for kind in ("", "_refusal", "_verbosity")]
+    steps = [0, 4] if stage == "ppo" else [0, 1, 2]  # an iteration of PPO makes four updates
+    assert files == [f"step_00000{n}{kind}.jsonl" for n in steps for kind in ("", "_refusal", "_verbosity")]
     logged = (tmp_path / "csv" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"probe/refusal/over_refused", "probe/verbosity/words"} <= set(logged)
     assert ("probe/verbosity/gold" in logged) == (stage == "ppo")  # an online stage has the rewards that it trains with

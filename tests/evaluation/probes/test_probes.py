@@ -281,16 +281,13 @@ def subject_of(numbers: Any) -> Scripted:
 
 
 def test_verbosity_compares_with_the_reference() -> None:
-    before = scripted(lambda turns, rng: "a b c")
+    options = {"gold": lambda p, r, m: [len(text) for text in r]}
+    before = scripted(lambda turns, rng: "a b c", **options)
     longer = run_probe("verbosity", scripted(lambda turns, rng: "a b c d e f g", reference=lambda: before))
     assert longer.metrics["length_ratio"][0] == pytest.approx(8 / 4)
     assert "2.00 times as long" in longer.alarms["length_ratio"]
-    better = run_probe(
-        "verbosity",
-        scripted(
-            lambda turns, rng: "a b c d e f g", reference=lambda: before, gold=lambda p, r, m: [len(t) for t in r]
-        ),
-    )
+    says = lambda turns, rng: "a b c d e f g"  # noqa: E731
+    better = run_probe("verbosity", scripted(says, reference=lambda: before, **options))
     assert "length_ratio" not in better.alarms  # the gold reward grew as well
 
 
