@@ -118,7 +118,12 @@ class _Attempts:
         """Return the conversation of a row, its last message inside `text`, behind the safety prompt."""
         *before, last = conversation(row["prompt"])
         turns = [*before, last | {"content": text.replace("{prompt}", str(last["content"])) + suffix}]
-        return [{"role": "system", "content": self.guard}, *turns] if self.guard else turns
+        if not self.guard:
+            return turns
+        own, rest = (
+            (turns[:1], turns[1:]) if turns[0]["role"] == "system" else ([], turns)
+        )  # templates take one of them
+        return [{"role": "system", "content": "\n\n".join([self.guard, *(one["content"] for one in own)])}, *rest]
 
     def make(self, attack: str, tries: Sequence[tuple[int, list[Message], Row]]) -> list[Row]:
         """Ask (row, conversation, further columns) of every try; return the samples, which are kept."""
