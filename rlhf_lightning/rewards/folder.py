@@ -85,13 +85,18 @@ class FolderReward(GroupedReward):
         """Return the normalized scores (S, H) of every head, of a plain reward model (S, 1)."""
         groups: dict[tuple[int, ...], list[int]] = {}
         answers = []
+        read: dict[str, tuple[list[int], list[int]]] = {}  # rendering costs more than scoring, and responses repeat
         for i, (text, response, extra) in enumerate(zip(prompts, responses, metadata, strict=True)):
             content = extra.get("messages") or [{"role": "user", "content": text}]
             tools = extra["tools"] if isinstance(extra.get("tools"), list) else None
-            try:
-                prompt, (answer,), _ = self.template.completions(content, [response], tools)
-            except RowError as error:
-                raise UserError(f"the reward model {self.folder} cannot read a response: {error}") from error
+            conversation = repr((content, tools, response))
+            if conversation not in read:
+                try:
+                    prompt, (answer,), _ = self.template.completions(content, [response], tools)
+                except RowError as error:
+                    raise UserError(f"the reward model {self.folder} cannot read a response: {error}") from error
+                read[conversation] = prompt, answer
+            prompt, answer = read[conversation]
             worst = max(max(prompt), max(answer))
             if worst >= self.vocabulary:
                 raise UserError(
