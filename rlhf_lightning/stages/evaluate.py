@@ -75,7 +75,14 @@ def run(run: Run) -> float | None:
     loggers = run.loggers()
     answered: dict[str, Evaluation] = {}
     compared_to = next(iter(made.given), "")
-    table, evaluated = evaluate_reward_models(run, reward_models, partial(preferences, run))
+    table, evaluated = evaluate_reward_models(
+        run,
+        reward_models,
+        partial(preferences, run),
+        diagnostics=options["diagnostics"],
+        source_column=options["source_column"],
+        changed_rows=options["changed_rows"],
+    )
     beaten = baselines(run, reward_models) if reward_models else {}
     if policies:
         reference = resolve_model(str(options["reference"] or next(iter(policies.values()))), cache)

@@ -22,15 +22,27 @@ NGRAM_COLUMNS = {"effect": "effect on the score (95%, simultaneous)"}
 
 
 def evaluate_reward_models(
-    run: Run, models: Mapping[str, str], preferences: Callable[[str], PreferenceData]
+    run: Run,
+    models: Mapping[str, str],
+    preferences: Callable[[str], PreferenceData],
+    *,
+    diagnostics: bool = True,
+    source_column: str | None = None,
+    changed_rows: int = 0,
 ) -> tuple[dict[str, dict[str, Interval]], int]:
     """Return the metrics of each reward model and the number of pairs; write their samples and tables.
 
     Args:
         models: name -> folder.
         preferences: returns the held-out pairs, tokenized for a folder.
+        diagnostics: more than the accuracy.
+        source_column: says where a row comes from, see :func:`diagnose`.
+        changed_rows: rows whose responses are changed and scored again.
+
+    Raises:
+        UserError: an option that is wrong or has no effect.
     """
-    check(run.options, models)
+    check_diagnostics(models, diagnostics, source_column, changed_rows)
     table: dict[str, dict[str, Interval]] = {}
     tables: dict[str, list[dict[str, Any]]] = {}
     evaluated = 0
@@ -40,7 +52,13 @@ def evaluate_reward_models(
         pairs = scored_pairs(rows)
         evaluated += len(pairs)
         write_jsonl(run.folder / "samples" / f"{name}.jsonl", samples(rows))
-        found = diagnosis(run, rows, scorer) if run.options["diagnostics"] else Diagnosis()
+        found = Diagnosis()
+        if diagnostics:
+            found = diagnose(rows, source_column) | reward_bench(rows)
+        if changed_rows:
+            seed = run.settings["seed"]
+            found |= format_changes(rows, scorer.rescore, changed_rows, seed)
+            found |= ngram_effects(rows, scorer.rescore, responses=changed_rows, seed=seed)
         table[name] = pair_accuracies(pairs) | found.metrics
         for title, lines in found.tables.items():
             tables.setdefault(title, []).extend({"model": name} | line for line in lines)
@@ -50,24 +68,16 @@ def evaluate_reward_models(
     return table, evaluated
 
 
-def check(options: Mapping[str, Any], models: Mapping[str, str]) -> None:
-    """Raise a UserError for options of diagnostics that are wrong or have no effect."""
-    check_number("evaluate.changed_rows", options["changed_rows"], "[0, inf)", whole=True)
-    for key in ("changed_rows", "source_column"):
-        if options[key] and not models:
-            raise UserError(f"evaluate.{key}={options[key]} is of reward models, and none is evaluated")
-        if options[key] and not options["diagnostics"]:
-            raise UserError(f"evaluate.{key}={options[key]} is of the diagnostics: evaluate.diagnostics=true")
-
-
-def diagnosis(run: Run, rows: list[ScoredRow], scorer: Scorer) -> Diagnosis:
-    """Return what is known of a reward model from its scores, and from changed responses where these are asked for."""
-    count, seed = run.options["changed_rows"], run.settings["seed"]
-    found = diagnose(rows, run.options["source_column"]) | reward_bench(rows)
-    if count:
-        found |= format_changes(rows, scorer.rescore, count, seed)
-        found |= ngram_effects(rows, scorer.rescore, responses=count, seed=seed)
-    return found
+def check_diagnostics(
+    models: Mapping[str, str], diagnostics: bool, source_column: str | None, changed_rows: int
+) -> None:
+    """Raise a UserError for options that are wrong or have no effect."""
+    check_number("evaluate.changed_rows", changed_rows, "[0, inf)", whole=True)
+    for key, value in (("changed_rows", changed_rows), ("source_column", source_column)):
+        if value and not models:
+            raise UserError(f"evaluate.{key}={value} is of reward models, and none is evaluated")
+        if value and not diagnostics:
+            raise UserError(f"evaluate.{key}={value} is of the diagnostics: evaluate.diagnostics=true")
 
 
 def samples(rows: list[ScoredRow]) -> list[dict[str, Any]]:
