@@ -58,14 +58,16 @@ def words(prompts: Any, responses: Any, metadata: Any) -> list[float]:
 
 def test_files_are_put_beside_each_other_by_prompt() -> None:
     """In any order, the k-th answer to a prompt beside the k-th; what has no counterpart is in no pair."""
-    one = read([{"prompt": p, "response": r} for p, r in (("p", "a"), ("q", "aa"), ("p", "aaa"), ("r", "a"))])
+    one = read(
+        [{"prompt": p, "response": r} for p, r in (("p", "a"), ("q", "aa"), ("p", "aaa"), ("r", "a"), ("p", "a"))]
+    )
     two = read([{"prompt": p, "response": r} for p, r in (("q", "a"), ("p", "b"), ("s", "a"), ("p", "aaaa"))])
     slots = slots_of_files([one, two], rows=9)
     models = {}
     for name, answers in (("one", one), ("two", two)):
         models[name], left = evaluate_answers(answers, slots, {"reward": words})
         assert left == 0
-    assert models["one"].columns["characters"] == [1.0, 2.0, 3.0, 1.0]
+    assert models["one"].columns["characters"] == [1.0, 2.0, 3.0, 1.0, 1.0]
     (duel,) = by_scores(models, [("two", "one")])
     # p: b against a, aaaa against aaa; q: a against aa
     assert sorted(zip(duel.outcomes, duel.lengths, strict=True)) == [(0.0, (1, 1)), (0.0, (1, 2)), (1.0, (4, 3))]

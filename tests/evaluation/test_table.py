@@ -6,7 +6,15 @@ import io
 
 from rich.console import Console
 
-from rlhf_lightning.evaluation.table import COLUMNS, HELD_OUT, WITH_INTERVAL, as_markdown_table, cell, show
+from rlhf_lightning.evaluation.table import (
+    COLUMNS,
+    HELD_OUT,
+    WITH_INTERVAL,
+    as_markdown_table,
+    attempt_columns,
+    cell,
+    show,
+)
 
 TABLE = {
     "sft": {"gold": (0.1, 0.05, 0.15), "length": (7.25, 7.0, 7.5), "kl": (0.0, 0.0, 0.0)},
@@ -54,3 +62,16 @@ def test_cell() -> None:
     assert cell("kl", (1.23456, 1, 2)) == "1.235"
     assert cell("length", (12.34, 1, 2)) == "12.3"
     assert cell("accuracy", (0.5, 0.4, 0.6)) == "0.500 [0.400, 0.600]"
+
+
+def test_counts_ratings_and_attempts() -> None:
+    assert cell("wins", (12.0, float("nan"), float("nan"))) == "12"
+    assert cell("gold_rating", (1034.6, 1001.2, 1068.0)) == "1035 [1001, 1068]"
+    assert cell("pass_at_8", (0.25, 0.1, 0.4)) == "0.250 [0.100, 0.400]"
+    assert cell("length_controlled", (0.5, float("nan"), float("nan"))) == "0.500"
+    assert attempt_columns(
+        {"sft": {"gold": (0, 0, 0), "pass_at_8": (0, 0, 0)}, "ppo": {"majority_at_4": (0, 0, 0)}}
+    ) == {
+        "pass_at_8": "pass@8 (95%)",
+        "majority_at_4": "majority@4 (95%)",
+    }
