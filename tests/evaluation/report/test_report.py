@@ -55,7 +55,8 @@ def test_overoptimization_needs_a_proxy_that_rises_and_a_gold_reward_that_does_n
     reward: Any, gold: Any, words: str | None, tmp_path: Path
 ) -> None:
     found = [text for text in told(tmp_path, reward=reward, gold=gold) if "overoptimization" in text]
-    assert [words in text for text in found] == ([True] if words else [])
+    assert len(found) == (words is not None)
+    assert words is None or words in found[0]
 
 
 def test_a_gain_is_told_once_and_is_no_warning(tmp_path: Path) -> None:
