@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from rlhf_lightning.evaluation.plots import Panel, Series, as_svg, forest, lines, panels
@@ -18,7 +19,8 @@ from rlhf_lightning.ops.statistics import Interval
 Row = Mapping[str, Any]
 Plot = tuple[str, Any]
 """What a figure is of, such as a model's name or nothing, and the matplotlib figure."""
-MOST_BARS = 48
+MOST_BARS, MOST_PLOTS, MOST_POINTS = 48, 12, 2000
+"""Of a plot, of a table, and of all plots of a table."""
 FEW = 12
 """Points of a line that are drawn one by one; the intervals of more are drawn as a band."""
 ENDS = ("low", "high")
@@ -119,10 +121,8 @@ def ratings(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
     for decided, of in by(rows, "by").items():
         ordered = sorted(of, key=lambda row: -row["rating"])[:MOST_BARS]
         bars = [(visible(row["model"]), interval(row, "rating")) for row in ordered]
-        yield (
-            f"by {decided}" if decided else "",
-            forest(bars, "rating (Elo points)", looks=[looks.get(n, 0) for n, _ in bars]),
-        )
+        look = [looks.get(name, 0) for name, _ in bars]
+        yield cut(f"by {decided}", of), forest(bars, "rating (Elo points)", looks=look)
 
 
 def overoptimization(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
@@ -231,7 +231,7 @@ def of_tables(results: Results, looks: Looks) -> Iterator[Drawn]:
             rows = usable(rows, row, source, results.missing.append)
             for name in by(rows, "model") if "model" in row.texts else ():
                 looks.setdefault(name, len(looks))  # of a model that no metrics.json names
-            for name, figure in row.draw(rows, looks) if rows else ():
+            for name, figure in islice(row.draw(rows, looks), MOST_PLOTS) if rows else ():
                 title = f"{row.title}: {name}" if name else row.title
                 there = True
                 yield Drawn(title, as_svg(figure, title), row.caption, source, stage.command)
@@ -242,6 +242,9 @@ def of_tables(results: Results, looks: Looks) -> Iterator[Drawn]:
 
 def usable(rows: Sequence[Row], of: Figured, source: str, complain: Callable[[str], None]) -> list[Row]:
     """Return the rows that have what a figure needs, after a complaint about the others."""
+    if len(rows) > MOST_POINTS:
+        complain(f"{source}: only the first {MOST_POINTS:,} of {len(rows):,} rows are drawn")
+        rows = rows[:MOST_POINTS]
     good, first, reason = [], 0, ""
     for place, row in enumerate(rows, 1):
         lacks = [name for name in of.texts if name not in row]

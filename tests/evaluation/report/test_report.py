@@ -208,6 +208,12 @@ def test_samples_come_first_where_the_models_differ_most() -> None:
     assert [answer.text for answer in found[0].answers] == ["9 x", "0 x", "-3 x"]
 
 
+def test_of_many_models_some_are_shown_and_the_page_says_so() -> None:
+    samples = answers(**{f"m{number}": [f"{number} x"] for number in range(20)})
+    (one,) = side_by_side(samples)
+    assert (len(one.answers), one.models, one.spread) == (8, 20, 19.0)
+
+
 def test_of_a_prompt_that_is_there_more_than_once_the_largest_difference_is_shown() -> None:
     samples = {
         name: [{"prompt": "Q", "response": str(value), "gold": value} for value in values]
