@@ -86,14 +86,14 @@ def test_that_a_model_is_better_than_what_it_was_trained_from_is_no_warning(tmp_
 
 def test_every_rule_of_reward_models(tmp_path: Path) -> None:
     rows = intervals(
-        chance__accuracy=(0.52, 0.48, 0.56), weak__accuracy=(0.62, 0.58, 0.66), good__accuracy=(0.8, 0.75, 0.85),
+        coin__accuracy=(0.52, 0.48, 0.56), weak__accuracy=(0.62, 0.58, 0.66), good__accuracy=(0.8, 0.75, 0.85),
         biased__accuracy=(0.75, 0.7, 0.8), biased__shorter_accuracy=(0.2, 0.1, 0.3),
         biased__length_spearman=(0.5, 0.4, 0.6), good__length_spearman=(0.35, 0.25, 0.45), longer__accuracy=(0.6, 0.55, 0.65),
     )  # fmt: skip
     stored_stage(tmp_path / "run", "evaluate", rows)
     texts = [finding.text for finding in findings(read_results(tmp_path / "run"))[0]]
-    assert [text.split()[0] for text in texts] == ["chance", "weak", "biased", "biased"]
-    assert "chance" in texts[0]
+    assert [text.split()[0] for text in texts] == ["coin", "weak", "biased", "biased"]
+    assert "better than chance" in texts[0]
     assert "longer response (0.600)" in texts[1]
     assert "rank correlation with length 0.500" in texts[2]
     assert "where the shorter one is better" in texts[3]
