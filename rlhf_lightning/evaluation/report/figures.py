@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from rlhf_lightning.evaluation.plots import Panel, Series, as_svg, cumulative, forest, lines, panels
@@ -25,6 +26,7 @@ class Drawn:
     command: str
 
 
+MOST_CURVES = 12
 REWARDS = {"gold": "gold reward", "reward": "reward model"}
 
 
@@ -61,10 +63,12 @@ def of_metrics(stage: Stage, looks: Looks) -> Iterator[Drawn]:
 def of_samples(stage: Stage, samples: Mapping[str, Sequence[Mapping[str, Any]]], looks: Looks) -> Iterator[Drawn]:
     """Yield the distribution of lengths of the stored responses."""
     lengths = {visible(name): [x for x in column(rows, "length") if math.isfinite(x)] for name, rows in samples.items()}
-    lengths = {name: values for name, values in lengths.items() if values}
+    known = {name: values for name, values in lengths.items() if values}
+    lengths = dict(islice(known.items(), MOST_CURVES))
     if lengths:
         figure = cumulative(lengths, "length of the response (tokens)", looks)
         caption = "A curve further to the right is of longer answers; a step at the end is of answers cut off there."
+        caption += f" {MOST_CURVES} of {len(known)} models." if len(known) > MOST_CURVES else ""
         yield drawn(figure, "Lengths of the answers", caption, f"{stage.name}/samples/*.jsonl", stage)
 
 

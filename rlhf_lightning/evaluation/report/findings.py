@@ -11,7 +11,8 @@ from rlhf_lightning.ops.statistics import Interval
 Row = Mapping[str, Interval]
 LONGER = 0.1
 """From this share on a difference in length is worth a sentence."""
-CUT_OFF = 0.1
+CUT_OFF, CORRELATED = 0.1, 0.3
+"""Shares of cut answers and correlations beyond which a sentence is worth reading."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,8 @@ def of_reward_model(model: str, row: Row, table: Mapping[str, Row]) -> Iterator[
     elif longer is not None and longer[0] >= accuracy[1]:
         rule = f"the rule that takes the longer response ({longer[0]:.3f})"
         yield f"{model} is not shown to beat {rule} on held-out pairs (accuracy {share(accuracy)})"
+    if above(row, "length_spearman", CORRELATED):
+        yield f"{model} scores longer responses higher (rank correlation with length {share(row['length_spearman'])})"
     if below(row, "shorter_accuracy", 0.5):
         there = f"accuracy there {share(row['shorter_accuracy'])}"
         yield f"{model} prefers the longer response where the shorter one is better ({there})"

@@ -222,8 +222,9 @@ def stored_tables(results: Results) -> Iterator[Table]:
     for name, (title, columns) in TABLES.items():
         for stage, rows in results.rows(name):
             known = [column for column in columns if any(column in row for row in rows)]
-            cells = [[stored(row, column) for column in known] for row in rows[:MOST_CELLS]]
-            note = f"the first {MOST_CELLS} of {len(rows)} rows" if len(rows) > MOST_CELLS else ""
+            alarms_first = sorted(rows, key=lambda row: not row.get("alarm"))
+            cells = [[stored(row, column) for column in known] for row in alarms_first[:MOST_CELLS]]
+            note = f"{MOST_CELLS} of {len(rows)} rows" if len(rows) > MOST_CELLS else ""
             header = [column.replace("_", " ") for column in known]
             yield Table(title, header, cells, note, f"{stage.name}/tables/{name}.jsonl", stage.command)
 

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from rlhf_lightning.evaluation.report.store import number, visible
@@ -14,7 +15,8 @@ ORDER = ("gold", "reward", "length")
 """What the difference is measured by: the first that two models have."""
 MOST, MOST_TEXT = 20, 1500
 """Prompts that are shown, and characters of a prompt or a response."""
-MOST_VALUES = 12
+MOST_ANSWERS, MOST_VALUES = 8, 12
+"""Answers to a prompt, and values of an answer."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """A prompt, the responses to it, and by how much they differ: largest minus smallest value of `by`."""
+    """A prompt, responses to it, and by how much they differ: largest minus smallest value of `by`.
+
+    `models` is how many models answer; `answers` are those of at most `MOST_ANSWERS`.
+    """
 
     prompt: str
     answers: list[Answer]
     by: str
     spread: float
+    models: int
 
 
 def side_by_side(
@@ -64,9 +70,13 @@ def side_by_side(
     return [
         SideBySide(
             visible(prompt, MOST_TEXT),
-            [Answer(visible(model), visible(row["response"], MOST_TEXT), values(row)) for model, row in rows.items()],
+            [
+                Answer(visible(model), visible(row["response"], MOST_TEXT), values(row))
+                for model, row in islice(rows.items(), MOST_ANSWERS)
+            ],
             by,
             spread,
+            len(rows),
         )
         for spread, by, prompt, rows in found[:most]
     ]

@@ -140,7 +140,7 @@ def read_results(*folders: str | Path) -> Results:
             same = sum(other.name.partition(" (")[0] == stage.name for other in results.stages)
             stage.name += f" ({same + 1})" if same else ""
             results.stages.append(stage)
-        started = {stage.name for stage in stages}
+        started = {name for _, name, _ in parts}
         results.missing += [
             f"stage {visible(name)} has not been started" for name in subdict(pipeline, "stages") if name not in started
         ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from rlhf_lightning.evaluation.plots import Panel, Series, as_svg, forest, lines, panels
@@ -18,7 +19,8 @@ from rlhf_lightning.ops.statistics import Interval
 Row = Mapping[str, Any]
 Plot = tuple[str, Any]
 """What a figure is of, such as a model's name or nothing, and the matplotlib figure."""
-MOST_BARS = 24
+MOST_BARS, MOST_PLOTS, MOST_POINTS = 48, 12, 2000
+"""Of a plot, of a table, and of all plots of a table."""
 FEW = 12
 """Points of a line that are drawn one by one; the intervals of more are drawn as a band."""
 ENDS = ("low", "high")
@@ -52,7 +54,7 @@ def by(rows: Iterable[Row], *columns: str) -> dict[str, list[Row]]:
     """Return the rows by the values of columns, in their order."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(" ".join(visible(row[column]) for column in columns if column in row), []).append(row)
+        groups.setdefault(", ".join(visible(row[column]) for column in columns if column in row), []).append(row)
     return groups
 
 
@@ -76,17 +78,18 @@ def calibration(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
     yield "", lines(series, "predicted probability", "observed share", diagonal=True)
 
 
-def buckets(x_label: str) -> Callable[[Sequence[Row], Looks], Iterator[Plot]]:
-    """Return what yields the accuracy by bucket, a plot per model."""
+def buckets(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
+    """Yield the accuracy by bucket, a plot per model and kind of bucket."""
+    for name, of in by(rows, "model", "by").items():
+        counted = [(f"{visible(row['bucket'])} ({visible(row.get('count', '?'))})", row) for row in of[:MOST_BARS]]
+        bars = [(bucket, interval(row, "accuracy")) for bucket, row in counted]
+        look = [looks.get(visible(of[0]["model"]), 0)] * len(bars)
+        yield cut(name, of), forest(bars, "pair accuracy; the number of pairs in brackets", looks=look, zero=0.5)
 
-    def draw(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
-        for name, of in by(rows, "model", "by").items():
-            counted = [(f"{visible(row['bucket'])} ({visible(row.get('count', '?'))})", row) for row in of[:MOST_BARS]]
-            bars = [(name, interval(row, "accuracy")) for name, row in counted]
-            look = [looks.get(visible(of[0]["model"]), 0)] * len(bars)
-            yield name, forest(bars, f"pair accuracy, by {x_label} (pairs)", looks=look, zero=0.5)
 
-    return draw
+def cut(name: str, rows: Sequence[Row]) -> str:
+    """Return the name of a plot, which says so where not all rows are drawn."""
+    return name if len(rows) <= MOST_BARS else f"{name}, {MOST_BARS} of {len(rows)}"
 
 
 def effects(value: str, name: str, x_label: str) -> Callable[[Sequence[Row], Looks], Iterator[Plot]]:
@@ -96,7 +99,7 @@ def effects(value: str, name: str, x_label: str) -> Callable[[Sequence[Row], Loo
         for model, of in by(rows, "model").items():
             largest = sorted(of, key=lambda row: -abs(row[value]))[:MOST_BARS]
             bars = [(visible(row[name]), interval(row, value)) for row in largest]
-            yield model, forest(bars, x_label, looks=[looks.get(model, 0)] * len(bars), zero=0.0)
+            yield cut(model, of), forest(bars, x_label, looks=[looks.get(model, 0)] * len(bars), zero=0.0)
 
     return draw
 
@@ -110,7 +113,7 @@ def win_rates(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
             bars.append((name, interval(row, "win_rate")))
             if number(row.get("length_controlled")) is not None:
                 bars.append((f"{name}, length-controlled", interval(row, "length_controlled", OF_LENGTH_CONTROLLED)))
-        yield f"by {decided}", forest(bars, "win rate", zero=0.5)
+        yield cut(f"by {decided}", of), forest(bars, "win rate", zero=0.5)
 
 
 def ratings(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
@@ -118,10 +121,8 @@ def ratings(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
     for decided, of in by(rows, "by").items():
         ordered = sorted(of, key=lambda row: -row["rating"])[:MOST_BARS]
         bars = [(visible(row["model"]), interval(row, "rating")) for row in ordered]
-        yield (
-            f"by {decided}" if decided else "",
-            forest(bars, "rating (Elo points)", looks=[looks.get(n, 0) for n, _ in bars]),
-        )
+        look = [looks.get(name, 0) for name, _ in bars]
+        yield cut(f"by {decided}", of), forest(bars, "rating (Elo points)", looks=look)
 
 
 def overoptimization(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
@@ -151,12 +152,11 @@ def positions(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
 
 
 def probes(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
-    """Yield the metrics of each probe with their intervals, a plot per probe."""
+    """Yield the metrics of each probe with their intervals, a plot per probe, the models of a metric together."""
     for probe, of in by(rows, "probe").items():
-        bars = [
-            (f"{visible(row['metric'])}, {visible(row['model'])}", interval(row, "value")) for row in of[:MOST_BARS]
-        ]
-        yield probe, forest(bars, "value", looks=[looks.get(visible(row["model"]), 0) for row in of[:MOST_BARS]])
+        together = [row for members in by(of, "metric").values() for row in members][:MOST_BARS]
+        bars = [(f"{visible(row['metric'])}, {visible(row['model'])}", interval(row, "value")) for row in together]
+        yield cut(probe, of), forest(bars, "value", looks=[looks.get(visible(row["model"]), 0) for row in together])
 
 
 DIAGNOSE = "stage=evaluate on a reward model, with evaluate.preferences"
@@ -177,19 +177,19 @@ FIGURES = (
         DIAGNOSE, ("predicted", "observed", "low", "high"),
     ),
     Figured(
-        "margins", "Accuracy by margin", buckets("margin"), "Larger margins should be right more often; 0.5 is chance.",
+        "margins", "Accuracy by margin", buckets, "Larger margins should be right more often; 0.5 is chance.",
         DIAGNOSE, ("accuracy",), ("model", "bucket"),
     ),
     Figured(
-        "lengths", "Accuracy by length", buckets("difference in length"),
+        "lengths", "Accuracy by length", buckets,
         "A reward model that goes by length is right only where the better response is the longer one.",
         DIAGNOSE, ("accuracy",), ("model", "bucket"),
     ),
     Figured(
-        "sources", "Accuracy by source", buckets("source"), "", DIAGNOSE, ("accuracy",), ("model", "bucket"),
+        "sources", "Accuracy by source", buckets, "", DIAGNOSE, ("accuracy",), ("model", "bucket"),
     ),
     Figured(
-        "annotators", "Accuracy by group of annotators", buckets("group"), "",
+        "annotators", "Accuracy by group of annotators", buckets, "",
         DIAGNOSE, ("accuracy",), ("model", "bucket"),
     ),
     Figured(
@@ -222,13 +222,16 @@ FIGURES = (
 
 def of_tables(results: Results, looks: Looks) -> Iterator[Drawn]:
     """Yield the figures of all stored tables; name in `results.missing` those that nobody stored."""
+    looks = dict(looks)
     absent: dict[str, list[str]] = {}
     for row in FIGURES:
         there = False
         for stage, rows in results.rows(row.table):
             source = f"{stage.name}/tables/{row.table}.jsonl"
             rows = usable(rows, row, source, results.missing.append)
-            for name, figure in row.draw(rows, looks) if rows else ():
+            for name in by(rows, "model") if "model" in row.texts else ():
+                looks.setdefault(name, len(looks))  # of a model that no metrics.json names
+            for name, figure in islice(row.draw(rows, looks), MOST_PLOTS) if rows else ():
                 title = f"{row.title}: {name}" if name else row.title
                 there = True
                 yield Drawn(title, as_svg(figure, title), row.caption, source, stage.command)
@@ -239,6 +242,9 @@ def of_tables(results: Results, looks: Looks) -> Iterator[Drawn]:
 
 def usable(rows: Sequence[Row], of: Figured, source: str, complain: Callable[[str], None]) -> list[Row]:
     """Return the rows that have what a figure needs, after a complaint about the others."""
+    if len(rows) > MOST_POINTS:
+        complain(f"{source}: only the first {MOST_POINTS:,} of {len(rows):,} rows are drawn")
+        rows = rows[:MOST_POINTS]
     good, first, reason = [], 0, ""
     for place, row in enumerate(rows, 1):
         lacks = [name for name in of.texts if name not in row]

@@ -55,7 +55,8 @@ def test_overoptimization_needs_a_proxy_that_rises_and_a_gold_reward_that_does_n
     reward: Any, gold: Any, words: str | None, tmp_path: Path
 ) -> None:
     found = [text for text in told(tmp_path, reward=reward, gold=gold) if "overoptimization" in text]
-    assert [words in text for text in found] == ([True] if words else [])
+    assert len(found) == (words is not None)
+    assert words is None or words in found[0]
 
 
 def test_a_gain_is_told_once_and_is_no_warning(tmp_path: Path) -> None:
@@ -85,15 +86,17 @@ def test_that_a_model_is_better_than_what_it_was_trained_from_is_no_warning(tmp_
 
 def test_every_rule_of_reward_models(tmp_path: Path) -> None:
     rows = intervals(
-        chance__accuracy=(0.52, 0.48, 0.56), weak__accuracy=(0.62, 0.58, 0.66), good__accuracy=(0.8, 0.75, 0.85),
-        biased__accuracy=(0.75, 0.7, 0.8), biased__shorter_accuracy=(0.2, 0.1, 0.3), longer__accuracy=(0.6, 0.55, 0.65),
+        coin__accuracy=(0.52, 0.48, 0.56), weak__accuracy=(0.62, 0.58, 0.66), good__accuracy=(0.8, 0.75, 0.85),
+        biased__accuracy=(0.75, 0.7, 0.8), biased__shorter_accuracy=(0.2, 0.1, 0.3),
+        biased__length_spearman=(0.5, 0.4, 0.6), good__length_spearman=(0.35, 0.25, 0.45), longer__accuracy=(0.6, 0.55, 0.65),
     )  # fmt: skip
     stored_stage(tmp_path / "run", "evaluate", rows)
     texts = [finding.text for finding in findings(read_results(tmp_path / "run"))[0]]
-    assert [text.split()[0] for text in texts] == ["chance", "weak", "biased"]
-    assert "chance" in texts[0]
+    assert [text.split()[0] for text in texts] == ["coin", "weak", "biased", "biased"]
+    assert "better than chance" in texts[0]
     assert "longer response (0.600)" in texts[1]
-    assert "where the shorter one is better" in texts[2]
+    assert "rank correlation with length 0.500" in texts[2]
+    assert "where the shorter one is better" in texts[3]
 
 
 def test_alarms_of_probes_stand_out(tmp_path: Path) -> None:
@@ -203,6 +206,12 @@ def test_samples_come_first_where_the_models_differ_most() -> None:
     assert [one.prompt for one in found] == ["Question 1?", "Question 0?", "Question 2?"]
     assert [one.spread for one in found] == [3.0, 1.0, 0.0]
     assert [answer.text for answer in found[0].answers] == ["9 x", "0 x", "-3 x"]
+
+
+def test_of_many_models_some_are_shown_and_the_page_says_so() -> None:
+    samples = answers(**{f"m{number}": [f"{number} x"] for number in range(20)})
+    (one,) = side_by_side(samples)
+    assert (len(one.answers), one.models, one.spread) == (8, 20, 19.0)
 
 
 def test_of_a_prompt_that_is_there_more_than_once_the_largest_difference_is_shown() -> None:
