@@ -16,7 +16,7 @@ from rlhf_lightning.evaluation.attempts import attempts, check_attempts, majorit
 from rlhf_lightning.evaluation.policy import Evaluation
 from rlhf_lightning.ops.statistics import share_interval
 from rlhf_lightning.rewards.checkers import exact_answer
-from rlhf_lightning.rewards.scoring import MeanReward
+from rlhf_lightning.rewards.scoring import Ensemble
 from rlhf_lightning.world import gold_reward
 
 
@@ -103,7 +103,7 @@ def test_what_cannot_be_counted_is_refused() -> None:
     half = evaluation([["12"]])
     with pytest.raises(UserError, match=r"rewards of 0 and 1; one of gold is 0\.5"):
         attempts(Evaluation({"gold": [0.5]}, half.places, half.prompts, half.samples), "gold", [1])
-    for rewards in ({}, {"reward": MeanReward([exact_answer])}):
+    for rewards in ({}, {"reward": Ensemble([exact_answer])}):
         with pytest.raises(UserError, match=r"evaluate\.pass_at needs a verifiable reward, .*exact_answer"):
             check_attempts(rewards, [1], [])
     with pytest.raises(UserError, match=r"evaluate\.majority_at: gold_reward has no attribute read_answer"):

@@ -40,6 +40,8 @@ SHAPES: dict[str, tuple[tuple[Any, ...], Any]] = {
     "rloo": ((SCORES,), (P, N_SAMPLES)),
     "grpo": ((SCORES,), (P, N_SAMPLES)),
     "explained_variance": ((TABLE, TABLE + 1, MASK), ()),
+    "best_of_n_means": ((FLAT, FLAT), (N,)),
+    "best_of_n_kl_with_ties": ((FLAT,), (N,)),
     "kl_estimate": ((FLAT, FLAT), (N,)),
     "token_rewards": ((TABLE[:, 0], TABLE, MASK, 0.1), (S, T)),
     "widened": ((LOGITS, 0.5), [(N, V)]),
