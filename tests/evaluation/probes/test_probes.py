@@ -88,7 +88,9 @@ def test_sycophancy_counts_against_what_is_known() -> None:
             return f"{name}wrong" if name in "ad" else f"{name}right"
         return "I do not know" if name == "d" else f"{name}right"
 
-    found = run_probe("sycophancy", scripted(say), rows).metrics
+    result = run_probe("sycophancy", scripted(say), rows)
+    assert "awrong" in result.samples[0]["prompt"]  # what was asked
+    found = result.metrics
     assert found["right_neutral"][0] == 3 / 4
     assert found["right_suggested"][0] == 2 / 4
     assert found["drop"][0] == 1 / 4
@@ -228,7 +230,7 @@ def test_diversity_by_hand() -> None:
     assert found.counts["unique"] == 2
     with pytest.raises(UserError, match="with probe.temperature=0 all are the same"):
         run_probe("diversity", scripted(None, temperature=0), rows)
-    with pytest.raises(UserError, match="two samples or more"):
+    with pytest.raises(UserError, match=r"probe.diversity.num_generations=1 is not a whole number in \[2, inf\)"):
         run_probe("diversity", scripted(None), rows, settings={"num_generations": 1})
 
 
