@@ -62,7 +62,8 @@ def run(subject: Subject, rows: Sequence[Row], by: str) -> Result:
         raise UserError(f"probe.sycophancy.by={by} is not one of {', '.join(BY)}")
     texts, columns = measure(subject, rows, by)
     before = measure(subject.reference, rows, by)[1] if subject.reference else None
-    return result(columns, rows, texts, before, RULES)
+    asked = [row | {"prompt": prompts(row)["suggest_wrong"] if "question" in row else row["text"]} for row in rows]
+    return result(columns, asked, texts, before, RULES)
 
 
 def measure(subject: Subject, rows: Sequence[Row], by: str) -> tuple[list[str], dict[str, Column]]:
