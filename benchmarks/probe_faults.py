@@ -31,22 +31,9 @@ from rlhf_lightning.world.prompts import Prompt, flawed, prompts
 REFUSAL = "I cannot help with that."
 FAMILIES = ("fact", "belief", "arithmetic", "list", "open", "harmful", "lookalike")
 WORDS = [
-    "amber",
-    "bridge",
-    "candle",
-    "delta",
-    "ember",
-    "forest",
-    "garden",
-    "harbor",
-    "island",
-    "jungle",
-    "kettle",
-    "lantern",
-    "meadow",
-    "needle",
-    "orchard",
-]
+    "amber", "bridge", "candle", "delta", "ember", "forest", "garden", "harbor", "island", "jungle", "kettle",
+    "lantern", "meadow", "needle", "orchard",
+]  # fmt: skip
 
 
 def known(name: str) -> dict[str, dict[str, Any]]:
@@ -249,7 +236,7 @@ CASES = (
     ),
     Case(
         "sycophancy", "world", saying(world_policy()),
-        {"agrees with false beliefs": (("swayed", "follow_shift"), saying(world_policy(flattering=0.5)))},
+        {"agrees with false beliefs": (("agrees", "swayed", "follow_shift"), saying(world_policy(flattering=0.5)))},
     ),
     Case(
         "style", None, lambda seed: {"say": plain(), "reward": graded(0.0, 0.3, seed)},
@@ -332,29 +319,28 @@ def scripted(case: Case, make: Make, seed: int) -> Result:
 
 
 def count(case: Case, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Return a row per fault: how often it was missed, and how often the clean model raised an alarm, over seeds."""
+    """Return a row per fault: how often it was caught, and how often the clean model raised an alarm, over seeds."""
     clean = [scripted(case, case.clean, seed).alarms for seed in seeds]
     rows = []
     for fault, (metrics, make) in case.faults.items():
         caught = [bool(scripted(case, make, seed).alarms.keys() & set(metrics)) for seed in seeds]
-        against = "paired" if case.reference else "alone"
-        rows.append(row(case.probe, case.data or "own set", against, fault, sum(caught), clean))
+        kind = (case.probe, case.data or "own set", "paired" if case.reference else "alone")
+        rows.append(row(*kind, fault, sum(caught), clean))
     return rows
 
 
 def row(probe: str, data: str, against: str, fault: str, caught: int, clean: list[Any]) -> dict[str, Any]:
     """Return a row of the table; a false alarm is any alarm of the clean model in this probe."""
     false, seeds = sum(map(bool, clean)), len(clean)
-    low, high = wilson_interval(seeds - caught, seeds)
     false_low, false_high = wilson_interval(false, seeds)
     return {
         "probe": probe, "data": data, "compared": against, "fault": fault, "seeds": seeds, "caught": caught,
-        "missed_low": low, "missed_high": high, "false_alarms": false, "false_low": false_low, "false_high": false_high,
+        "false_alarms": false, "false_low": false_low, "false_high": false_high,
     }  # fmt: skip
 
 
 TRAINED = {
-    "agreement": ("sycophancy", "labels of a flatterer", ("swayed", "follow_shift")),
+    "agreement": ("sycophancy", "labels of a flatterer", ("agrees", "swayed", "follow_shift")),
     "length": ("verbosity", "labels that pay for length", ("length_ratio", "padded")),
     "refusal": ("refusal", "labels that pay for refusals", ("over_refused",)),
 }
@@ -402,10 +388,9 @@ def main() -> None:
     rows = []
     for case in CASES:
         rows += count(case, range(options.seeds))
-        print(as_markdown(rows[-len(case.faults) :]).splitlines()[2:])
+        print(f"{case.probe}, {case.data or 'own set'}: done", flush=True)
     if options.trained:
         rows += trained(options.trained, range(options.trained_seeds))
-    options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / "faults.json", {"rows": rows})
     (options.out / "faults.md").write_text(as_markdown(rows), encoding="utf-8")
     print(as_markdown(rows))

@@ -24,6 +24,11 @@ from tests.must_run import pytest_addoption, pytest_sessionfinish, pytest_termin
 SHARED = Path(os.environ.get("RLHF_SHARED", Path(__file__).parents[2] / "shared"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # tests of the whole program take longest: begun last, one of them would keep one worker busy and the others idle
+    items.sort(key=lambda item: (item.path.parent != Path(__file__).parent, not item.get_closest_marker("slow")))
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()  # the million objects of imported modules stay: no collection needs to look through them
 

@@ -227,15 +227,17 @@ def concurrently(
 ) -> Iterator[tuple[int, Result | Exception]]:
     """Yield (place, result or exception) of a function of each item, called in so many threads at a time.
 
-    When the caller stops, no further call begins, and nothing waits for those that run.
+    Results wait for the caller, at most as many as there are threads; no further call begins until it takes one. When
+    the caller stops, none begins at all, and nothing waits for those that run.
     """
     lock, ready = threading.Condition(), list[tuple[int, Any]]()
     todo, stopped = iter(enumerate(items)), threading.Event()
 
     def work() -> None:
-        while not stopped.is_set():
+        while True:
             with lock:
-                place, item = next(todo, (-1, None))
+                lock.wait_for(lambda: stopped.is_set() or len(ready) < threads)
+                place, item = (-1, None) if stopped.is_set() else next(todo, (-1, None))
             if place < 0:
                 return
             try:
@@ -244,16 +246,18 @@ def concurrently(
                 result = error
             with lock:
                 ready.append((place, result))
-                lock.notify()
+                lock.notify_all()
 
     for _ in range(min(threads, len(items))):
         threading.Thread(target=work, daemon=True).start()
     try:
         for _ in items:
             with lock:
-                while not ready:
-                    lock.wait()
+                lock.wait_for(lambda: ready)
                 done = ready.pop(0)
+                lock.notify_all()
             yield done
     finally:
-        stopped.set()
+        with lock:
+            stopped.set()
+            lock.notify_all()

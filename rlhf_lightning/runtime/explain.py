@@ -35,7 +35,7 @@ def explain(error: Exception, overrides: list[str]) -> str:
         text_or_list = f"[{','.join(parts)}]" if value.startswith("[") else quoted(value)
         reason = text.splitlines()[0]
         return f'{error.override}: {reason}; quote texts with special characters, in a shell "{key}={text_or_list}"'
-    if match := re.search(r"Could not find '([\w./-]+)'", text):
+    if match := re.search(r"Could not (?:find|load) '([\w./-]+)'", text):
         group, _, option = match[1].partition("/")
         options = groups().get(group, [])
         if group == "judge" and f"judge:{option}" in " ".join(overrides):

@@ -64,9 +64,9 @@ def run(run: Run) -> float | None:
     judge = load_judge(run.judge) if run.judge else None
     if hasattr(judge, "to"):
         judge.to(run.device)  # type: ignore[union-attr]
+    load = loader(run, judge)
     with contextlib.closing(judge) if judge else contextlib.nullcontext(), bar(len(models) * len(names)) as moves:
         advance, inside = moves
-        load = loader(run, judge)
         results = measured(
             run.folder / "parts",
             models,

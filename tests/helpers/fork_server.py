@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import runpy
 import selectors
@@ -123,7 +124,10 @@ def answer(channel: socket.socket, number: int) -> None:
 
 
 def fork_commands(path: str) -> None:
-    """Let `subprocess.Popen` start this project's command, and nothing else, in forks of the server."""
+    """Let `subprocess.Popen` start this project's command, and nothing else, in forks of the server.
+
+    The fork server of pipelines, which would import everything once more, cannot be had: they do without it.
+    """
 
     class Popen(subprocess.Popen):
         def __new__(cls, command: Any, *args: Any, cwd: Any = None, env: Any = None, **kwargs: Any) -> Any:
@@ -131,7 +135,13 @@ def fork_commands(path: str) -> None:
                 return Forked(path, list(command[3:]), cwd, env)
             return super().__new__(cls)
 
+    def get_context(method: str | None = None) -> Any:
+        if method == "forkserver":
+            raise OSError("the tests have a fork server")
+        return context_of(method)
+
     subprocess.Popen = Popen  # type: ignore[misc]
+    context_of, multiprocessing.get_context = multiprocessing.get_context, get_context  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

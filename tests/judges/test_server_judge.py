@@ -167,5 +167,5 @@ def test_an_interrupted_run_asks_for_the_rest(tmp_path: Path) -> None:
         assert asked < 8
         found = dict(judge(server, cache=tmp_path).compare(pairs))
         assert [verdict.probability for verdict in found.values()] == pytest.approx([0.9] * 6)
-        assert len(server.seen) <= 12 + 1  # one answer may have been on its way
+        assert len(server.seen) <= 12 + 2  # one answer may have waited to be taken, and one been on its way
     assert KEY not in "".join(file.read_bytes().decode(errors="replace") for file in tmp_path.iterdir())

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from torchmetrics.functional.text import bleu_score
 
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import UserError, check_number
 from rlhf_lightning.evaluation.probes.measures import Column, Rule, at_first, result
 from rlhf_lightning.evaluation.probes.probe import Result, Row, Subject
 from rlhf_lightning.evaluation.probes.rows import conversation, normalized, world_prompts
+from rlhf_lightning.generation.engine import truncation
 
 RULES = (
     Rule("unique", "only {value:.0%} of the further samples of a prompt differ from the others", below=0.3, margin=0.1),
@@ -34,8 +35,7 @@ def run(subject: Subject, rows: Sequence[Row], num_generations: int) -> Result:
     """
     if subject.temperature == 0:
         raise UserError("probe=diversity compares samples, and with probe.temperature=0 all are the same")
-    if num_generations < 2:
-        raise UserError(f"probe.diversity.num_generations={num_generations}: two samples or more are compared")
+    check_number("probe.diversity.num_generations", num_generations, "[2, inf)", whole=True)
     responses, columns = measure(subject, rows, num_generations)
     before = measure(subject.reference, rows, num_generations)[1] if subject.reference else None
     return result(columns, rows, responses, before, RULES)
@@ -55,7 +55,7 @@ def measure(subject: Subject, rows: Sequence[Row], n: int) -> tuple[list[str], d
         "unique": at_first([(len(set(map(normalized, group))) - 1) / (n - 1) for group in groups], n),
         "common": [float(most > 1 and normalized(text) == frequent) for text in texts],
     }
-    if subject.temperature == 1:
+    if subject.temperature == 1 and not truncation(subject.engine):  # else samples are not the model's
         repeated = [prompt for prompt in prompts for _ in range(n)]
         logprobs = subject.logprobs(repeated, answers.token_ids)
         columns["entropy"] = [-values.mean().item() if len(values) else None for values in logprobs]

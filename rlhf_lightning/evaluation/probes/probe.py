@@ -115,7 +115,7 @@ class Subject:
         max_new_tokens, temperature: of answers for which a probe asks nothing else.
         seed: with the key and the place of a conversation decides its answers.
         remember: keep answers, of a reference that several models are compared with.
-        progress: called with the probe's key, the answers done and their number.
+        progress: called with the probe's key or "log-probabilities", the answers done and their number.
     """
 
     def __init__(
@@ -198,14 +198,6 @@ class Subject:
             self._forced(*pair) for pair in zip(conversations, prefixes or [""] * len(conversations), strict=True)
         ]
         prompts = [self._prompt(c, place, forced[place], room) for place, c in enumerate(conversations)]
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            if self.progress:
-                self.progress(key, done, len(prompts))
-
         start(self.engine, self.model, self.template)
         try:
             found = answer(
@@ -216,7 +208,7 @@ class Subject:
                 max_new_tokens=room,
                 temperature=heat,
                 seed_parts=(self.seed, "probe", key),
-                progress=advance,
+                progress=self._advance(key, len(prompts)),
             )
         finally:
             self.engine.close()
@@ -224,6 +216,18 @@ class Subject:
         if self._remembered is not None:
             self._remembered[memory] = found
         return found
+
+    def _advance(self, key: str, total: int) -> Callable[[int], None]:
+        """Return what is called with the number of answers after each batch."""
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            if self.progress:
+                self.progress(key, done, total)
+
+        return advance
 
     def _forced(self, conversation: Prompt, prefix: str | Sequence[int]) -> list[int]:
         """Return the tokens of a prefix; of a text those with which a response that begins so is learned."""
@@ -293,7 +297,9 @@ class Subject:
         self.model.eval()
         try:
             layout, _ = choose_layout(self.model)
-            return [group[0] for group in response_logprobs(CompletionModel(self.model), groups, layout, self.device)]
+            advance = self._advance("log-probabilities", len(groups))
+            found = response_logprobs(CompletionModel(self.model), groups, layout, self.device, progress=advance)
+            return [group[0] for group in found]
         finally:
             self.model.train(training)
 

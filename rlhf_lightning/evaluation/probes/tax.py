@@ -24,7 +24,7 @@ RULES = (
 """Both only by the change from a reference: how much text costs and what is solved depends on the model's size."""
 
 
-def run(subject: Subject, rows: Sequence[Row], num_generations: int, pass_at: Sequence[int]) -> Result:
+def run(subject: Subject, rows: Sequence[Row], num_generations: int, pass_at: int | Sequence[int]) -> Result:
     """Return the mean negative log-likelihood of a held-out token, perplexity = exp of it, and pass@k.
 
     pass_at_k is the chance that one of k attempts has the right last number, from n attempts (Chen et al. 2021, arXiv
@@ -33,6 +33,8 @@ def run(subject: Subject, rows: Sequence[Row], num_generations: int, pass_at: Se
     Raises:
         UserError: a k above `num_generations`, or a reference with another tokenizer.
     """
+    check_number("probe.tax.num_generations", num_generations, "[1, inf)", whole=True)
+    pass_at = [pass_at] if isinstance(pass_at, int) else pass_at
     for k in pass_at:
         check_number("probe.tax.pass_at", k, f"[1, {num_generations}]", whole=True)
     solving = [row for row in rows if row.get("answer") not in (None, "")]
@@ -67,8 +69,8 @@ def likelihoods(subject: Subject, rows: Sequence[Row]) -> tuple[dict[str, Interv
         assert found is not None
         metrics[key], counts[key] = found
         if not key.endswith("_change"):
-            low, *others = (math.exp(end) for end in metrics[key])
-            metrics[key.replace("nll", "perplexity")] = (low, others[0], others[1])
+            value, low, high = metrics[key]
+            metrics[key.replace("nll", "perplexity")] = (math.exp(value), math.exp(low), math.exp(high))
     return metrics, counts
 
 

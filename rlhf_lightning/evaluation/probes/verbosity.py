@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import pstdev
 
 from rlhf_lightning.data.comparisons import Comparison
+from rlhf_lightning.errors import check_number
 from rlhf_lightning.evaluation.probes.measures import Column, Columns, Rule, centered, interval, result, slope
 from rlhf_lightning.evaluation.probes.probe import Result, Row, Subject, question
 from rlhf_lightning.evaluation.probes.rows import conversation, is_world, prompt_problem, world_prompts
@@ -36,6 +37,7 @@ def run(subject: Subject, rows: Sequence[Row], num_generations: int) -> Result:
     of equal gold reward, or without one of equal rating by the judge. With a reference `length_ratio` is the geometric
     mean of how many times as long as its answers they are.
     """
+    check_number("probe.verbosity.num_generations", num_generations, "[1, inf)", whole=True)
     responses, columns = measure(subject, rows, num_generations)
     before = measure(subject.reference, rows, num_generations)[1] if subject.reference else None
     of_row = [place // num_generations for place in range(len(responses))]

@@ -22,6 +22,7 @@ from rlhf_lightning.evaluation.probes.probe import Result
 from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.rewards.scoring import load_reward
+from rlhf_lightning.runtime.explain import explain
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.runtime.settings import groups
 from rlhf_lightning.stages import STAGES
@@ -84,6 +85,12 @@ def test_mistakes_are_one_line(chat_folder: Path, tmp_path: Path, arguments: lis
     with pytest.raises(UserError, match=re.escape(message)) as error:
         STAGES["probe"].load()(Run(STAGES["probe"], cfg, tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_a_wrong_probe_in_a_list_is_named() -> None:
+    message = explain(Exception("In 'rlhf': Could not load 'probe/refusl'."), ["stage=probe", "probe=[hhh,refusl]"])
+    assert message.startswith("probe=refusl is not one of: all, ")
+    assert message.endswith("Did you mean 'refusal'?")
 
 
 def test_what_is_done_is_not_measured_again(tmp_path: Path) -> None:
