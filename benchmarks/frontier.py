@@ -75,7 +75,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for method in dict.fromkeys(row["method"] for row in rows):
         points = sorted((row for row in rows if row["method"] == method), key=lambda row: row["kl"])
         x, y = [row["kl"] for row in points], [row["reward"] for row in points]
-        style = {"color": COLORS[method], "label": LABELS[method]}
+        style: dict[str, Any] = {"color": COLORS[method], "label": LABELS[method]}
         if method == BEST_OF_N:
             axes.plot(x, y, **style)
             axes.fill_between(

@@ -163,6 +163,9 @@ def check(run: Run) -> dict[str, list[Policy]]:
     for key in ("rows", "best_of", "num_generations", "max_new_tokens"):
         check_number(f"overoptimize.{key}", run.options[key], "[1, inf)", whole=True)
     check_number("overoptimize.temperature", run.options["temperature"], "(0, inf)")
+    for key in ("proxies", "policies"):
+        if not isinstance(run.options[key], dict):
+            raise UserError(f"overoptimize.{key}={run.options[key]} is no map: give +overoptimize.{key}.<name>=...")
     several, single = run.options["proxies"], run.settings["reward_from"]
     if bool(several) == bool(single):
         raise UserError("give either reward_from=<proxy reward> or overoptimize.proxies.<name>=<reward model folder>")

@@ -327,6 +327,7 @@ def test_mistakes_are_named(folders: dict[str, str], tmp_path: Path) -> None:
     refused("give either reward_from", reward, proxies={"a": folders["reward"]})
     refused("policies.rewrad: the proxies are reward. Did you mean 'reward'", reward, policies={"rewrad": {"a": "x"}})
     refused(r"give overoptimize.policies.reward.<name>=<model folder>", reward, policies={"reward": folders["moved"]})
+    refused("overoptimize.policies=x is no map", reward, policies="x")
     refused("overoptimize.best_of=0 is not a whole number", reward, best_of=0)
     refused(r"overoptimize.temperature=0.0 is not a finite number in \(0, inf\)", reward, temperature=0.0)
     refused("sampler.top_p=0.9: samples of a cut distribution have no KL", reward, "sampler.top_p=0.9")
