@@ -53,7 +53,8 @@ def app(cfg: DictConfig) -> float | list[float] | None:
             from rlhf_lightning.runtime.pipeline import run_pipeline
 
             splits = DATA_SPLITS | {key: split for stage in STAGES.values() for key, split in stage.sources.items()}
-            return run_pipeline(cfg, [key for stage in STAGES.values() for key in stage.models], splits)
+            maps = [key for stage in STAGES.values() for key in (*stage.models, *stage.sources)]
+            return run_pipeline(cfg, maps, splits)
         if cfg.stage not in STAGES:
             raise UserError(f"choose what to run with stage= one of {', '.join(STAGES)}")
         if cfg.plan:

@@ -42,6 +42,9 @@ def test_a_pipeline_notices_a_changed_file_of_a_list_a_pattern_and_a_split(tmp_p
     held_out, splits = {"evaluate.preferences": files[0]}, {"evaluate.preferences": "val"}
     assert len(content_digests(held_out, splits)) == 1
     assert content_digests(held_out) == []  # no key of data
+    file = next(iter(held_out.values()))
+    named = {"evaluate.answers.mine": file, "evaluate.models.mine": file}
+    assert content_digests(named, {"evaluate.answers": "val"}) == content_digests(held_out, splits)  # of a map
 
 
 @pytest.mark.slow

@@ -68,7 +68,8 @@ class Duel:
             table["win_rate"] = share_interval(self.outcomes, self.prompts)
             table["bootstrap"] = bootstrap_interval(weights @ values / weights.sum(1), clusters, share=True)
             controlled = length_controlled(values, self.lengths, difficulty(self, others), weights)
-            table["length_controlled"] = bootstrap_interval(controlled, clusters, share=True)
+            told = 1 if len(set(values)) == 1 else clusters  # equal outcomes say nothing of its error
+            table["length_controlled"] = bootstrap_interval(controlled, told, share=True)
         return table | dict(self.beside)
 
 

@@ -80,6 +80,7 @@ def test_a_model_that_always_wins_has_no_interval_by_bootstrap() -> None:
     assert table["win_rate"] == (1.0, *wilson_interval(30, 30))
     assert math.isnan(table["bootstrap"][1])
     assert table["length_controlled"][0] > 0.99
+    assert math.isnan(table["length_controlled"][1])
     (row,) = rows_of([Duel("b", "a", "gold", [1.0], [0], [(1, 1)])], [table])
     assert row["bootstrap_low"] is None
 
