@@ -13,6 +13,15 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from torch.utils.tensorboard.summary import hparams as summaries
 
 log = logging.getLogger(__name__)
+CHARTS = {
+    "loss": ("train/loss", "val/loss"),
+    "accuracy": ("train/accuracy", "val/accuracy"),
+    "reward": ("reward/proxy", "reward/gold"),
+    "KL (nats)": ("kl/reference",),
+    "tokens": ("rollout/length",),
+    "entropy": ("policy/entropy",),
+}
+"""The charts of a training: title -> the tags that belong in one, in TensorBoard's custom scalars and in reports."""
 
 
 def quiet_writer_threads() -> None:
@@ -57,6 +66,16 @@ def summary_writer(trainer: Trainer) -> Any:
     if not trainer.is_global_zero:
         return None
     return next((logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
+
+
+def write_charts(trainer: Trainer) -> None:
+    """Lay out TensorBoard's tab of custom scalars; a tag that the run does not log is left out there."""
+    writer = summary_writer(trainer)
+    if writer is not None:
+        charts = {
+            title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in CHARTS.items()
+        }  # they are patterns
+        writer.add_custom_scalars({"training": charts})
 
 
 def judged_by(monitor: str, metrics: Mapping[str, Any]) -> str | None:

@@ -55,7 +55,8 @@ def model_card(folder: Path, manifest: Mapping[str, Any], manifest_name: str) ->
         f"Trained with rlhf_lightning {text(subdict(manifest, 'versions').get('rlhf-lightning', ''))}, seed "
         f"{text(manifest.get('seed', '?'))}. Weights: SHA-256 `{text(manifest.get('weights', ''))}`.",
         "",
-        f"* Base model: {text(base)}, licence: {base_license or 'not stated'}",
+        f"* Base model: {text(base)}",
+        f"* Licence of the base model: {base_license or 'not stated'}",
         f"* Licence of this model: {text(licenses.get('model') or 'not stated')}",
         "",
         "## Stages and data",
@@ -147,10 +148,11 @@ def metrics_table(metrics: Mapping[str, Any]) -> Iterator[str]:
 def loading(reward: bool, adapter: bool) -> Iterator[str]:
     """Yield how transformers, vLLM and Ollama load the folder, `.` being its place."""
     kind = "SequenceClassification" if reward else "CausalLM"
-    library = "peft" if adapter else "transformers"
     auto = f"AutoPeftModelFor{kind}" if adapter else f"AutoModelFor{kind}"
+    apart = [f"from peft import {auto}", "from transformers import AutoTokenizer"]
+    imports = apart if adapter else [f"from transformers import {auto}, AutoTokenizer"]
     labels = ", num_labels=1" if adapter and reward else ""
-    yield from ("```python", f"from {library} import {auto}", "from transformers import AutoTokenizer", "")
+    yield from ("```python", *imports, "")
     yield from (
         f'model = {auto}.from_pretrained("."{labels})',
         'tokenizer = AutoTokenizer.from_pretrained(".")',

@@ -22,7 +22,7 @@ from rlhf_lightning.callbacks.checkpoints import (
     kept_microbatches,
     resumed_step,
 )
-from rlhf_lightning.callbacks.loggers import judged_by, log_settings, write_hparams
+from rlhf_lightning.callbacks.loggers import judged_by, log_settings, write_charts, write_hparams
 from rlhf_lightning.callbacks.models import write_trained
 from rlhf_lightning.callbacks.notices import Notices
 from rlhf_lightning.callbacks.progress import LineProgress, progress_bar
@@ -73,6 +73,7 @@ def _train(run: Run, folder: str, load: Callable[[], Any], **options: Any) -> fl
     with readable_library_errors():
         for logger in trainer.loggers:
             log_settings(logger, hyperparameters(run))
+        write_charts(trainer)
     fit(trainer, module, data, run.checkpoint, run.folder)
     if run.settings["export"] == "best":
         restore_best(trainer, module, data, run.folder)

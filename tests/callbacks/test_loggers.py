@@ -13,12 +13,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from rlhf_lightning.callbacks.loggers import judged_by, quiet_writer_threads, write_hparams
+from rlhf_lightning.callbacks.loggers import CHARTS, judged_by, quiet_writer_threads, write_charts, write_hparams
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import readable_os_errors
 from tests.helpers.lightning import quiet_lightning
@@ -81,6 +82,19 @@ def test_hparams_tab_has_the_settings_and_the_final_metric(tmp_path: Path) -> No
 def test_hparams_without_a_metric_writes_nothing(tmp_path: Path) -> None:
     write_hparams(train(tmp_path), {"a": 1}, None, 0.0)
     assert not [tag for tag in read(tmp_path).summary_metadata if tag.startswith("_hparams_")]
+
+
+@quiet_lightning
+def test_custom_scalars_group_what_belongs_together(tmp_path: Path) -> None:
+    trainer = train(tmp_path)
+    write_charts(trainer)
+    trainer.logger.finalize("success")
+    (stored,) = read(tmp_path).Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(stored.tensor_proto.string_val[0])
+    (category,) = layout.category
+    charts = {chart.title: list(chart.multiline.tag) for chart in category.chart}
+    assert charts.keys() == CHARTS.keys()
+    assert charts["reward"] == ["^reward/proxy$", "^reward/gold$"]
 
 
 def test_a_run_without_held_out_rows_is_judged_by_its_training() -> None:

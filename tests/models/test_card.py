@@ -57,8 +57,8 @@ def test_a_card_names_every_stage_its_data_and_what_is_stated_of_them(tmp_path: 
     ]
     assert "| val/accuracy | 0.8 | 0.7 to 0.9 |" in made.text
     assert "| val/loss | 0.4 |  |" in made.text
-    assert not [name for name in ("optim/lr", "val/accuracy_low") if name in made.text]
-    assert "AutoModelForCausalLM" in made.text
+    assert not [name for name in ("optim/lr", "_low") if name in made.text]
+    assert "from transformers import AutoModelForCausalLM, AutoTokenizer\n" in made.text
     assert "vllm serve .\n" in made.text
     assert "ollama create" in made.text
 
@@ -67,9 +67,9 @@ def test_the_licence_of_the_base_model_is_what_its_own_card_states(tmp_path: Pat
     base = tmp_path / "base"
     base.mkdir()
     (base / "README.md").write_text("---\nlicense: llama3.2\n---\n")
-    assert "* Base model: base, licence: llama3.2" in card(*stored(tmp_path / "sft", str(base))).text
+    assert "* Licence of the base model: llama3.2" in card(*stored(tmp_path / "sft", str(base))).text
     (base / "README.md").write_bytes(b"---\nlicense: [\xff\n---\n")
-    assert "licence: not stated" in card(*stored(tmp_path / "again", str(base))).text
+    assert "* Licence of the base model: not stated" in card(*stored(tmp_path / "again", str(base))).text
 
 
 @pytest.mark.parametrize(

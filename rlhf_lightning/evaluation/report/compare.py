@@ -16,8 +16,8 @@ from rlhf_lightning.evaluation.report.samples import side_by_side
 from rlhf_lightning.evaluation.report.store import Results, Stage, read_results, split_difference, visible
 from rlhf_lightning.ops.statistics import Interval
 
-PLACES = ("run_folder", "run_id", "resume", "paths", "hydra", "name")
-"""Keys that say where a run is, not what it does."""
+PLACES = ("run_folder", "run_id", "resume", "paths", "hydra", "name", "logger", "pipeline")
+"""Keys that say where a run is and writes, not what it does."""
 
 
 def named(folders: Sequence[str | Path]) -> dict[str, str | Path]:
@@ -85,29 +85,34 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def settings_tables(of: Mapping[str, Results]) -> Iterator[Table]:
-    """Yield for every stage the settings that differ; the folders of the pipelines themselves do not count."""
-    for name in shared(of):
-        stages = {label: stage_of(results, name) for label, results in of.items()}
+    """Yield the stages that not all have, and for every other stage the settings that differ.
+
+    The folders of the pipelines themselves do not count.
+    """
+    everywhere = {name: {label: stage_of(results, name) for label, results in of.items()} for name in shared(of)}
+    some = {name: stages for name, stages in everywhere.items() if None in stages.values()}
+    if some:
+        rows = [
+            [Cell(name), *(Cell("yes" if stage else "no") for stage in stages.values())]
+            for name, stages in some.items()
+        ]
+        yield Table("Stages that not all have", ["stage", *of], rows)
+    for name, stages in everywhere.items():
         settings = {label: settings_of(stage, of[label]) for label, stage in stages.items() if stage is not None}
         keys = dict.fromkeys(key for config in settings.values() for key in config)
-        differing = [key for key in keys if len({str(settings.get(label, {}).get(key, "")) for label in of}) > 1]
-        rows = [[Cell(visible(key)), *(Cell(shown(settings, label, key)) for label in of)] for key in differing]
-        if absent := [label for label, stage in stages.items() if stage is None]:
-            rows = [[Cell(name), *(Cell("there is no such stage" if label in absent else "there") for label in of)]]
-        if rows:
+        values = {key: [config.get(key, "-") for config in settings.values()] for key in keys}
+        rows = [
+            [Cell(visible(key)), *(Cell(visible(v)) for v in row)] for key, row in values.items() if len(set(row)) > 1
+        ]
+        if rows and name not in some:
             yield Table(f"Settings of {name}", ["key", *of], rows)
 
 
 def settings_of(stage: Stage, results: Results) -> dict[str, Any]:
     """Return the flat settings of a stage, with the pipeline's own folder written as `.`."""
     own = str(results.folders[0].resolve())
-    settings = flat({key: value for key, value in stage.config.items() if key not in PLACES and key != "pipeline"})
-    return {key: str(value).replace(own, ".") for key, value in settings.items()}
-
-
-def shown(settings: Mapping[str, Mapping[str, Any]], label: str, key: str) -> str:
-    """Return the text of a setting."""
-    return visible(settings[label][key]) if key in settings.get(label, {}) else "-"
+    settings = flat({key: value for key, value in stage.config.items() if key not in PLACES})
+    return {key: "null" if value is None else str(value).replace(own, ".") for key, value in settings.items()}
 
 
 def results_tables(of: Mapping[str, Results]) -> Iterator[Table]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from rlhf_lightning.callbacks.loggers import CHARTS
 from rlhf_lightning.evaluation.plots import Panel, Series, as_svg, cumulative, forest, lines, panels
 from rlhf_lightning.evaluation.report.store import Results, Stage, column, curves, split_difference, visible
 
@@ -72,26 +73,15 @@ def of_samples(stage: Stage, samples: Mapping[str, Sequence[Mapping[str, Any]]],
         yield drawn(figure, "Lengths of the answers", caption, f"{stage.name}/samples/*.jsonl", stage)
 
 
-TRAINING = {
-    "loss": ("train/loss", "val/loss"),
-    "accuracy": ("train/accuracy", "val/accuracy"),
-    "reward": ("reward/proxy", "reward/gold"),
-    "KL (nats)": ("kl/reference",),
-    "tokens": ("rollout/length",),
-    "entropy": ("policy/entropy",),
-}
-"""The plots of a run's training: y label -> the tags in it."""
-
-
 def of_training(results: Results) -> Iterator[Drawn]:
     """Yield the training curves of every stage that logged some."""
-    tags = [tag for members in TRAINING.values() for tag in members]
+    tags = [tag for members in CHARTS.values() for tag in members]
     for stage in results.stages:
         if not stage.manifest:
             continue
         found = curves(stage.folder, tags, results.missing.append)
         plots = []
-        for label, members in TRAINING.items():
+        for label, members in CHARTS.items():
             series = []
             for look, tag in enumerate(tag for tag in members if tag in found):
                 steps, values = zip(*found[tag], strict=True)

@@ -67,6 +67,17 @@ def test_a_pipeline_beside_itself_differs_in_nothing(tmp_path: Path) -> None:
     assert (content["settings"], content["tables"]) == ([], [])
 
 
+def test_stages_that_not_all_have_are_named_and_not_compared(tmp_path: Path) -> None:
+    one = stored_pipeline(tmp_path / "one")
+    two = stored_stage(tmp_path / "two", "evaluate", EVALUATED, config={"init_from": None})
+    content = comparison({"a": read_results(one), "b": read_results(two)})
+    stages, settings = content["settings"]
+    assert [[cell.text for cell in row] for row in stages.rows] == [
+        [name, "yes", "no"] for name in ("base", "sft", "reward", "ppo")
+    ]
+    assert [[cell.text for cell in row] for row in settings.rows][-1] == ["init_from", "-", "null"]
+
+
 def test_intervals_that_touch_are_not_apart() -> None:
     nan = float("nan")
     assert are_apart([(0.0, -1.0, 1.0), (2.0, 1.1, 3.0)])
