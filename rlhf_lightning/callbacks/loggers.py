@@ -1,4 +1,4 @@
-"""What a run gives its loggers beside metrics: hyperparameters, tables of text, and TensorBoard's HParams tab."""
+"""What a run gives its loggers beside metrics: settings, text, images, histograms, and TensorBoard's HParams tab."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch.utils.tensorboard.summary import hparams as summaries
+
+from rlhf_lightning.errors import needs
 
 log = logging.getLogger(__name__)
 CHARTS = {
@@ -22,6 +25,9 @@ CHARTS = {
     "entropy": ("policy/entropy",),
 }
 """The charts of a training: title -> the tags that belong in one, in TensorBoard's custom scalars and in reports."""
+
+BINS = 64
+"""Most bins of a histogram."""
 
 
 def quiet_writer_threads() -> None:
@@ -53,6 +59,52 @@ def cell(value: Any) -> Any:
     if isinstance(value, bool) or value is None:
         return value
     return float(value) if isinstance(value, int | float) else str(value)
+
+
+def log_image(logger: Logger, name: str, image: np.ndarray, step: int) -> None:
+    """Give a logger that :func:`takes_images` an image (height, width, 3) of uint8."""
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image(name, image, step, dataformats="HWC")
+    elif isinstance(logger, WandbLogger):
+        logger.log_image(name, [image], step=step)
+    elif isinstance(logger, MLFlowLogger):
+        logger.experiment.log_image(logger.run_id, image, f"{name}/step_{step:06d}.png")
+
+
+def takes_images(logger: Logger) -> bool:
+    """Return whether images can be given to a logger, so that nobody draws them for a CSV file."""
+    return isinstance(logger, TensorBoardLogger | WandbLogger | MLFlowLogger)
+
+
+def log_histogram(logger: Logger, name: str, values: np.ndarray, step: int, weights: np.ndarray | None = None) -> None:
+    """Give TensorBoard or W&B a histogram of values (N,); the bins of integers begin and end between two integers.
+
+    Args:
+        weights: (N,) what each value adds to the height of its bin, at least 0; None is 1.
+    """
+    if not isinstance(logger, TensorBoardLogger | WandbLogger):
+        return
+    bins: Any = BINS
+    if np.issubdtype(values.dtype, np.integer):
+        low, high = values.min(), values.max() + 1
+        bins = np.arange(low, high + (width := -(-(high - low) // BINS)), width) - 0.5
+    heights, edges = np.histogram(values, bins, weights=weights)
+    if isinstance(logger, WandbLogger):
+        histogram = needs("wandb", "wandb").Histogram(np_histogram=(heights, edges))
+        logger.log_metrics({name: histogram}, step=step)  # type: ignore[dict-item]
+        return
+    each = np.ones(len(values)) if weights is None else weights
+    logger.experiment.add_histogram_raw(
+        name,
+        min=edges[0],
+        max=edges[-1],
+        num=each.sum(),
+        sum=(each * values).sum(),
+        sum_squares=(each * values**2).sum(),
+        bucket_limits=edges[1:],
+        bucket_counts=np.maximum(heights, 1e-12),  # it widens the first bin over empty ones before it
+        global_step=step,
+    )
 
 
 def log_settings(logger: Logger, hparams: Mapping[str, Any]) -> None:

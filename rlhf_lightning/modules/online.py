@@ -172,6 +172,7 @@ class Online(Generating):
         self.iteration, self.episodes = 0, 0
         self.reward_moments = RunningMoments()
         self.samples_seen: list[dict[str, Any]] = []  # the last rollout as text
+        self.last_rollout: Rollout | None = None  # of training, for the histograms callback
         self.rollout_size = (0, 0)  # responses and tokens of the last rollout, for the throughput callback
         self.reference: Frozen[CompletionModel] | None = None
 
@@ -221,6 +222,8 @@ class Online(Generating):
             texts=answers.texts,
             parts={name: values for name, values in answers.scores.items() if name not in ("reward", "gold")},
         )
+        if split == "train":
+            self.last_rollout = rollout
         self.rollout_size = (len(answers.texts), sum(group.tokens for group in rollout.groups))
         columns = {"prompt": answers.prompts, "response": answers.texts, "reward": rollout.scores.tolist()}
         columns |= {"finished": answers.finished}

@@ -22,6 +22,7 @@ from rlhf_lightning.errors import UserError, check_number
 from rlhf_lightning.evaluation.baselines import Judgement, bag_of_words, longer
 from rlhf_lightning.evaluation.comparing import RATING_COLUMNS, WIN_RATE_COLUMNS, Compared
 from rlhf_lightning.evaluation.policy import Evaluation, evaluate_policy
+from rlhf_lightning.evaluation.report.images import log_figures
 from rlhf_lightning.evaluation.reward_model import TextPair, accuracies, text_pairs
 from rlhf_lightning.evaluation.table import (
     BY_GROUP,
@@ -104,7 +105,6 @@ def run(run: Run) -> float | None:
             header, *lines = cells(*titled[1:])
             lines = [dict(zip(header, line, strict=True)) for line in lines]
             log_table(logger, tag, lines, as_markdown_table(*titled), 0)
-        logger.finalize("success")
     last = next(reversed(policies or made.given or reward_models))
     metrics["monitor"] = f"{last}/{monitored(table[last], run.settings['monitor'])}"
     if len(models) + len(made.given) == 1:  # it needs no prefix
@@ -114,6 +114,9 @@ def run(run: Run) -> float | None:
         "perf/rows_per_s": evaluated / (time.perf_counter() - began),
     }
     write_json(run.folder / "metrics.json", metrics)
+    log_figures(loggers, run.folder)
+    for logger in loggers:
+        logger.finalize("success")
     for title, rows, columns in tables.values():
         show(title, rows, columns=columns)
     for line in [*notes, *unrated(answered), *comparison.notes]:

@@ -26,6 +26,7 @@ from rlhf_lightning.evaluation.overoptimization import (
     policy_curve,
 )
 from rlhf_lightning.evaluation.policy import Evaluation, evaluate_policy
+from rlhf_lightning.evaluation.report.images import log_figures
 from rlhf_lightning.evaluation.table import as_markdown_table, cells, show
 from rlhf_lightning.files import write_json, write_jsonl
 from rlhf_lightning.generation.engine import truncation
@@ -137,14 +138,17 @@ def write(run: Run, curves: list[Curve]) -> float | None:
         for metric in row
         for key, value in ends(metric, row).items()
     }
-    for logger in run.loggers():
+    loggers = run.loggers()
+    for logger in loggers:
         logger.log_metrics({name: metrics[name] for name in metrics if not name.endswith(("_low", "_high"))}, 0)
         header, *lines = cells(shown, COLUMNS)
         rows = [dict(zip(header, line, strict=True)) for line in lines]
         log_table(logger, "overoptimization", rows, as_markdown_table(TITLE, shown, COLUMNS), 0)
-        logger.finalize("success")
     metrics |= {"monitor": f"{list(shown)[-1]}/peak_reward", "perf/peak_memory_gb": peak_memory_gb()}
     write_json(run.folder / "metrics.json", metrics)
+    log_figures(loggers, run.folder)
+    for logger in loggers:
+        logger.finalize("success")
     show(TITLE, shown, columns=COLUMNS)
     for line in [*stops, f"run         {run.folder}"]:
         Console().print(line, soft_wrap=True, highlight=False)

@@ -27,6 +27,7 @@ from rlhf_lightning.evaluation.probes.running import (
     run_probe,
     show,
 )
+from rlhf_lightning.evaluation.report.images import log_figures
 from rlhf_lightning.files import fingerprint, read_json, write_json, write_jsonl
 from rlhf_lightning.judges.judge import Judge
 from rlhf_lightning.judges.table import load_judge
@@ -151,9 +152,9 @@ def written(run: Run, models: dict[str, str], results: dict[tuple[str, str], Res
             if row["low"] is not None:
                 metrics |= {f"{prefix}{key}_low": row["low"], f"{prefix}{key}_high": row["high"]}
     shown = {key: value for key, value in metrics.items() if value is not None and not key.endswith(("_low", "_high"))}
-    for logger in run.loggers():
+    loggers = run.loggers()
+    for logger in loggers:
         logger.log_metrics({f"probe/{key}": value for key, value in shown.items()}, 0)
-        logger.finalize("success")
     metrics["alarms"] = sum(row["alarm"] is not None for row in table)
     monitor = run.settings["monitor"]
     metrics["monitor"] = monitor if monitor in shown else next(iter(shown), None)
@@ -168,6 +169,9 @@ def written(run: Run, models: dict[str, str], results: dict[tuple[str, str], Res
     for name, rows in tables.items():
         write_jsonl(run.folder / "tables" / f"{name}.jsonl", rows)
     write_json(run.folder / "metrics.json", metrics)
+    log_figures(loggers, run.folder)
+    for logger in loggers:
+        logger.finalize("success")
     shutil.rmtree(run.folder / "parts")
     show(table)
     Console().print(f"run         {run.folder}", soft_wrap=True)

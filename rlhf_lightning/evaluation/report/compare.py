@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.plots import Series, as_svg, forest, lines
+from rlhf_lightning.evaluation.plots import Series, forest, lines
 from rlhf_lightning.evaluation.report.figures import REWARDS, Drawn
 from rlhf_lightning.evaluation.report.findings import findings
 from rlhf_lightning.evaluation.report.page import VERSION, Cell, Table, lineage, of_interval, write_page
@@ -155,7 +155,7 @@ def figures(of: Mapping[str, Results]) -> Iterator[Drawn]:
             continue
         bars = [(f"{model}, {label}", row[metric]) for label, model, row in found]
         figure = forest(bars, title, looks=[looks[label] for label, *_ in found])
-        yield Drawn(title.capitalize(), as_svg(figure, title), "Bars are 95% intervals.", "metrics.json of each", "")
+        yield Drawn(title.capitalize(), figure, "Bars are 95% intervals.", "metrics.json of each", "")
         series = []
         for label in of:
             points = [(row["kl"], row[metric]) for name, _, row in found if name == label and "kl" in row]
@@ -164,7 +164,7 @@ def figures(of: Mapping[str, Results]) -> Iterator[Drawn]:
             series.append(Series(label, [v[0] for v in x], [v[0] for v in y], *ends, look=looks[label], line=False))
         if all(one.x for one in series):
             figure = lines(series, "KL to the reference (nats)", title)
-            yield Drawn(f"{title.capitalize()} against KL", as_svg(figure, title), "", "metrics.json of each", "")
+            yield Drawn(f"{title.capitalize()} against KL", figure, "", "metrics.json of each", "")
 
 
 def measured(of: Mapping[str, Results], metric: str) -> Iterator[tuple[str, str, Mapping[str, Interval]]]:

@@ -18,13 +18,18 @@ Looks = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure on the page: SVG, what to look at, the files it was drawn from and the command that wrote them."""
+    """A figure of matplotlib's, what to look at, the files it was drawn from and the command that wrote them."""
 
     title: str
-    svg: str
+    figure: Any
     caption: str
     source: str
     command: str
+
+    @property
+    def svg(self) -> str:
+        """The figure for a page."""
+        return as_svg(self.figure, self.title)
 
 
 MOST_CURVES = 12
@@ -49,7 +54,7 @@ def of_metrics(stage: Stage, looks: Looks) -> Iterator[Drawn]:
             if left_out:
                 caption += f" Not drawn: {', '.join(left_out)}, which the reference was trained from."
             figure = lines(series, "KL to the reference (nats)", title)
-            yield drawn(figure, f"{title.capitalize()} against KL", caption, source, stage)
+            yield Drawn(f"{title.capitalize()} against KL", figure, caption, source, stage.command)
     pairs = {pair: row for name, row in stage.models.items() if (pair := split_difference(name, stage.models))}
     for metric, title in {"gold": "gold reward", "length": "length (tokens)"}.items():
         known = {pair: row[metric] for pair, row in pairs.items() if metric in row and pair[0] not in stage.earlier}
@@ -58,7 +63,7 @@ def of_metrics(stage: Stage, looks: Looks) -> Iterator[Drawn]:
             look = [looks.get(model, 0) for model, _ in known]
             figure = forest(bars, f"paired difference in {title}", looks=look, zero=0.0)
             caption = "An interval that does not touch the line is a difference at the 95% level."
-            yield drawn(figure, f"Difference in {title}", caption, source, stage)
+            yield Drawn(f"Difference in {title}", figure, caption, source, stage.command)
 
 
 def of_samples(stage: Stage, samples: Mapping[str, Sequence[Mapping[str, Any]]], looks: Looks) -> Iterator[Drawn]:
@@ -70,7 +75,7 @@ def of_samples(stage: Stage, samples: Mapping[str, Sequence[Mapping[str, Any]]],
         figure = cumulative(lengths, "length of the response (tokens)", looks)
         caption = "A curve further to the right is of longer answers; a step at the end is of answers cut off there."
         caption += f" {MOST_CURVES} of {len(known)} models." if len(known) > MOST_CURVES else ""
-        yield drawn(figure, "Lengths of the answers", caption, f"{stage.name}/samples/*.jsonl", stage)
+        yield Drawn("Lengths of the answers", figure, caption, f"{stage.name}/samples/*.jsonl", stage.command)
 
 
 def of_training(results: Results) -> Iterator[Drawn]:
@@ -89,9 +94,4 @@ def of_training(results: Results) -> Iterator[Drawn]:
             plots += [Panel(label, series)] if series else []
         if plots:
             logs = "tensorboard" if (stage.folder / "tensorboard").is_dir() else "csv"
-            yield drawn(panels(plots, "step"), f"Training: {stage.name}", "", f"{stage.name}/{logs}", stage)
-
-
-def drawn(figure: Any, title: str, caption: str, source: str, stage: Stage) -> Drawn:
-    """Return a figure as it is shown."""
-    return Drawn(title, as_svg(figure, title), caption, source, stage.command)
+            yield Drawn(f"Training: {stage.name}", panels(plots, "step"), "", f"{stage.name}/{logs}", stage.command)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from rlhf_lightning.evaluation.report.figures import of_metrics, of_samples, of_training
+from rlhf_lightning.evaluation.report.figures import Drawn, of_metrics, of_samples, of_training
 from rlhf_lightning.evaluation.report.findings import findings
 from rlhf_lightning.evaluation.report.samples import SideBySide, side_by_side
 from rlhf_lightning.evaluation.report.store import Results, Stage, number, read_results, split_difference, visible
@@ -95,7 +95,7 @@ def environment() -> jinja2.Environment:
 def plain(value: Any) -> Any:
     """Return content as containers for JSON: no drawings, null for what is no number."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value) if field.name != "svg"}
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value) if field.name != "figure"}
     if isinstance(value, Mapping):
         return {key: plain(member) for key, member in value.items()}
     if isinstance(value, list | tuple):
@@ -106,16 +106,9 @@ def plain(value: Any) -> Any:
 def report(results: Results) -> dict[str, Any]:
     """Return the content of the page."""
     looks = looks_of(results)
-    samples = {stage.name: in_order(results.samples(stage), looks) for stage in results.stages}
+    samples = samples_of(results, looks)
     found, looked = findings(results)
-    figures = [
-        drawn
-        for stage in results.stages
-        for drawn in (
-            *of_metrics(stage, looks),
-            *(of_samples(stage, samples[stage.name], looks) if stage.models else ()),
-        )
-    ]
+    figures = list(drawings(results, looks, samples))
     if not any(stage.models for stage in results.stages):
         results.missing.append("no results of models: no stage=evaluate has finished")
     content = {
@@ -129,7 +122,7 @@ def report(results: Results) -> dict[str, Any]:
         "lineage": lineage(results.stages),
         "results": {stage.name: stage.models for stage in results.stages if stage.models},
         "tables": [table for stage in results.stages for table in of_models(stage)],
-        "figures": figures + list(of_tables(results, looks)),
+        "figures": figures,
         "stored": list(stored_tables(results)),
         "samples": [
             {"title": title, "pairs": pairs}
@@ -141,6 +134,15 @@ def report(results: Results) -> dict[str, Any]:
     return content | {"missing": list(dict.fromkeys(visible(line, 400) for line in results.missing))}
 
 
+def drawings(results: Results, looks: dict[str, int], samples: Mapping[str, dict[str, Any]]) -> Iterator[Drawn]:
+    """Yield the figures of metrics, samples and tables; of those of a training see :func:`of_training`."""
+    for stage in results.stages:
+        yield from of_metrics(stage, looks)
+        if stage.models:
+            yield from of_samples(stage, samples[stage.name], looks)
+    yield from of_tables(results, looks)
+
+
 def looks_of(results: Results) -> dict[str, int]:
     """Return the number of the colour of every model, in the order of the stages and then of the results."""
     models = [model for stage in results.stages for model in stage.models if not split_difference(model, stage.models)]
@@ -148,11 +150,14 @@ def looks_of(results: Results) -> dict[str, int]:
     return {name: place for place, name in enumerate(dict.fromkeys([*order, *models]))}
 
 
-def in_order(samples: dict[str, Any], looks: Mapping[str, int]) -> dict[str, Any]:
-    """Return samples with the models in the order of their colours."""
-    return {
-        name: samples[name] for name in sorted(samples, key=lambda name: (looks.get(visible(name), len(looks)), name))
-    }
+def samples_of(results: Results, looks: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Return the samples of each stage with the models in the order of their colours."""
+
+    def place(name: str) -> tuple[int, str]:
+        return looks.get(visible(name), len(looks)), name
+
+    read = {stage.name: results.samples(stage) for stage in results.stages}
+    return {stage: {name: of[name] for name in sorted(of, key=place)} for stage, of in read.items()}
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

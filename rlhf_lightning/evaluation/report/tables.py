@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from rlhf_lightning.evaluation.plots import Panel, Series, as_svg, forest, lines, panels
+from rlhf_lightning.evaluation.plots import Panel, Series, forest, lines, panels
 from rlhf_lightning.evaluation.report.figures import Drawn, Looks
 from rlhf_lightning.evaluation.report.store import Results, column, number, visible
 from rlhf_lightning.ops.statistics import Interval
@@ -234,7 +234,7 @@ def of_tables(results: Results, looks: Looks) -> Iterator[Drawn]:
             for name, figure in islice(row.draw(rows, looks), MOST_PLOTS) if rows else ():
                 title = f"{row.title}: {name}" if name else row.title
                 there = True
-                yield Drawn(title, as_svg(figure, title), row.caption, source, stage.command)
+                yield Drawn(title, figure, row.caption, source, stage.command)
         if not there:
             absent.setdefault(row.hint, []).append(row.title)
     results.missing += [f"no table for {', '.join(titles)}: {hint} stores it" for hint, titles in absent.items()]
