@@ -12,7 +12,6 @@ from rlhf_lightning.callbacks.loggers import log_histogram
 from rlhf_lightning.errors import check_number
 from rlhf_lightning.modules.online import Online
 from rlhf_lightning.modules.rollout import Rollout
-from rlhf_lightning.ops.kl import kl_estimate
 
 
 class Histograms(Callback):
@@ -57,15 +56,14 @@ class Histograms(Callback):
 def distributions(rollout: Rollout) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Return values (N,) and their weights by name, of a rollout whose tokens have been filled in.
 
-    Rewards and lengths are of responses, advantages of tokens. The KL of a position (from 1) is its weight: the mean in
-    nats over the responses that are so long, by the estimate k3, which is never negative.
+    Rewards and lengths are of responses, advantages of tokens. The KL of a position (from 1) is its weight: nats per
+    response, so that the weights add up to the KL of a response; 0 where the estimate is negative, as a bar cannot be.
     """
     mask, tokens = rollout.mask, rollout.tokens
-    kl = kl_estimate(tokens["old_logprobs"].double(), tokens["ref_logprobs"].double(), "k3") * mask
     found: dict[str, tuple[Tensor, Tensor | None]] = {
         "reward": (rollout.scores, None),
         "length": (mask.sum(1), None),
-        "kl_by_position": (torch.arange(1, mask.shape[1] + 1), kl.sum(0) / mask.sum(0)),
+        "kl_by_position": (torch.arange(1, mask.shape[1] + 1), tokens["kl"].mean(0).clamp_min(0.0)),
     }
     if "advantages" in tokens:
         found["advantage"] = (tokens["advantages"][mask], None)

@@ -125,8 +125,9 @@ def write_charts(trainer: Trainer) -> None:
     writer = summary_writer(trainer)
     if writer is not None:
         charts = {
-            title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in CHARTS.items()
-        }  # they are patterns
+            f"{title}: {', '.join(tags)}": ["Multiline", [f"^{tag}$" for tag in tags]]  # they are patterns
+            for title, tags in CHARTS.items()
+        }
         writer.add_custom_scalars({"training": charts})
 
 

@@ -250,7 +250,7 @@ def recolored(svg: str) -> str:
     return re.sub(r'style="[^"]*"', styled_attribute, svg)
 
 
-def as_image(figure: Any, dpi: int = 110) -> np.ndarray:
+def as_image(figure: Any, dpi: int = 140) -> np.ndarray:
     """Return a figure on white as pixels (height, width, 3), uint8."""
     written = io.BytesIO()
     with styled():

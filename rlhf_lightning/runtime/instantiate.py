@@ -26,6 +26,7 @@ ALLOWED = frozenset(
         "lightning.pytorch.strategies.DDPStrategy",
         "rlhf_lightning.callbacks.checkpoints.RandomState",
         "rlhf_lightning.callbacks.checkpoints.StepCheckpoint",
+        "rlhf_lightning.callbacks.histograms.Histograms",
         "rlhf_lightning.callbacks.models.ModelFolders",
         "rlhf_lightning.callbacks.samples.Samples",
         "rlhf_lightning.callbacks.smoothed.Smoothed",

@@ -72,6 +72,9 @@ def of_samples(stage: Stage, samples: Mapping[str, Sequence[Mapping[str, Any]]],
     known = {name: values for name, values in lengths.items() if values}
     lengths = dict(islice(known.items(), MOST_CURVES))
     if lengths:
+        looks = dict(looks)
+        for name in lengths:
+            looks.setdefault(name, len(looks))  # of an answer that no metrics.json has as a model
         figure = cumulative(lengths, "length of the response (tokens)", looks)
         caption = "A curve further to the right is of longer answers; a step at the end is of answers cut off there."
         caption += f" {MOST_CURVES} of {len(known)} models." if len(known) > MOST_CURVES else ""

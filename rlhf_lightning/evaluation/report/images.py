@@ -14,6 +14,9 @@ from rlhf_lightning.callbacks.loggers import log_image, takes_images
 def log_figures(loggers: Iterable[Logger], folder: str | Path) -> None:
     """Give TensorBoard, W&B and MLflow the figures that a report shows of a run folder, as `figures/<title>`.
 
+    In the folder of a pipeline they are those of the pipeline's report: in its colours, without the models that the
+    reference was trained from.
+
     Raises:
         UserError: `folder` is no run folder.
     """
@@ -22,11 +25,14 @@ def log_figures(loggers: Iterable[Logger], folder: str | Path) -> None:
         return
     from rlhf_lightning.evaluation.plots import as_image  # they import matplotlib
     from rlhf_lightning.evaluation.report.page import drawings, looks_of, samples_of
-    from rlhf_lightning.evaluation.report.store import read_results
+    from rlhf_lightning.evaluation.report.store import read_results, stage_name
 
-    results = read_results(folder)
+    folder = Path(folder).resolve()
+    in_pipeline = stage_name(folder) and (folder.parent / "run.json").is_file()
+    results = read_results(folder.parent if in_pipeline else folder)
     looks = looks_of(results)
+    results.stages = [stage for stage in results.stages if stage.folder == folder]
     for drawn in drawings(results, looks, samples_of(results, looks)):
-        name, image = re.sub(r"[^\w.-]+", "_", drawn.title.lower()), as_image(drawn.figure)
+        name, image = re.sub(r"[^\w.-]+", "_", drawn.title.lower()).strip("_"), as_image(drawn.figure)
         for logger in takers:
             log_image(logger, f"figures/{name}", image, 0)
