@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,15 @@ class Samples(Callback):
 
 
 def as_markdown(row: dict[str, Any]) -> str:
-    """Return one sample as fenced text: a model can write anything."""
+    """Return one sample as fenced text: a model can write anything. TensorBoard cuts long lines, so they are wrapped."""
+
+    def shown(text: str) -> str:
+        lines = clean(text).split("\n")
+        return "\n".join(textwrap.fill(line, 88, replace_whitespace=False, drop_whitespace=False) for line in lines)
+
     rest = ", ".join(
         f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
         for k, v in row.items()
         if k not in ("prompt", "response")
     )
-    return f"```\n{clean(row['prompt'])}\n---\n{clean(row['response'])}\n```\n{rest}"
+    return f"```\n{shown(row['prompt'])}\n---\n{shown(row['response'])}\n```\n{rest}"

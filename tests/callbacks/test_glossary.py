@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlhf_lightning import DPO, PPO, SFT, DemonstrationData, OnlineDPO, PreferenceData, PromptData, RewardModel
+from rlhf_lightning.callbacks.histograms import Histograms
 from rlhf_lightning.callbacks.loggers import write_hparams
 from rlhf_lightning.callbacks.samples import Samples
 from rlhf_lightning.callbacks.throughput import Throughput
@@ -102,13 +103,14 @@ def logged(stage: str, start: str, folder: Path) -> set[str]:
     trainer = Trainer(
         max_epochs=1, accelerator="cpu", logger=logger, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, log_every_n_steps=1, num_sanity_val_steps=0,
-        callbacks=[throughput, Samples(folder / "samples", 1, 2, 4)],
+        callbacks=[throughput, Samples(folder / "samples", 1, 2, 4), Histograms()],
     )  # fmt: skip
     trainer.fit(module, data)
     write_hparams(trainer, {"stage": stage}, monitor, trainer.callback_metrics[monitor].item())
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    tags = {*events.Tags()["scalars"], *(t.removesuffix("/text_summary") for t in events.Tags()["tensors"])}
+    tags = {*events.Tags()["scalars"], *events.Tags()["histograms"]}
+    tags |= {t.removesuffix("/text_summary") for t in events.Tags()["tensors"]}
     tags = {t for t in tags if not t.startswith("_hparams_")} | set(trainer.callback_metrics) | set(throughput.summary)
     tags = {re.sub(f"_({'|'.join(GROUPS)})$", "_<group>", tag) for tag in tags}
     return {"hparams/<monitor>" if tag == f"hparams/{monitor}" else tag for tag in tags}
@@ -129,7 +131,7 @@ def test_the_training_stages_log_what_the_page_lists(start: str, tmp_path: Path)
         tags = logged(stage, start, tmp_path / stage)
         assert {"optim/lr", "optim/grad_norm", "perf/rows_per_s", "perf/peak_memory_gb", "samples"} <= tags, stage
         found |= tags
-    listed = {tag for tag in glossary() if "<model>" not in tag and "<curve>" not in tag} - ELSEWHERE
+    listed = {tag for tag in glossary() if not re.search("<(model|curve|figure)>", tag)} - ELSEWHERE
     assert found - listed == set(), "tags that docs/metrics.md does not explain"
     assert listed - found == set(), "tags on the page that no stage logs"
 

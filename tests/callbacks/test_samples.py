@@ -204,3 +204,13 @@ def test_markdown_keeps_everything_the_model_wrote_inside_the_fence() -> None:
     text = as_markdown({"prompt": "```\n# Title", "response": "<script>```", "gold": -0.25})
     assert text.startswith("```\n'''\n# Title\n---\n<script>'''\n```\n")
     assert text.endswith("gold -0.250")
+
+
+def test_markdown_wraps_long_lines_and_changes_nothing_else() -> None:
+    long = "word " * 60
+    text = as_markdown({"prompt": "a  b\n\n  c", "response": long, "gold": 1.0})
+    prompt, _, rest = text.removeprefix("```\n").partition("\n---\n")
+    response = rest.partition("\n```\n")[0]
+    assert prompt == "a  b\n\n  c"
+    assert max(map(len, response.split("\n"))) <= 88
+    assert response.replace("\n", "") == long

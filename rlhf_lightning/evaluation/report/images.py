@@ -16,20 +16,20 @@ def log_figures(loggers: Iterable[Logger], folder: str | Path) -> None:
 
     In the folder of a pipeline they are those of the pipeline's report: in its colours, without the models that the
     reference was trained from.
-
-    Raises:
-        UserError: `folder` is no run folder.
     """
     takers = list(filter(takes_images, loggers))
     if not takers:
         return
     from rlhf_lightning.evaluation.plots import as_image  # they import matplotlib
     from rlhf_lightning.evaluation.report.page import drawings, looks_of, samples_of
-    from rlhf_lightning.evaluation.report.store import read_results, stage_name
+    from rlhf_lightning.evaluation.report.store import Results, read_results, read_stage, stage_name
 
     folder = Path(folder).resolve()
-    in_pipeline = stage_name(folder) and (folder.parent / "run.json").is_file()
-    results = read_results(folder.parent if in_pipeline else folder)
+    if stage_name(folder) and (folder.parent / ".hydra").is_dir():
+        results = read_results(folder.parent)
+    else:
+        results = Results("", [folder], "", [])
+        results.stages.append(read_stage("", folder, results.missing.append))
     looks = looks_of(results)
     results.stages = [stage for stage in results.stages if stage.folder == folder]
     for drawn in drawings(results, looks, samples_of(results, looks)):
