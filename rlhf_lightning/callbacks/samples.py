@@ -91,7 +91,7 @@ class Samples(Callback):
 
 
 def as_markdown(row: dict[str, Any]) -> str:
-    """Return one sample as fenced text: a model can write anything. TensorBoard cuts long lines, so they are wrapped."""
+    """Return one sample as fenced text: a model can write anything. Long lines, which TensorBoard cuts, are wrapped."""
 
     def shown(text: str) -> str:
         lines = clean(text).split("\n")
