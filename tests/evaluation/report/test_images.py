@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rlhf_lightning.evaluation.report import images, page
 from rlhf_lightning.evaluation.report.images import log_figures
+from rlhf_lightning.files import write_jsonl
 from tests.evaluation.report.test_table_figures import ROWS
 from tests.helpers.results import stored_pipeline, stored_stage
 
@@ -36,7 +37,9 @@ def logged(folder: Path, into: Path) -> dict[str, np.ndarray]:
 
 
 def test_a_stage_of_a_pipeline_has_the_figures_of_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = next(path for path in stored_pipeline(tmp_path / "made").iterdir() if path.name.endswith("_evaluate"))
+    made = stored_pipeline(tmp_path / "made")
+    write_jsonl(made / "3_ppo" / "tables" / "probes.jsonl", ROWS["probes"])  # of another stage
+    folder = made / "4_evaluate"
     drawn: list[Any] = []
     monkeypatch.setattr(page, "drawings", lambda *given, of=page.drawings: drawn.extend(of(*given)) or drawn)
     found = logged(folder, tmp_path / "events")
