@@ -197,7 +197,7 @@ def test_better_judges_make_better_policies(lecture: Lecture) -> None:
 @nightly
 def test_revised_answers_are_better(lecture: Lecture) -> None:
     values = metrics(lecture.run("Critique and revise", "data.world.rows=256"))
-    assert values["revised/gold"] > values["first/gold"]
+    assert values["revision_2/gold"] > values["first/gold"]
 
 
 @nightly
@@ -206,8 +206,8 @@ def test_jailbreaks_have_a_rate_per_family(lecture: Lecture) -> None:
         "Jailbreaks", "probe.rows=12", "probe.jailbreaks.suffix_prompts=1", "probe.jailbreaks.suffix_steps=2"
     )
     found = {row["metric"]: row["value"] for row in rows(folder / "tables" / "probes.jsonl")}
-    families = [found[f"answered_{family}"] for family in ("persona", "role_play", "turns", "suffix")]
-    assert max(families) > found["answered_plain"]
+    attacks = {name: rate for name, rate in found.items() if name.startswith("answered_")}
+    assert max(attacks.values()) > attacks["answered_plain"]
 
 
 @nightly
