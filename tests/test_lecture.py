@@ -223,7 +223,7 @@ def test_reward_costs_kl(lecture: Lecture) -> None:
 def test_the_small_aligned_model_is_preferred(lecture: Lecture) -> None:
     folder = lecture.run(
         "A small aligned model against a large base model",
-        *small(large={"model.build": "{hidden_size:128,layers:3,heads:4}"}, sft={"+max_steps": 200}, dpo={"+max_steps": 40}, evaluate={"evaluate.rows": 128}),
+        *small(large={"+model.build.hidden_size": 128, "+model.build.layers": 3}, sft={"+max_steps": 200}, dpo={"+max_steps": 40}, evaluate={"evaluate.rows": 128}),
     )  # fmt: skip
     values = metrics(folder / "4_evaluate")
     assert values["sft-large/gold_win_rate_low"] > 0.5
