@@ -163,7 +163,7 @@ def test_gold_reward_falls_after_its_peak(lecture: Lecture) -> None:
     points = rows(folder / "2_overoptimize" / "tables" / "overoptimization.jsonl")
     ppo = sorted((point for point in points if point["method"] == "ppo"), key=lambda point: point["kl"])
     assert ppo[-1]["proxy_reward"] > ppo[0]["proxy_reward"]
-    assert ppo[-1]["gold_reward"] < max(point["gold_reward"] for point in ppo) - 0.2
+    assert ppo[-1]["gold_reward"] < max(point["gold_reward"] for point in ppo) - 0.1
 
 
 @nightly
