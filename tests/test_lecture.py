@@ -202,13 +202,13 @@ def test_revised_answers_are_better(lecture: Lecture) -> None:
 
 
 @nightly
-def test_jailbreaks_have_a_rate_per_family(lecture: Lecture) -> None:
+def test_refusals_end_with_a_forced_opening(lecture: Lecture) -> None:
     folder = lecture.run(
         "Jailbreaks", "probe.rows=12", "probe.jailbreaks.suffix_prompts=1", "probe.jailbreaks.suffix_steps=2"
     )
     found = {row["metric"]: row["value"] for row in rows(folder / "tables" / "probes.jsonl")}
-    attacks = {name: rate for name, rate in found.items() if name.startswith("answered_")}
-    assert max(attacks.values()) > attacks["answered_plain"]
+    assert {f"answered_{attack}" for attack in ("plain", "persona", "role_play", "turns", "suffix")} <= found.keys()
+    assert found["drop_8"] > 0.2  # a forced opening gets through where it refuses a plain request
 
 
 @nightly
