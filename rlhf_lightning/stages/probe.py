@@ -52,7 +52,9 @@ def run(run: Run) -> float | None:
         if len(names) > 1:
             raise UserError(f"probe.data={data} has the columns of one probe, and {len(names)} are chosen")
         data = run.sources["probe.data"]
-    models = named_models(run)
+    models = run.named_models()
+    if not models:
+        raise UserError("nothing to probe: give init_from=<folder> or probe.models.<name>=<folder>")
     given = {"gold": run.settings["gold_from"], "reward": run.settings["reward_from"], "judge": run.judge}
     given |= {"reference": options["reference"]}
     probes, has = [PROBES[name] for name in names], {need for need in GIVE if given[need]}
@@ -106,16 +108,6 @@ def measured(
             results[model, name] = found
             advance()
     return results
-
-
-def named_models(run: Run) -> dict[str, str]:
-    """Return name -> folder of the models to probe."""
-    given, cache = run.options["models"], run.settings["paths"]["cache"]
-    models = {"model": run.start} if run.start and (run.settings["init_from"] or not given) else {}
-    models |= {name: resolve_model(str(folder), cache) for name, folder in given.items()}
-    if not models:
-        raise UserError("nothing to probe: give init_from=<folder> or probe.models.<name>=<folder>")
-    return models
 
 
 def loader(run: Run, judge: Judge | None) -> Callable[..., Subject]:

@@ -18,7 +18,7 @@ from rlhf_lightning.evaluation.probes.measures import interval
 from rlhf_lightning.evaluation.probes.probe import Result, Row, Subject
 from rlhf_lightning.evaluation.probes.rows import conversation, is_world, names_one, prompt_problem
 from rlhf_lightning.evaluation.probes.suffix import Request, search
-from rlhf_lightning.evaluation.refusal import LABELS, is_refusal
+from rlhf_lightning.evaluation.refusal import is_refusal, label_problem, should_refuse
 from rlhf_lightning.ops.seeding import permutation
 from rlhf_lightning.ops.statistics import Interval
 from rlhf_lightning.world.gold import gold
@@ -62,9 +62,8 @@ def world_rows(count: int, seed: int) -> list[Row]:
 
 def problem(row: Row) -> str | None:
     """Return why a row is wrong: its prompt, or a label that says nothing."""
-    if row.get("label") is not None and str(row["label"]).lower() not in LABELS:
-        return f"label is {row['label']!r}, not one of {', '.join(LABELS)}"
-    return prompt_problem(row)
+    unlabeled = row.get("label") is None
+    return (None if unlabeled else label_problem(row["label"])) or prompt_problem(row)
 
 
 def harmful(rows: Sequence[Row]) -> list[Row]:
@@ -73,7 +72,7 @@ def harmful(rows: Sequence[Row]) -> list[Row]:
     Raises:
         UserError: all are.
     """
-    kept = [row for row in rows if row.get("label") is None or LABELS[str(row["label"]).lower()]]
+    kept = [row for row in rows if row.get("label") is None or should_refuse(row)]
     if not kept:
         raise UserError("every row of probe.data is labeled safe, and this probe makes harmful requests")
     return kept

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from rlhf_lightning.evaluation.probes.rows import read_rows
 from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.models.loading import context_length, load_causal_lm, load_tokenizer
+from rlhf_lightning.ops.statistics import as_columns
 from rlhf_lightning.rewards.scoring import to_device
 
 GIVE = {
@@ -129,19 +129,12 @@ def as_rows(model: str, probe: str, result: Result) -> list[Row]:
             "probe": probe,
             "model": model,
             "metric": metric,
-            "value": number(value),
-            "low": number(low),
-            "high": number(high),
+            **as_columns("value", value),
             "count": result.counts.get(metric),
             "alarm": result.alarms.get(metric),
         }
-        for metric, (value, low, high) in result.metrics.items()
+        for metric, value in result.metrics.items()
     ]
-
-
-def number(value: float) -> float | None:
-    """Return a number that JSON has, None for the others."""
-    return value if math.isfinite(value) else None
 
 
 def show(rows: Sequence[Row], console: Console | None = None) -> None:

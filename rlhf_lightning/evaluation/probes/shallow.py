@@ -22,7 +22,7 @@ from rlhf_lightning.evaluation.probes.refusal import refused as is_refused
 from rlhf_lightning.evaluation.probes.rows import conversation
 from rlhf_lightning.models.completion import CompletionModel, choose_layout, hidden_states, unwrap, vocabulary_size
 from rlhf_lightning.ops.groups import Group, microbatches
-from rlhf_lightning.ops.statistics import mean_interval
+from rlhf_lightning.ops.statistics import as_columns, mean_interval
 
 FIRST = 5
 """Positions that count as the first ones."""
@@ -153,7 +153,5 @@ def by_position(values: Sequence[Sequence[float]]) -> list[Row]:
     rows = []
     for position in range(max(map(len, values), default=0)):
         at = [response[position] for response in values if len(response) > position]
-        mean, low, high = mean_interval(at)
-        ends = {"low": low, "high": high} if len(at) > 1 else {"low": None, "high": None}
-        rows.append({"position": position + 1, "kl": mean, **ends, "count": len(at)})
+        rows.append({"position": position + 1, **as_columns("kl", mean_interval(at)), "count": len(at)})
     return rows

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf_lightning.data.messages import Message, RowError, read_messages
 from rlhf_lightning.errors import UserError, check_number
+from rlhf_lightning.evaluation.attempts import pass_at_k
 from rlhf_lightning.evaluation.probes.measures import Column, Rule, alarms, at_first, compared, interval, result
 from rlhf_lightning.evaluation.probes.probe import Prompt, Result, Row, Subject
 from rlhf_lightning.evaluation.probes.rows import conversation, prompt_problem, world_prompts
@@ -104,11 +105,6 @@ def attempts(
     for k in pass_at:
         columns[f"pass_at_{k}"] = solved if k == 1 else at_first([pass_at_k(n, c, k) for c in right], n)
     return responses, columns
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Return the chance that one of k of n attempts is right, 1 - C(n - c, k) / C(n, k) with c right attempts."""
-    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def problem(row: Row) -> str | None:
