@@ -61,7 +61,7 @@ def run(run: Run) -> float | None:
     check_used(probes, has)
     for probe in probes:  # before any work
         check_needs(probe, has)
-        check_settings(probe, options[probe.name])
+        check_settings(probe, options[probe.name], options["temperature"])
         read_rows(probe, data, options["rows"], run.settings["seed"])
     judge = load_judge(run.judge) if run.judge else None
     if hasattr(judge, "to"):

@@ -86,7 +86,7 @@ def run_probe(
         UserError: no such probe or option, a row that it cannot read, or a subject without what it needs.
     """
     probe = find_probe(name)
-    check_settings(probe, settings or {})
+    check_settings(probe, settings or {}, subject.temperature)
     check_needs(probe, {need for need in NEEDS if has(subject, need)})
     read = read_rows(probe, data, rows, subject.seed)
     for reward in (subject.gold, subject.reward):
@@ -99,13 +99,14 @@ def has(subject: Subject, need: str) -> bool:
     return subject.has_reference if need == "reference" else getattr(subject, need) is not None
 
 
-def check_settings(probe: Probe, settings: Mapping[str, Any]) -> None:
-    """Raise a UserError for an option that the probe does not have."""
+def check_settings(probe: Probe, settings: Mapping[str, Any], temperature: float) -> None:
+    """Raise a UserError for an option that the probe does not have, or that is out of range."""
     for option in settings:
         if option not in probe.settings:
             known = ", ".join(probe.settings) or "none"
             hint = nearest(option, probe.settings)
             raise UserError(f"probe.{probe.name}.{option}: there is no such option; its options: {known}.{hint}")
+    probe.check_options(temperature, settings)
 
 
 def check_needs(probe: Probe, given: set[str]) -> None:

@@ -53,11 +53,7 @@ def run(
         UserError: an option out of its range, a `target` with too few tokens, rows without a harmful request, or a
             reference with another vocabulary.
     """
-    if not isinstance(prefix_tokens, list | tuple):
-        raise UserError(f"probe.shallow.prefix_tokens={prefix_tokens} is not a list of numbers")
-    for k in prefix_tokens:
-        check_number("probe.shallow.prefix_tokens", k, "[0, inf)", whole=True)
-    check_number("probe.shallow.threshold", threshold, "[0, 1)")
+    check_options(subject.temperature, prefix_tokens, threshold)
     rows = harmful(rows)
     conversations = [conversation(row["prompt"]) for row in rows]
     targets = [subject.template.content(target_of(row)) for row in rows]
@@ -108,6 +104,15 @@ def run(
                 result.metrics[name] = mean_interval(list(chain(*tokens)), clusters)
                 result.counts[name] = len(clusters)
     return result
+
+
+def check_options(temperature: float, prefix_tokens: Sequence[int], threshold: float) -> None:
+    """Raise a UserError for options out of range."""
+    if not isinstance(prefix_tokens, list | tuple):
+        raise UserError(f"probe.shallow.prefix_tokens={prefix_tokens} is not a list of numbers")
+    for k in prefix_tokens:
+        check_number("probe.shallow.prefix_tokens", k, "[0, inf)", whole=True)
+    check_number("probe.shallow.threshold", threshold, "[0, 1)")
 
 
 @torch.no_grad()

@@ -34,10 +34,8 @@ def run(subject: Subject, rows: Sequence[Row], num_generations: int, pass_at: in
     Raises:
         UserError: a k above `num_generations`, or a reference with another tokenizer.
     """
-    check_number("probe.tax.num_generations", num_generations, "[1, inf)", whole=True)
+    check_options(subject.temperature, num_generations, pass_at)
     pass_at = [pass_at] if isinstance(pass_at, int) else pass_at
-    for k in pass_at:
-        check_number("probe.tax.pass_at", k, f"[1, {num_generations}]", whole=True)
     solving = [row for row in rows if row.get("answer") not in (None, "")]
     reading = [row for row in rows if "text" in row or "messages" in row]
     found = Result({}, [])
@@ -50,6 +48,13 @@ def run(subject: Subject, rows: Sequence[Row], num_generations: int, pass_at: in
         metrics, counts = likelihoods(subject, reading)
         found = Result(metrics | found.metrics, found.samples, counts=counts | found.counts)
     return Result(found.metrics, found.samples, alarms=alarms(RULES, found.metrics), counts=found.counts)
+
+
+def check_options(temperature: float, num_generations: int, pass_at: int | Sequence[int]) -> None:
+    """Raise a UserError for a k above `num_generations`."""
+    check_number("probe.tax.num_generations", num_generations, "[1, inf)", whole=True)
+    for k in pass_at if isinstance(pass_at, list | tuple) else [pass_at]:
+        check_number("probe.tax.pass_at", k, f"[1, {num_generations}]", whole=True)
 
 
 def likelihoods(subject: Subject, rows: Sequence[Row]) -> tuple[dict[str, Interval], dict[str, int]]:
