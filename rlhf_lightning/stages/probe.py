@@ -30,7 +30,7 @@ from rlhf_lightning.evaluation.probes.running import (
 from rlhf_lightning.files import fingerprint, read_json, write_json, write_jsonl
 from rlhf_lightning.judges.judge import Judge
 from rlhf_lightning.judges.table import load_judge
-from rlhf_lightning.models.loading import resolve_model
+from rlhf_lightning.models.loading import is_classifier, resolve_model
 from rlhf_lightning.ops.statistics import Interval
 from rlhf_lightning.runtime.run import Run
 
@@ -63,6 +63,9 @@ def run(run: Run) -> float | None:
         check_needs(probe, has)
         check_settings(probe, options[probe.name], options["temperature"])
         read_rows(probe, data, options["rows"], run.settings["seed"])
+    reference = [reference_folder(run)] if options["reference"] else []
+    if wrong := next((folder for folder in [*models.values(), *reference] if is_classifier(folder)), None):
+        raise UserError(f"{wrong} is a reward model; probes ask language models")
     judge = load_judge(run.judge) if run.judge else None
     if hasattr(judge, "to"):
         judge.to(run.device)  # type: ignore[union-attr]
@@ -128,8 +131,12 @@ def loader(run: Run, judge: Judge | None) -> Callable[..., Subject]:
     )
     if not reference:
         return load
-    folder = resolve_model(str(reference), run.settings["paths"]["cache"])
-    return partial(load, reference=cache(partial(load, folder, remember=True)))  # one for all models
+    return partial(load, reference=cache(partial(load, reference_folder(run), remember=True)))  # one for all models
+
+
+def reference_folder(run: Run) -> str:
+    """Return the folder of the reference."""
+    return resolve_model(str(run.options["reference"]), run.settings["paths"]["cache"])
 
 
 def written(run: Run, models: dict[str, str], results: dict[tuple[str, str], Result]) -> float | None:

@@ -78,6 +78,7 @@ def test_a_command_writes_what_the_report_reads(chat_folder: Path, tmp_path: Pat
         (["probe=all", "probe.tax.pass_at=8"], "probe.tax.pass_at=8 is not a whole number in [1, 4]"),
         (["probe=all", "probe.temperature=0"], "probe=diversity compares samples, and with probe.temperature=0"),
         (["probe=all", "probe.jailbreaks.families=[sufix]"], "'sufix' is not one of persona, role_play, turns, suffix"),
+        (["probe=refusal", "probe.reference=nowhere"], "the model 'nowhere' is neither a local folder nor"),
         (["probe=refusal", "probe.rows=0"], r"probe.rows=0 is not a whole number in [1, inf)"),
         (["probe=refusal", "probe.data={rows}"], "rows.jsonl, row 1: it has no label"),
     ],
