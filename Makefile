@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PYTEST := -n 2 --dist loadgroup -q --hypothesis-profile=ci
+PYTEST := -n 3 --dist loadgroup -q --hypothesis-profile=ci # workers wait for processes: three keep two cores busy
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 unexport PYTHONDONTWRITEBYTECODE # without cached bytecode every process of the tests compiles this package and its tests
 

@@ -49,6 +49,10 @@ def check_groups(cfg: DictConfig) -> None:
         node = cfg.get(group)  # what a stage adds to a group is left when the group is null
         if node is None or (group in BUILT and "_target_" not in node):
             raise UserError(f"{group} is null: choose {group}= one of {', '.join(groups()[group])}")
+    if (probe := cfg.get("probe")) and "models" not in probe:  # which the stage's own file has
+        raise UserError(
+            "probe= is for stage=probe; during training: callbacks=probes callbacks.probes.probes=[<probe>]"
+        )
     for name, instead in TRAINER_KEYS.items():
         if name in cfg.trainer:
             raise UserError(f"trainer.{name} is decided by {instead}")

@@ -24,7 +24,7 @@ from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, loa
 from rlhf_lightning.rewards.scoring import load_reward
 from rlhf_lightning.runtime.explain import explain
 from rlhf_lightning.runtime.run import Run
-from rlhf_lightning.runtime.settings import groups
+from rlhf_lightning.runtime.settings import check_groups, groups
 from rlhf_lightning.stages import STAGES
 from rlhf_lightning.stages import probe as stage
 from rlhf_lightning.stages.probe import as_json, measured
@@ -93,6 +93,14 @@ def test_mistakes_are_one_line(
     with pytest.raises(UserError, match=re.escape(message)) as error:
         STAGES["probe"].load()(Run(STAGES["probe"], cfg, tmp_path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_another_stage_has_no_probes() -> None:
+    check_groups(composed("stage=probe", "probe=refusal"))
+    check_groups(composed("stage=probe"))
+    with pytest.raises(UserError, match="probe= is for stage=probe; during training: callbacks=probes"):
+        check_groups(composed("stage=sft", "probe=refusal"))
 
 
 def test_a_wrong_probe_in_a_list_is_named() -> None:
