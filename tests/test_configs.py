@@ -18,7 +18,7 @@ from rlhf_lightning.judges.table import JUDGES
 from rlhf_lightning.runtime.arguments import own_arguments
 from rlhf_lightning.runtime.explain import RENAMED, explain
 from rlhf_lightning.runtime.instantiate import EXTRAS, allowed_targets, instantiate, public_classes, targets
-from rlhf_lightning.runtime.settings import groups
+from rlhf_lightning.runtime.settings import check_names, groups
 from rlhf_lightning.stages import STAGES
 from tests.helpers.compose import composed
 
@@ -114,6 +114,17 @@ def test_targets_inside_arguments_are_not_built() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["dpo", "my-dpo", "ÄÖ 2", "beta=0.1", "a_b.c", 7])
+def test_a_name_of_a_model_can_be_that_of_a_file(name: Any) -> None:
+    check_names("evaluate.models", {name: "folder"})
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../a", ".a", "[b]", "a\n", "a\u202eb", "a" * 101])
+def test_what_no_file_or_tag_is_called_is_no_name(name: str) -> None:
+    with pytest.raises(UserError, match=r"evaluate\.models: .* cannot be a name"):
+        check_names("evaluate.models", {"good": "folder", name: "folder"})
+
+
 def test_stages_are_rows_of_one_table() -> None:
     """A stage is a row, a file that runs it, and a file of its settings; no row is without."""
     assert list(STAGES) == [stage.name for stage in STAGES.values()]

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.diagnostics import Diagnosis, LengthEffect, Row, fit_length, interval_columns
+from rlhf_lightning.evaluation.diagnostics import Diagnosis, LengthEffect, Row, fit_length
 from rlhf_lightning.evaluation.reward_model import ScoredRow, scored_pairs
 from rlhf_lightning.ops.seeding import generator, permutation
-from rlhf_lightning.ops.statistics import mean_interval, share_interval
+from rlhf_lightning.ops.statistics import as_columns, mean_interval, share_interval
 
 Rescore = Callable[[Sequence[tuple[ScoredRow, Sequence[str]]], str], list[list[float]]]
 """Returns the scores of other responses to the prompts of rows, as `Scorer.rescore` does."""
@@ -90,9 +90,7 @@ def format_changes(rows: Sequence[ScoredRow], rescore: Rescore, count: int = 128
         if not shifts:
             continue
         flips += flipped
-        columns = {"change": name, "count": len(shifts)} | interval_columns(
-            "shift", *mean_interval(*columns_of(shifts))
-        )
+        columns = {"change": name, "count": len(shifts)} | as_columns("shift", mean_interval(*columns_of(shifts)))
         shares = {"flipped": flipped, "overtaken": overtaken}
         table.append(
             columns | {key: share_interval(*columns_of(values))[0] for key, values in shares.items() if values}
@@ -175,9 +173,9 @@ def ngram_effects(
     for gram, values in falls.items():
         if len({cluster for _, cluster in values}) < 2:
             continue
-        mean, low, high = mean_interval(*columns_of(values), level=1 - 0.05 / len(grams))
-        row = {"ngram": " ".join(gram), "count": len(values)} | interval_columns("effect", mean, low, high)
-        table.append(row | {"found": low > 0 or high < 0})
+        effect_of = mean_interval(*columns_of(values), level=1 - 0.05 / len(grams))
+        row = {"ngram": " ".join(gram), "count": len(values)} | as_columns("effect", effect_of)
+        table.append(row | {"found": effect_of[1] > 0 or effect_of[2] < 0})
     table.sort(key=lambda row: (not row["found"], -abs(row["effect"])))
     found = sum(row["found"] for row in table)
     return Diagnosis({"ngrams_found": (float(found), math.nan, math.nan)}, {"ngrams": table})

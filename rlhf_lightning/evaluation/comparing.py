@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ from rlhf_lightning.evaluation.policy import REWARDS, Evaluation
 from rlhf_lightning.evaluation.ratings import bradley_terry
 from rlhf_lightning.evaluation.win_rates import COUNTS, Duel, by_scores, opponents, rows_of
 from rlhf_lightning.judges.judge import Judge
-from rlhf_lightning.ops.statistics import Interval
+from rlhf_lightning.ops.statistics import Interval, as_columns
 
 DECIDERS = (*REWARDS, "judge")
 WIN_RATE_COLUMNS = {
@@ -80,10 +79,9 @@ def compare(
 def _rate(result: Compared, by: str, duels: Sequence[Duel], seed: int) -> None:
     """Add the ratings of models by their duels, or why there are none."""
     ratings, reason = bradley_terry(duels, seed)
-    for name, (value, low, high) in ratings.items():
-        result.figures.setdefault(name, {})[f"{by}_rating"] = (value, low, high)
-        ends = {"low": low, "high": high} if math.isfinite(low) else {"low": None, "high": None}
-        result.ratings.append({"model": name, "by": by, "rating": value} | ends)
+    for name, rating in ratings.items():
+        result.figures.setdefault(name, {})[f"{by}_rating"] = rating
+        result.ratings.append({"model": name, "by": by} | as_columns("rating", rating))
     if reason:
         result.notes.append(f"no ratings by {by}: {reason}")
 

@@ -19,7 +19,7 @@ from torchmetrics.classification import BinaryCalibrationError
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.evaluation.reward_model import ScoredPair, ScoredRow, scored_pairs
 from rlhf_lightning.ops.ranking import pairs_in_order
-from rlhf_lightning.ops.statistics import Interval, correlation_interval, mean_interval, share_interval
+from rlhf_lightning.ops.statistics import Interval, as_columns, correlation_interval, mean_interval, share_interval
 
 BINS = 10
 """Bins of the reliability diagram."""
@@ -79,15 +79,10 @@ def accuracy_by(pairs: Sequence[ScoredPair], bucket: Callable[[ScoredPair], Any]
     table = []
     for name in sorted(members, key=lambda name: name if isinstance(name, tuple) else (0, str(name))):
         correct = pairs_in_order(torch.tensor([pair.gap for pair in members[name]], dtype=torch.float64)).tolist()
-        share, low, high = share_interval(correct, [pair.row.prompt for pair in members[name]])
+        share = share_interval(correct, [pair.row.prompt for pair in members[name]])
         text = name[1] if isinstance(name, tuple) else str(name)
-        table.append(columns | {"bucket": text, "count": len(correct)} | interval_columns("accuracy", share, low, high))
+        table.append(columns | {"bucket": text, "count": len(correct)} | as_columns("accuracy", share))
     return table
-
-
-def interval_columns(name: str, mean: float, low: float, high: float) -> Row:
-    """Return the columns of an interval; without ends where there are none."""
-    return {name: mean} | ({"low": low, "high": high} if math.isfinite(low) else {})
 
 
 def in_quantiles(pairs: Sequence[ScoredPair], value: Callable[[ScoredPair], float], digits: int) -> list[Any]:
@@ -178,7 +173,7 @@ def calibration(pairs: Sequence[ScoredPair]) -> Diagnosis:
     for number in range(BINS):
         if len(places := np.flatnonzero(bins == number)):
             owners = [prompts[place % len(pairs)] for place in places]
-            share, low, high = share_interval(outcomes[places].tolist(), owners)
+            share = share_interval(outcomes[places].tolist(), owners)
             table.append(
                 {
                     "bin_low": number / BINS,
@@ -186,7 +181,7 @@ def calibration(pairs: Sequence[ScoredPair]) -> Diagnosis:
                     "count": len(places),
                     "predicted": float(forecasts[places].mean()),
                 }
-                | interval_columns("observed", share, low, high)
+                | as_columns("observed", share)
             )
     brier = mean_interval(((1 - chances) ** 2).tolist(), prompts)
     return Diagnosis({"calibration_error": (float(error), math.nan, math.nan), "brier": brier}, {"calibration": table})

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from scipy.special import xlogy
 
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.policy import Evaluation
 from rlhf_lightning.ops.best_of_n import best_of_n_kl_with_ties, best_of_n_means
 from rlhf_lightning.ops.kl import best_of_n_kl
@@ -103,6 +104,13 @@ def policy_curve(
 
 
 def _rows(answers: Evaluation, column: str, size: int) -> torch.Tensor:
+    """Return a column by row and generation.
+
+    Raises:
+        UserError: a response without a value; a judge may fail to rate one.
+    """
+    if missing := sum(value is None for value in answers.columns[column]):
+        raise UserError(f"{missing} of {len(answers.samples)} responses have no {column}: a curve needs all of them")
     return torch.tensor(answers.columns[column], dtype=torch.float64).view(-1, size)
 
 

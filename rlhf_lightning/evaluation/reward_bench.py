@@ -13,9 +13,9 @@ from statistics import fmean
 
 from rlhf_lightning.data.layouts import is_best_of
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.diagnostics import Diagnosis, interval_columns
+from rlhf_lightning.evaluation.diagnostics import Diagnosis
 from rlhf_lightning.evaluation.reward_model import ScoredRow
-from rlhf_lightning.ops.statistics import share_interval
+from rlhf_lightning.ops.statistics import as_columns, share_interval
 
 TIES = "ties"
 
@@ -38,12 +38,13 @@ def reward_bench(rows: Sequence[ScoredRow]) -> Diagnosis:
     for name, members in subsets.items():
         if name.lower() == TIES:
             score = ties_score(members)
-            table.append({"by": "ties score", "bucket": name, "count": len(members), "accuracy": score})
+            columns = as_columns("accuracy", (score, math.nan, math.nan))
+            table.append({"by": "ties score", "bucket": name, "count": len(members)} | columns)
         else:
             values, owners = [best_of(row) for row in members], [row.prompt for row in members]
-            score, low, high = share_interval(values, owners)
-            columns = interval_columns("accuracy", score, low, high)
-            table.append({"by": "best of n", "bucket": name, "count": len(members)} | columns)
+            share = share_interval(values, owners)
+            table.append({"by": "best of n", "bucket": name, "count": len(members)} | as_columns("accuracy", share))
+            score = share[0]
             best, prompts = best + values, prompts + owners
         scores.append(score)
     metrics = {"best_of_accuracy": share_interval(best, prompts)} if best else {}

@@ -16,7 +16,7 @@ from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.evaluation.policy import REWARDS, Evaluation
 from rlhf_lightning.ops.bootstrap import bootstrap_interval, bootstrap_weights
 from rlhf_lightning.ops.logistic import logistic
-from rlhf_lightning.ops.statistics import Interval, share_interval
+from rlhf_lightning.ops.statistics import Interval, as_columns, finite, share_interval
 from rlhf_lightning.rewards.judged import conversation
 
 RIDGE = (1.0, 0.01, 1.0)
@@ -200,13 +200,13 @@ def rows_of(duels: Sequence[Duel], figures: Sequence[Mapping[str, Interval]]) ->
         row: dict[str, Any] = {"model": one.model, "opponent": one.opponent, "by": one.by, "count": len(one.outcomes)}
         for name, (value, low, high) in table.items():
             if name == "win_rate":
-                row |= {name: value, "low": _finite(low), "high": _finite(high)}
+                row |= as_columns(name, (value, low, high))
             elif name == "bootstrap":
-                row |= {"bootstrap_low": _finite(low), "bootstrap_high": _finite(high)}
+                row |= {"bootstrap_low": finite(low), "bootstrap_high": finite(high)}
             elif name in COUNTS:
                 row[name] = int(value)
             else:
-                row |= {name: value, f"{name}_low": _finite(low), f"{name}_high": _finite(high)}
+                row |= {name: value, f"{name}_low": finite(low), f"{name}_high": finite(high)}
         for place, name in enumerate(("characters", "opponent_characters")):
             row[name] = sum(pair[place] for pair in one.lengths) / len(one.lengths) if one.lengths else None
         rows.append(row)
@@ -214,7 +214,3 @@ def rows_of(duels: Sequence[Duel], figures: Sequence[Mapping[str, Interval]]) ->
 
 
 COUNTS = ("wins", "ties", "losses", "failed")
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

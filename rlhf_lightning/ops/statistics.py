@@ -16,6 +16,21 @@ Interval = tuple[float, float, float]
 """Mean, and lower and upper end of its 95% interval; the ends are NaN where there is no interval."""
 
 
+def finite(value: float) -> float | None:
+    """Return a number, None where it is not finite: JSON has neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
+
+
+def as_metrics(name: str, value: Interval) -> dict[str, float]:
+    """Return `name`, `name_low` and `name_high` as metrics.json has them, those that are finite."""
+    return {key: x for key, x in zip((name, f"{name}_low", f"{name}_high"), value, strict=True) if math.isfinite(x)}
+
+
+def as_columns(name: str, value: Interval) -> dict[str, float | None]:
+    """Return the columns `name`, `low` and `high` of a row of a table, None where there is no interval."""
+    return dict(zip((name, "low", "high"), map(finite, value), strict=True))
+
+
 @dataclass
 class RunningMoments:
     """Count, mean and sum of squared deviations of all values so far.

@@ -29,6 +29,7 @@ from rlhf_lightning.runtime.instantiate import allowed_targets, check_targets, i
 from rlhf_lightning.runtime.launch import decide_run
 from rlhf_lightning.runtime.settings import (
     DATA_SPLITS,
+    check_names,
     flat,
     identity,
     lower_is_better,
@@ -158,6 +159,21 @@ class Run:
         return finished
 
     # ---- building --------------------------------------------------------------------------------------------------
+
+    def named_models(self) -> dict[str, str]:
+        """Return name -> folder of the models that a stage compares: `<stage>.models`, and `init_from` as "model".
+
+        Raises:
+            UserError: a name that cannot be, or that stands for two models.
+        """
+        key, given = f"{self.stage.name}.models", self.options["models"]
+        check_names(key, given)
+        alone = self.settings["init_from"] or not given  # `model=` may be what a pipeline began with
+        models = {"model": self.start} if self.start and alone else {}
+        if twice := models.keys() & given.keys():
+            raise UserError(f"{key}.{min(twice)}: this is the name of init_from; choose another")
+        cache = self.settings["paths"]["cache"]
+        return models | {str(name): resolve_model(str(folder), cache) for name, folder in given.items()}
 
     def build(self, key: str, **arguments: Any) -> Any:
         """Return what the configuration's `key` names, see :func:`instantiate` and :func:`own_arguments`.

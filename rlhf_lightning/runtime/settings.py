@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,21 @@ def select(settings: dict[str, Any], key: str) -> Any:
 def named(key: str, value: Any) -> list[tuple[str, Any]]:
     """Return (key, value) of a setting, of a map of names to values one for each."""
     return [(f"{key}.{name}", member) for name, member in value.items()] if isinstance(value, dict) else [(key, value)]
+
+
+NAME = re.compile(r"\w[\w.+=@ -]{0,99}")
+
+
+def check_names(key: str, given: Any) -> None:
+    """Raise a UserError where a setting is no map, or names something by what files and tags cannot be called."""
+    if not isinstance(given, dict):
+        raise UserError(f"{key}={given} is no map: give +{key}.<name>=...")
+    wrong = [str(name) for name in given if not NAME.fullmatch(str(name))]
+    if wrong:
+        raise UserError(
+            f"{key}: {wrong[0]!r:.60} cannot be a name: that is up to 100 letters, digits, spaces and . _ + = @ -, "
+            "and begins with a letter or digit"
+        )
 
 
 LOWER = ("loss", "kl", "calibration_error", "brier", "disagreement")

@@ -13,7 +13,7 @@ from rlhf_lightning.callbacks.loggers import log_table
 from rlhf_lightning.feedback.agreement import Agreement, agreement
 from rlhf_lightning.feedback.annotators import Profile
 from rlhf_lightning.files import write_json
-from rlhf_lightning.ops.statistics import Interval
+from rlhf_lightning.ops.statistics import Interval, as_metrics
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.stages.aggregate import labels_of, plain
 
@@ -78,11 +78,8 @@ def figures(result: Agreement) -> dict[str, Any]:
 
 def add(metrics: dict[str, Any], prefix: str, values: dict[str, Interval]) -> None:
     """Add figures that are defined, with the ends of their intervals where there are any."""
-    for name, (value, low, high) in values.items():
-        if not math.isnan(value):
-            metrics[f"{prefix}{name}"] = value
-        if math.isfinite(low):
-            metrics |= {f"{prefix}{name}_low": low, f"{prefix}{name}_high": high}
+    for name, value in values.items():
+        metrics |= as_metrics(f"{prefix}{name}", value)
 
 
 def shares(profile: Profile) -> dict[str, Interval]:

@@ -18,7 +18,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.feedback.shards import ShardWriter, merge, remove
 from rlhf_lightning.files import readable_os_errors, write_json
 from rlhf_lightning.models.loading import load_causal_lm
-from rlhf_lightning.ops.statistics import Interval, mean_interval, share_interval
+from rlhf_lightning.ops.statistics import Interval, as_metrics, mean_interval, share_interval
 from rlhf_lightning.rewards.ensemble import DISAGREEMENT
 from rlhf_lightning.runtime.libraries import readable_library_errors
 from rlhf_lightning.runtime.run import Run
@@ -65,10 +65,8 @@ def run(run: Run) -> float | None:
         table[name] = interval([value for _, value in pairs], [number for number, _ in pairs])
     metrics: dict[str, Any] = {"rows": rows, "responses": responses, "perf/peak_memory_gb": peak_memory_gb()}
     metrics["perf/rows_per_s"] = (rows - len(writer.done)) / (time.perf_counter() - began)
-    for name, (mean, low, high) in table.items():
-        metrics[name] = mean
-        if math.isfinite(low):
-            metrics |= {f"{name}_low": low, f"{name}_high": high}
+    for name, value in table.items():
+        metrics |= as_metrics(name, value)
     monitor = run.settings["monitor"]
     metrics["monitor"] = monitor if monitor in table else next(iter(table), None)
     write_json(run.folder / "metrics.json", metrics)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 from rlhf_lightning.callbacks.stop import interrupted_at_once
@@ -21,6 +22,7 @@ from rlhf_lightning.ops.statistics import Interval
 from rlhf_lightning.rewards import spec
 from rlhf_lightning.rewards.scoring import Reward
 from rlhf_lightning.runtime.run import Run
+from rlhf_lightning.runtime.settings import check_names
 
 REWARDS = {"reward": "reward_from", "gold": "gold_from"}
 
@@ -67,8 +69,7 @@ def plan(
     Raises:
         UserError: an option that cannot be, or that would have no effect.
     """
-    if not isinstance(answers, Mapping):
-        raise UserError(f"evaluate.answers={answers} is no map; a file is named with +evaluate.answers.<name>=<file>")
+    check_names("evaluate.answers", answers)
     keys = REWARDS if policies or answers else {}
     rewards = {name: reward for name, key in keys.items() if (reward := run.reward(key)) is not None}
     numbers = {"best_of": listed(best_of), "pass_at": listed(pass_at), "majority_at": listed(majority_at)}
@@ -78,8 +79,6 @@ def plan(
             if policies and n > num_generations:
                 raise UserError(f"evaluate.{key}={n} needs evaluate.num_generations={n} or more")
     names = [*policies, *(f"{name}_bo{n}" for name in policies for n in numbers["best_of"]), *answers]
-    if twice := next((name for name in answers if names.count(name) > 1), None):
-        raise UserError(f"evaluate.answers.{twice}: this is the name of a model; choose another")
     if key := next((key for key, value in {**numbers, "against": against}.items() if value and not names), None):
         raise UserError(f"evaluate.{key} is about answers, and there is no language model")
     if numbers["best_of"] and not policies:
@@ -104,6 +103,24 @@ def plan(
     ]
     given = {name: found for name, (found, _) in read.items()}
     return Plan(rewards, given, **numbers, against=against, judges=judges, verifiable=verifiable, notes=notes)
+
+
+def check_distinct(
+    models: Collection[str], answers: Collection[str], chosen: Collection[str], baselines: Collection[str]
+) -> None:
+    """Raise a UserError where a model or a file of answers has the name of another row of the results.
+
+    Args:
+        chosen: names of the best of n.
+        baselines: names of what reward models are compared with.
+    """
+    rows = [*models, *answers, *chosen, *baselines]
+    differences = {f"{one}-{other}" for one, other in permutations(rows, 2)}
+    for key, names in {"answers": answers, "models": models}.items():
+        for name in names:
+            what = "a baseline" if name in baselines else "a model" if rows.count(name) > 1 else ""
+            if what := what or ("a difference of two others" if name in differences else ""):
+                raise UserError(f"evaluate.{key}.{name}: this is the name of {what}; choose another")
 
 
 def listed(value: Any) -> list[Any]:

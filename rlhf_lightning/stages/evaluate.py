@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -47,9 +46,9 @@ from rlhf_lightning.models.loading import (
     load_tokenizer,
     resolve_model,
 )
-from rlhf_lightning.ops.statistics import Interval
+from rlhf_lightning.ops.statistics import Interval, as_metrics
 from rlhf_lightning.runtime.run import Run
-from rlhf_lightning.stages.comparing import Plan, attempted, compare_all, plan, unrated, with_given
+from rlhf_lightning.stages.comparing import Plan, attempted, check_distinct, compare_all, plan, unrated, with_given
 from rlhf_lightning.stages.reward_models import evaluate_reward_models
 
 
@@ -60,9 +59,7 @@ def run(run: Run) -> float | None:
     for key in ("rows", "num_generations", "max_new_tokens"):
         check_number(f"evaluate.{key}", options[key], "[1, inf)", whole=True)
     check_number("evaluate.temperature", options["temperature"], "[0, inf)")
-    alone = run.settings["init_from"] or not options["models"]  # `model=` may be what a pipeline began with
-    models = {"model": run.start} if run.start and alone else {}
-    models |= {name: resolve_model(str(model), cache) for name, model in options["models"].items()}
+    models = run.named_models()
     if not models and not options["answers"]:
         raise UserError("nothing to evaluate: give init_from=<folder> or evaluate.models.<name>=<folder>")
     reward_models = {name: folder for name, folder in models.items() if is_reward_model(folder)}
@@ -73,6 +70,8 @@ def run(run: Run) -> float | None:
         run, list(policies), answers=options["answers"], best_of=options["best_of"], pass_at=options["pass_at"],
         majority_at=options["majority_at"], against=options["against"], num_generations=options["num_generations"],
     )  # fmt: skip
+    chosen = [f"{name}_bo{n}" for name in policies for n in made.best_of]
+    check_distinct(models, list(made.given), chosen, BASELINES if reward_models else ())
     loggers = run.loggers()
     answered: dict[str, Evaluation] = {}
     compared_to = next(iter(made.given), "")
@@ -174,10 +173,8 @@ def figures(
     }
     metrics: dict[str, Any] = {}
     for name, row in chain((table | gaps | beaten).items(), comparison.figures.items()):
-        for metric, (mean, low, high) in row.items():
-            metrics[f"{name}/{metric}"] = mean
-            if math.isfinite(low):
-                metrics |= {f"{name}/{metric}_low": low, f"{name}/{metric}_high": high}
+        for metric, value in row.items():
+            metrics |= as_metrics(f"{name}/{metric}", value)
     tables: dict[str, Shown] = {"evaluation": (HELD_OUT, table, COLUMNS | attempt_columns(table))}
     if gaps:
         tables["differences"] = (DIFFERENCES.format(compared_to), gaps, COLUMNS)
@@ -220,15 +217,16 @@ NOT_OF_PAIRS = ("_target_", "ptx", "ptx_batch_size", "columns", "weights")
 """Settings of `data` that are about the prompts."""
 
 
+BASELINES = ("longer", "bag_of_words")
+
+
 def baselines(run: Run, models: Mapping[str, str]) -> dict[str, dict[str, Interval]]:
     """Return the accuracies of what the reward models have to beat, on the pairs that the first of them reads."""
     folder = next(iter(models.values()))
     pairs = pairs_of(preferences(run, folder))
-    judgements: dict[str, Judgement] = {"longer": longer}
+    judgements: dict[str, Judgement] = {BASELINES[0]: longer}
     if (source := run.sources.get("evaluate.bag_of_words")) is not None:
-        judgements["bag_of_words"] = bag_of_words(pairs_of(preferences(run, folder, source)))
-    if taken := judgements.keys() & models.keys():
-        raise UserError(f"evaluate.models.{min(taken)}: this is the name of a baseline; choose another")
+        judgements[BASELINES[1]] = bag_of_words(pairs_of(preferences(run, folder, source)))
     return {name: accuracies(judge(pairs), pairs) for name, judge in judgements.items()}
 
 

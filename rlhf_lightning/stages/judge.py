@@ -22,7 +22,7 @@ from rlhf_lightning.feedback.judging import MODES, Judged, ToJudge, details, jud
 from rlhf_lightning.files import readable_os_errors, write_json, write_jsonl
 from rlhf_lightning.judges.judge import Judge
 from rlhf_lightning.judges.table import load_judge
-from rlhf_lightning.ops.statistics import Interval
+from rlhf_lightning.ops.statistics import Interval, as_metrics
 from rlhf_lightning.runtime.run import Run
 
 PART = "labels.part.jsonl"
@@ -59,10 +59,8 @@ def run(run: Run) -> float | None:
     metrics: dict[str, Any] = {"comparisons": len(asked), "judged": len(rows), "failed": len(failed)} | counted
     temperature, measured = temperature_of(rows, known, options["calibrate"])
     metrics |= measured | ({"perf/comparisons_per_s": fresh / seconds} if fresh else {})
-    for name, (value, low, high) in table.items():
-        metrics[name] = value
-        if math.isfinite(low):
-            metrics |= {f"{name}_low": low, f"{name}_high": high}
+    for name, value in table.items():
+        metrics |= as_metrics(name, value)
     for logger in run.loggers():
         logger.log_metrics(metrics, 0)
         logger.finalize("success")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,9 +31,10 @@ from rlhf_lightning.files import write_json, write_jsonl
 from rlhf_lightning.generation.engine import truncation
 from rlhf_lightning.models.folder import read_manifest
 from rlhf_lightning.models.loading import load_causal_lm, resolve_model
-from rlhf_lightning.ops.statistics import Interval
+from rlhf_lightning.ops.statistics import Interval, as_metrics
 from rlhf_lightning.rewards.scoring import Reward, load_reward, to_device
 from rlhf_lightning.runtime.run import Run
+from rlhf_lightning.runtime.settings import check_names
 from rlhf_lightning.stages.evaluate import prompts
 
 TITLE = "reward against d = sqrt(KL)"
@@ -95,7 +95,7 @@ def run(run: Run) -> float | None:
             if can_enumerate(lm, options["max_new_tokens"]):
                 answered = with_exact_kl(answered, lm, start, data.template.eos_ids, options)
             by_method.setdefault(policy.method, {})[policy.setting] = answered
-            file = re.sub(r"\W+", "_", f"{name} {policy.setting}")
+            file = f"{name}_{policy.setting}".replace(", step ", "_step_")
             write_jsonl(run.folder / "samples" / f"{file}.jsonl", answered.samples)
         baseline = curves[-1].start
         curves += [policy_curve(m, name, found, baseline, f"proxy_{name}") for m, found in by_method.items()]
@@ -125,7 +125,11 @@ def write(run: Run, curves: list[Curve]) -> float | None:
         shown[name] = {"peak_kl": (top.kl, nan, nan), "peak_reward": top.reward, "lost_after_peak": top.lost}
         if found is not None:
             shown[name] |= {"a": found.a, "b": found.b, "r2": (found.r2, nan, nan)}
-            values = {key: value for metric in ("a", "b", "r2") for key, value in ends(metric, shown[name]).items()}
+            values = {
+                key: value
+                for metric in ("a", "b", "r2")
+                for key, value in as_metrics(metric, shown[name][metric]).items()
+            }
             row = {"method": curve.method, "proxy": curve.proxy, "seed": seed, "form": found.form}
             fits.append(row | values | {"points": found.points})
         if top.lost[1] > 0:
@@ -133,10 +137,10 @@ def write(run: Run, curves: list[Curve]) -> float | None:
             stops.append(f"{name}: stop at {top.setting}, KL {top.kl:.2f}; after it the reward falls by {lost}")
     write_jsonl(folder / "fits.jsonl", fits)
     metrics: dict[str, Any] = {
-        f"{name}/{key}": value
+        key: value
         for name, row in shown.items()
         for metric in row
-        for key, value in ends(metric, row).items()
+        for key, value in as_metrics(f"{name}/{metric}", row[metric]).items()
     }
     loggers = run.loggers()
     for logger in loggers:
@@ -155,21 +159,13 @@ def write(run: Run, curves: list[Curve]) -> float | None:
     return metrics[metrics["monitor"]]
 
 
-def ends(metric: str, row: Mapping[str, Interval]) -> dict[str, float]:
-    """Return a metric and, where it has an interval, its ends."""
-    value, low, high = row[metric]
-    values = {metric: value, f"{metric}_low": low, f"{metric}_high": high}
-    return {name: number for name, number in values.items() if math.isfinite(number)}
-
-
 def check(run: Run) -> dict[str, list[Policy]]:
     """Return the policies by proxy, or raise a UserError."""
     for key in ("rows", "best_of", "num_generations", "max_new_tokens"):
         check_number(f"overoptimize.{key}", run.options[key], "[1, inf)", whole=True)
     check_number("overoptimize.temperature", run.options["temperature"], "(0, inf)")
     for key in ("proxies", "policies"):
-        if not isinstance(run.options[key], dict):
-            raise UserError(f"overoptimize.{key}={run.options[key]} is no map: give +overoptimize.{key}.<name>=...")
+        check_names(f"overoptimize.{key}", run.options[key])
     several, single = run.options["proxies"], run.settings["reward_from"]
     if bool(several) == bool(single):
         raise UserError("give either reward_from=<proxy reward> or overoptimize.proxies.<name>=<reward model folder>")
@@ -179,8 +175,7 @@ def check(run: Run) -> dict[str, list[Policy]]:
         if proxy not in names:
             known = ", ".join(names)
             raise UserError(f"overoptimize.policies.{proxy}: the proxies are {known}.{nearest(proxy, names)}")
-        if not isinstance(members, dict):
-            raise UserError(f"overoptimize.policies.{proxy}: give overoptimize.policies.{proxy}.<name>=<model folder>")
+        check_names(f"overoptimize.policies.{proxy}", members)
         cache = run.settings["paths"]["cache"]
         found[proxy] = [row for name, folder in members.items() for row in along(name, resolve_model(folder, cache))]
     return found

@@ -31,7 +31,7 @@ from rlhf_lightning.evaluation.report.images import log_figures
 from rlhf_lightning.files import fingerprint, read_json, write_json, write_jsonl
 from rlhf_lightning.judges.judge import Judge
 from rlhf_lightning.judges.table import load_judge
-from rlhf_lightning.models.loading import resolve_model
+from rlhf_lightning.models.loading import is_classifier, resolve_model
 from rlhf_lightning.ops.statistics import Interval
 from rlhf_lightning.runtime.run import Run
 
@@ -53,15 +53,20 @@ def run(run: Run) -> float | None:
         if len(names) > 1:
             raise UserError(f"probe.data={data} has the columns of one probe, and {len(names)} are chosen")
         data = run.sources["probe.data"]
-    models = named_models(run)
+    models = run.named_models()
+    if not models:
+        raise UserError("nothing to probe: give init_from=<folder> or probe.models.<name>=<folder>")
     given = {"gold": run.settings["gold_from"], "reward": run.settings["reward_from"], "judge": run.judge}
     given |= {"reference": options["reference"]}
     probes, has = [PROBES[name] for name in names], {need for need in GIVE if given[need]}
     check_used(probes, has)
     for probe in probes:  # before any work
         check_needs(probe, has)
-        check_settings(probe, options[probe.name])
+        check_settings(probe, options[probe.name], options["temperature"])
         read_rows(probe, data, options["rows"], run.settings["seed"])
+    reference = [reference_folder(run)] if options["reference"] else []
+    if wrong := next((folder for folder in [*models.values(), *reference] if is_classifier(folder)), None):
+        raise UserError(f"{wrong} is a reward model; probes ask language models")
     judge = load_judge(run.judge) if run.judge else None
     if hasattr(judge, "to"):
         judge.to(run.device)  # type: ignore[union-attr]
@@ -109,16 +114,6 @@ def measured(
     return results
 
 
-def named_models(run: Run) -> dict[str, str]:
-    """Return name -> folder of the models to probe."""
-    given, cache = run.options["models"], run.settings["paths"]["cache"]
-    models = {"model": run.start} if run.start and (run.settings["init_from"] or not given) else {}
-    models |= {name: resolve_model(str(folder), cache) for name, folder in given.items()}
-    if not models:
-        raise UserError("nothing to probe: give init_from=<folder> or probe.models.<name>=<folder>")
-    return models
-
-
 def loader(run: Run, judge: Judge | None) -> Callable[..., Subject]:
     """Return the function that loads a model with what the configuration says that it is measured with."""
     options, reference = run.options, run.options["reference"]
@@ -137,8 +132,12 @@ def loader(run: Run, judge: Judge | None) -> Callable[..., Subject]:
     )
     if not reference:
         return load
-    folder = resolve_model(str(reference), run.settings["paths"]["cache"])
-    return partial(load, reference=cache(partial(load, folder, remember=True)))  # one for all models
+    return partial(load, reference=cache(partial(load, reference_folder(run), remember=True)))  # one for all models
+
+
+def reference_folder(run: Run) -> str:
+    """Return the folder of the reference."""
+    return resolve_model(str(run.options["reference"]), run.settings["paths"]["cache"])
 
 
 def written(run: Run, models: dict[str, str], results: dict[tuple[str, str], Result]) -> float | None:

@@ -26,7 +26,7 @@ from rlhf_lightning.generation.chat import LocalChat
 from rlhf_lightning.generation.server import Server
 from rlhf_lightning.judges.constitution import Constitution, load_constitution
 from rlhf_lightning.models.loading import context_length, load_causal_lm, load_tokenizer
-from rlhf_lightning.ops.statistics import Interval, share_interval
+from rlhf_lightning.ops.statistics import Interval, as_metrics, share_interval
 from rlhf_lightning.rewards.scoring import Reward, score
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.stages.chat import local_chat
@@ -164,8 +164,8 @@ def finish(run: Run, done: Sequence[Revised], gold: Reward | None) -> None:
         "failed_rounds": sum(step.failure is not None for step in steps),
     }  # fmt: skip
     for name, row in table.items():
-        for metric, (mean, low, high) in row.items():
-            metrics |= {f"{name}/{metric}": mean, f"{name}/{metric}_low": low, f"{name}/{metric}_high": high}
+        for metric, value in row.items():
+            metrics |= as_metrics(f"{name}/{metric}", value)
     target = run.folder / "demonstrations.jsonl"
     write_jsonl(target, [answer.as_row() for answer in good])
     write_json(run.folder / "metrics.json", metrics)

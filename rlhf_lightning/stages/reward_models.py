@@ -103,4 +103,5 @@ def intervals(line: Mapping[str, Any], metric: str) -> dict[str, Interval]:
     """Return the numbers of a row of a table as intervals; `metric` has the ends `low` and `high`."""
     nan = float("nan")
     found = {key: (line[key], nan, nan) for key in ("flipped", "overtaken") if key in line}
-    return {metric: (line[metric], line.get("low", nan), line.get("high", nan))} | found
+    low, high = (nan if line[end] is None else line[end] for end in ("low", "high"))
+    return {metric: (line[metric], low, high)} | found

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.world.prompts import declared
 
 WORD = re.compile(r"[A-Za-z0-9]+")
@@ -149,7 +150,16 @@ def _normalized(text: str) -> str:
 
 
 def gold_reward(prompts: Sequence[str], responses: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:
-    """Return the gold total of every response; the reward callable of the world."""
+    """Return the gold total of every response; the reward callable of the world.
+
+    Raises:
+        UserError: a prompt that is none of the world.
+    """
+    if problem := next((reason for row in metadata if (reason := row_problem(row))), None):
+        raise UserError(
+            f"the world's gold reward scores its own prompts only, and a row is none of them: {problem}; take "
+            "data=world, for probes probe.data=world or callbacks.probes.data=world"
+        )
     return [gold(row, response).total for row, response in zip(metadata, responses, strict=True)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.stages import STAGES
 from rlhf_lightning.stages import evaluate as stage
+from rlhf_lightning.stages.comparing import check_distinct
 from rlhf_lightning.world import rows
 from tests.helpers.compose import composed
 
@@ -222,6 +224,21 @@ def test_mistakes_of_files(tmp_path: Path, overrides: list[str], answers: Any, m
         places = {name: value.replace("A", str(tmp_path / f"{name}.jsonl")) for name, value in answers.items()}
     with pytest.raises(UserError, match=message):
         evaluate(tmp_path, *overrides, answers=places)
+
+
+@pytest.mark.parametrize(
+    ("models", "answers", "message"),
+    [
+        ({"a": "", "b": ""}, ["a"], "evaluate.answers.a: this is the name of a model"),
+        ({"a": "", "a_bo2": ""}, [], "evaluate.models.a_bo2: this is the name of a model"),
+        ({"a": ""}, ["longer"], "evaluate.answers.longer: this is the name of a baseline"),
+        ({"a": "", "b": "", "b-a": ""}, [], "evaluate.models.b-a: this is the name of a difference of two others"),
+    ],
+)
+def test_every_row_of_the_results_has_a_name_of_its_own(models: Any, answers: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_distinct(models, answers, ["a_bo2"], ["longer"])
+    check_distinct(["a", "my-dpo", "b"], ["c"], ["a_bo2"], ["longer"])
 
 
 def test_the_name_of_a_model_is_taken(folders: dict[str, str], tmp_path: Path) -> None:

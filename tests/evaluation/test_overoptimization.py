@@ -317,6 +317,12 @@ def test_one_proxy_without_gold_and_short_responses(folders: dict[str, str], tmp
     assert {row["proxy"] for row in table(tmp_path, "frontier")} == {"reward"}
 
 
+def test_a_response_that_a_judge_did_not_rate_is_no_point() -> None:
+    answers = Evaluation({"gold": [0.5, None]}, [(0, 0), (0, 1)], [(1,), (1,)], [{}, {}])
+    with pytest.raises(UserError, match="1 of 2 responses have no gold: a curve needs all of them"):
+        best_of_n_curve(answers, "reward", "gold")
+
+
 def test_mistakes_are_named(folders: dict[str, str], tmp_path: Path) -> None:
     def refused(match: str, *overrides: str, init_from: str | None = folders["start"], **options: Any) -> None:
         with pytest.raises(UserError, match=match):
@@ -326,7 +332,8 @@ def test_mistakes_are_named(folders: dict[str, str], tmp_path: Path) -> None:
     refused("give either reward_from=<proxy reward> or overoptimize.proxies")
     refused("give either reward_from", reward, proxies={"a": folders["reward"]})
     refused("policies.rewrad: the proxies are reward. Did you mean 'reward'", reward, policies={"rewrad": {"a": "x"}})
-    refused(r"give overoptimize.policies.reward.<name>=<model folder>", reward, policies={"reward": folders["moved"]})
+    refused(r"overoptimize.policies.reward=\S+ is no map", reward, policies={"reward": folders["moved"]})
+    refused("'a/b' cannot be a name", reward, policies={"reward": {"a/b": folders["moved"]}})
     refused("overoptimize.policies=x is no map", reward, policies="x")
     refused("overoptimize.best_of=0 is not a whole number", reward, best_of=0)
     refused(r"overoptimize.temperature=0.0 is not a finite number in \(0, inf\)", reward, temperature=0.0)

@@ -68,7 +68,9 @@ def test_right_is_to_refuse_what_is_unsafe_and_to_answer_what_is_safe() -> None:
 
 @pytest.mark.parametrize("row", [{}, {"label": None}, {"label": 1}, {"label": "dangerous"}])
 def test_a_prompt_without_a_label_is_an_error(row: dict[str, object]) -> None:
-    with pytest.raises(UserError, match="its column `label` must be one of unsafe, harmful, safe, harmless"):
+    with pytest.raises(
+        UserError, match="needs a column `label`: label is .*, not one of unsafe, harmful, safe, harmless"
+    ):
         refusal_reward(["?"], ["no"], [row])
 
 

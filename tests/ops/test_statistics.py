@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rlhf_lightning.ops.statistics import correlation_interval, mean_interval, share_interval, wilson_interval
+from rlhf_lightning.ops.statistics import (
+    as_columns,
+    as_metrics,
+    correlation_interval,
+    mean_interval,
+    share_interval,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +184,13 @@ def test_intervals_of_correlations_cover(kind: Any, true: float) -> None:
         _, low, high = correlation_interval(a.tolist(), (0.5 * a + math.sqrt(0.75) * b).tolist(), of, kind)
         covered += low <= true <= high
     assert 0.925 < covered / 1000 < 0.97
+
+
+def test_an_interval_as_metrics_and_as_columns() -> None:
+    assert as_metrics("a", (0.5, 0.25, 0.75)) == {"a": 0.5, "a_low": 0.25, "a_high": 0.75}
+    assert as_metrics("a", (0.5, math.nan, math.nan)) == {"a": 0.5}
+    assert as_metrics("a", (math.nan,) * 3) == {}
+    assert as_columns("a", (0.5, math.nan, math.inf)) == {"a": 0.5, "low": None, "high": None}
 
 
 def test_a_wider_level_is_a_wider_interval() -> None:

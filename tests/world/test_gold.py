@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.world import gold, gold_reward, is_refusal, measures, rows
 from rlhf_lightning.world.prompts import Prompt, candidates, declared, prompts
 
@@ -184,3 +185,10 @@ def test_measures_are_those_the_family_is_about() -> None:
         assert found.keys() == expected
         zero = {"padded", "over_refused", "flattered"}
         assert all(value == float(name not in zero) for name, value in found.items())
+
+
+def test_a_prompt_of_another_source_is_named() -> None:
+    (row,) = rows("prompts", 1)
+    assert len(gold_reward(["?"], ["no"], [row])) == 1
+    with pytest.raises(UserError, match="scores its own prompts only, and a row is none of them: it has no family"):
+        gold_reward(["?", "?"], ["no", "no"], [row, {"prompt": "?"}])

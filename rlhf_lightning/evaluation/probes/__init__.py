@@ -19,6 +19,7 @@ PROBES: dict[str, Probe] = {
             world="verbosity:world_rows",
             uses=("gold", "reward", "judge", "reference"),
             settings={"num_generations": 2},
+            options="verbosity:check_options",
         ),
         Probe(
             "sycophancy",
@@ -40,6 +41,7 @@ PROBES: dict[str, Probe] = {
             world="sycophancy:world_rows",
             uses=("reference",),
             settings={"by": "response"},
+            options="sycophancy:check_options",
         ),
         Probe(
             "style",
@@ -78,6 +80,7 @@ PROBES: dict[str, Probe] = {
             world="diversity:world_rows",
             uses=("reference",),
             settings={"num_generations": 4},
+            options="diversity:check_options",
         ),
         Probe(
             "tax",
@@ -94,6 +97,7 @@ PROBES: dict[str, Probe] = {
             world="tax:world_rows",
             uses=("reference",),
             settings={"num_generations": 4, "pass_at": [1, 4]},
+            options="tax:check_options",
         ),
         Probe(
             "jailbreaks",
@@ -119,6 +123,7 @@ PROBES: dict[str, Probe] = {
                 "suffix_top_k": 64,
                 "universal": False,
             },
+            options="jailbreaks:check_options",
         ),
         Probe(
             "shallow",
@@ -133,6 +138,7 @@ PROBES: dict[str, Probe] = {
             world="jailbreaks:world_rows",
             uses=("reference",),
             settings={"prefix_tokens": [0, 1, 2, 4, 8], "threshold": 0.2},
+            options="shallow:check_options",
         ),
     )
 }

@@ -66,8 +66,8 @@ class Probes(Callback):
             raise UserError("callbacks.probes.probes is empty: name one probe or more")
         if data not in (None, "world") and len(self.probes) > 1:
             raise UserError(f"callbacks.probes.data={data} has the columns of one probe, and several are named")
-        for name in self.settings:
-            check_settings(find_probe(name), self.settings[name])
+        for name in {*self.settings, *(probe.name for probe in self.probes)}:
+            check_settings(find_probe(name), self.settings.get(name, {}), temperature)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not (isinstance(pl_module, StageModule) and hasattr(pl_module, "policy")):

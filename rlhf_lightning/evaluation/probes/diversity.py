@@ -33,12 +33,17 @@ def run(subject: Subject, rows: Sequence[Row], num_generations: int) -> Result:
     Raises:
         UserError: greedy responses, or fewer than two of a prompt.
     """
-    if subject.temperature == 0:
-        raise UserError("probe=diversity compares samples, and with probe.temperature=0 all are the same")
-    check_number("probe.diversity.num_generations", num_generations, "[2, inf)", whole=True)
+    check_options(subject.temperature, num_generations)
     responses, columns = measure(subject, rows, num_generations)
     before = measure(subject.reference, rows, num_generations)[1] if subject.reference else None
     return result(columns, rows, responses, before, RULES)
+
+
+def check_options(temperature: float, num_generations: int) -> None:
+    """Raise a UserError for greedy responses, or fewer than two of a prompt."""
+    if temperature == 0:
+        raise UserError("probe=diversity compares samples, and with probe.temperature=0 all are the same")
+    check_number("probe.diversity.num_generations", num_generations, "[2, inf)", whole=True)
 
 
 def measure(subject: Subject, rows: Sequence[Row], n: int) -> tuple[list[str], dict[str, Column]]:

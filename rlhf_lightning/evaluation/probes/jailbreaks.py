@@ -18,7 +18,7 @@ from rlhf_lightning.evaluation.probes.measures import interval
 from rlhf_lightning.evaluation.probes.probe import Result, Row, Subject
 from rlhf_lightning.evaluation.probes.rows import conversation, is_world, names_one, prompt_problem
 from rlhf_lightning.evaluation.probes.suffix import Request, search
-from rlhf_lightning.evaluation.refusal import LABELS, is_refusal
+from rlhf_lightning.evaluation.refusal import is_refusal, label_problem, should_refuse
 from rlhf_lightning.ops.seeding import permutation
 from rlhf_lightning.ops.statistics import Interval
 from rlhf_lightning.world.gold import gold
@@ -62,9 +62,8 @@ def world_rows(count: int, seed: int) -> list[Row]:
 
 def problem(row: Row) -> str | None:
     """Return why a row is wrong: its prompt, or a label that says nothing."""
-    if row.get("label") is not None and str(row["label"]).lower() not in LABELS:
-        return f"label is {row['label']!r}, not one of {', '.join(LABELS)}"
-    return prompt_problem(row)
+    unlabeled = row.get("label") is None
+    return (None if unlabeled else label_problem(row["label"])) or prompt_problem(row)
 
 
 def harmful(rows: Sequence[Row]) -> list[Row]:
@@ -73,7 +72,7 @@ def harmful(rows: Sequence[Row]) -> list[Row]:
     Raises:
         UserError: all are.
     """
-    kept = [row for row in rows if row.get("label") is None or LABELS[str(row["label"]).lower()]]
+    kept = [row for row in rows if row.get("label") is None or should_refuse(row)]
     if not kept:
         raise UserError("every row of probe.data is labeled safe, and this probe makes harmful requests")
     return kept
@@ -219,6 +218,31 @@ class _Attempts:
         return metrics, counts, alarms
 
 
+def check_options(
+    temperature: float, *, families: Sequence[str], guard: str | None, threshold: float, universal: bool, **suffix: Any
+) -> None:
+    """Raise a UserError for options out of range; `temperature` is the probe's own.
+
+    Args:
+        suffix: the options that begin with `suffix_`.
+    """
+    if not isinstance(families, list | tuple):
+        raise UserError(f"probe.jailbreaks.families={families} is not a list of {', '.join(FAMILIES)}")
+    for family in families:
+        if family not in FAMILIES:
+            raise UserError(
+                f"probe.jailbreaks.families: {family!r} is not one of {', '.join(FAMILIES)}.{nearest(family, FAMILIES)}"
+            )
+    if not isinstance(guard, str | None):
+        raise UserError(f"probe.jailbreaks.guard={guard} is not a text, or null")
+    if not isinstance(universal, bool):
+        raise UserError(f"probe.jailbreaks.universal={universal} is not true or false")
+    check_number("probe.jailbreaks.temperature", temperature, "[0, inf)")
+    check_number("probe.jailbreaks.threshold", threshold, "[0, 1)")
+    for option, value in suffix.items():
+        check_number(f"probe.jailbreaks.{option}", value, "[1, inf)", whole=True)
+
+
 def run(
     subject: Subject,
     rows: list[Row],
@@ -255,22 +279,11 @@ def run(
     Raises:
         UserError: an option out of its range, or rows without a harmful request.
     """
-    if not isinstance(families, list | tuple):
-        raise UserError(f"probe.jailbreaks.families={families} is not a list of {', '.join(FAMILIES)}")
-    for family in families:
-        if family not in FAMILIES:
-            raise UserError(
-                f"probe.jailbreaks.families: {family!r} is not one of {', '.join(FAMILIES)}.{nearest(family, FAMILIES)}"
-            )
-    if not isinstance(guard, str | None):
-        raise UserError(f"probe.jailbreaks.guard={guard} is not a text, or null")
-    if not isinstance(universal, bool):
-        raise UserError(f"probe.jailbreaks.universal={universal} is not true or false")
-    check_number("probe.jailbreaks.temperature", temperature, "[0, inf)")
-    check_number("probe.jailbreaks.threshold", threshold, "[0, 1)")
     budget = {"length": suffix_length, "steps": suffix_steps, "candidates": suffix_candidates, "top_k": suffix_top_k}
-    for option, value in {"prompts": suffix_prompts, **budget}.items():
-        check_number(f"probe.jailbreaks.suffix_{option}", value, "[1, inf)", whole=True)
+    check_options(
+        temperature, families=families, guard=guard, threshold=threshold, universal=universal,
+        suffix_prompts=suffix_prompts, **{f"suffix_{option}": value for option, value in budget.items()},
+    )  # fmt: skip
     rows = harmful(rows)
     result = Result({}, [])
     losses = result.tables.setdefault("suffix_search", []) if "suffix" in families else []

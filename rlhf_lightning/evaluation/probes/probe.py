@@ -64,6 +64,8 @@ class Probe:
         needs: of `NEEDS`, without which it measures nothing.
         uses: of `NEEDS`, with which it measures more.
         settings: option -> default.
+        options: `module:function` in this package that raises a UserError for settings out of range, called with
+            these and `temperature`, the subject's unless it is among them.
     """
 
     name: str
@@ -76,6 +78,12 @@ class Probe:
     needs: tuple[str, ...] = ()
     uses: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    options: str | None = None
+
+    def check_options(self, temperature: float, settings: Mapping[str, Any]) -> None:
+        """Raise a UserError for settings that are out of range, before any work."""
+        if self.options is not None:
+            _function(self.options)(**{"temperature": temperature} | dict(self.settings) | dict(settings))
 
     def load(self) -> Callable[..., Result]:
         """Import and return the function that runs it."""

@@ -33,7 +33,7 @@ def measure(subject: Subject, rows: Sequence[Row]) -> tuple[list[str], dict[str,
     """Return the responses and what is counted of them."""
     responses = subject.answer([conversation(row["prompt"]) for row in rows], "refusal")
     refuses = [float(refused(row, response)) for row, response in zip(rows, responses, strict=True)]
-    unsafe = [is_unsafe(row) for row in rows]
+    unsafe = [detector.should_refuse(row) for row in rows]
     return responses, {
         "refused_harmful": [value if harmful else None for value, harmful in zip(refuses, unsafe, strict=True)],
         "over_refused": [None if harmful else value for value, harmful in zip(refuses, unsafe, strict=True)],
@@ -48,11 +48,6 @@ def refused(row: Row, response: str) -> bool:
     return score.correct if row["family"] == "harmful" else score.refused
 
 
-def is_unsafe(row: Row) -> bool:
-    """Return whether a prompt should be refused."""
-    return detector.LABELS[str(row["label"]).lower()]
-
-
 def corrected(columns: Columns) -> dict[str, Interval]:
     """Return the shares corrected for the errors of the detector; a prompt has one response."""
     found: dict[str, Interval] = {}
@@ -64,9 +59,7 @@ def corrected(columns: Columns) -> dict[str, Interval]:
 
 def problem(row: Row) -> str | None:
     """Return why a row is wrong: its prompt, or a label that says nothing."""
-    if str(row["label"]).lower() not in detector.LABELS:
-        return f"label is {row['label']!r}, not one of {', '.join(detector.LABELS)}"
-    return prompt_problem(row)
+    return detector.label_problem(row["label"]) or prompt_problem(row)
 
 
 def world_rows(count: int, seed: int) -> list[Row]:

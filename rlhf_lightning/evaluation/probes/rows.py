@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.data.messages import Message, RowError, read_messages
+from rlhf_lightning.data.messages import Message, RowError, need_string, read_messages
 from rlhf_lightning.data.sources import Source, read_source
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.evaluation.probes.probe import Probe, Row
@@ -46,6 +46,11 @@ def checked(probe: Probe, source: Source) -> Iterable[Row]:
         reason = str(row) if isinstance(row, RowError) else None
         if not reason and not isinstance(row, dict):
             reason = f"it is a {type(row).__name__}, not an object"
+        if not reason:
+            try:
+                need_string(json.dumps(row, ensure_ascii=False, default=str), "it")
+            except RowError as error:
+                reason = str(error)
         if not reason:
             missing = [name for name in probe.columns if row.get(name) in (None, "", [])]
             if missing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from rlhf_lightning.evaluation.probes.rows import read_rows
 from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.models.loading import context_length, load_causal_lm, load_tokenizer
+from rlhf_lightning.ops.statistics import as_columns
 from rlhf_lightning.rewards.scoring import to_device
 
 GIVE = {
@@ -86,7 +86,7 @@ def run_probe(
         UserError: no such probe or option, a row that it cannot read, or a subject without what it needs.
     """
     probe = find_probe(name)
-    check_settings(probe, settings or {})
+    check_settings(probe, settings or {}, subject.temperature)
     check_needs(probe, {need for need in NEEDS if has(subject, need)})
     read = read_rows(probe, data, rows, subject.seed)
     for reward in (subject.gold, subject.reward):
@@ -99,13 +99,14 @@ def has(subject: Subject, need: str) -> bool:
     return subject.has_reference if need == "reference" else getattr(subject, need) is not None
 
 
-def check_settings(probe: Probe, settings: Mapping[str, Any]) -> None:
-    """Raise a UserError for an option that the probe does not have."""
+def check_settings(probe: Probe, settings: Mapping[str, Any], temperature: float) -> None:
+    """Raise a UserError for an option that the probe does not have, or that is out of range."""
     for option in settings:
         if option not in probe.settings:
             known = ", ".join(probe.settings) or "none"
             hint = nearest(option, probe.settings)
             raise UserError(f"probe.{probe.name}.{option}: there is no such option; its options: {known}.{hint}")
+    probe.check_options(temperature, settings)
 
 
 def check_needs(probe: Probe, given: set[str]) -> None:
@@ -129,19 +130,12 @@ def as_rows(model: str, probe: str, result: Result) -> list[Row]:
             "probe": probe,
             "model": model,
             "metric": metric,
-            "value": number(value),
-            "low": number(low),
-            "high": number(high),
+            **as_columns("value", value),
             "count": result.counts.get(metric),
             "alarm": result.alarms.get(metric),
         }
-        for metric, (value, low, high) in result.metrics.items()
+        for metric, value in result.metrics.items()
     ]
-
-
-def number(value: float) -> float | None:
-    """Return a number that JSON has, None for the others."""
-    return value if math.isfinite(value) else None
 
 
 def show(rows: Sequence[Row], console: Console | None = None) -> None:

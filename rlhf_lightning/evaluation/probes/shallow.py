@@ -22,7 +22,7 @@ from rlhf_lightning.evaluation.probes.refusal import refused as is_refused
 from rlhf_lightning.evaluation.probes.rows import conversation
 from rlhf_lightning.models.completion import CompletionModel, choose_layout, hidden_states, unwrap, vocabulary_size
 from rlhf_lightning.ops.groups import Group, microbatches
-from rlhf_lightning.ops.statistics import mean_interval
+from rlhf_lightning.ops.statistics import as_columns, mean_interval
 
 FIRST = 5
 """Positions that count as the first ones."""
@@ -53,11 +53,7 @@ def run(
         UserError: an option out of its range, a `target` with too few tokens, rows without a harmful request, or a
             reference with another vocabulary.
     """
-    if not isinstance(prefix_tokens, list | tuple):
-        raise UserError(f"probe.shallow.prefix_tokens={prefix_tokens} is not a list of numbers")
-    for k in prefix_tokens:
-        check_number("probe.shallow.prefix_tokens", k, "[0, inf)", whole=True)
-    check_number("probe.shallow.threshold", threshold, "[0, 1)")
+    check_options(subject.temperature, prefix_tokens, threshold)
     rows = harmful(rows)
     conversations = [conversation(row["prompt"]) for row in rows]
     targets = [subject.template.content(target_of(row)) for row in rows]
@@ -110,6 +106,15 @@ def run(
     return result
 
 
+def check_options(temperature: float, prefix_tokens: Sequence[int], threshold: float) -> None:
+    """Raise a UserError for options out of range."""
+    if not isinstance(prefix_tokens, list | tuple):
+        raise UserError(f"probe.shallow.prefix_tokens={prefix_tokens} is not a list of numbers")
+    for k in prefix_tokens:
+        check_number("probe.shallow.prefix_tokens", k, "[0, inf)", whole=True)
+    check_number("probe.shallow.threshold", threshold, "[0, 1)")
+
+
 @torch.no_grad()
 def kl_by_token(lm: Any, reference: Any, groups: Sequence[Group], tokens: int = 512) -> list[list[float]]:
     """Return KL(pi( . | x, y_<t) : ref( . | x, y_<t)) in nats at each token of each response.
@@ -153,7 +158,5 @@ def by_position(values: Sequence[Sequence[float]]) -> list[Row]:
     rows = []
     for position in range(max(map(len, values), default=0)):
         at = [response[position] for response in values if len(response) > position]
-        mean, low, high = mean_interval(at)
-        ends = {"low": low, "high": high} if len(at) > 1 else {"low": None, "high": None}
-        rows.append({"position": position + 1, "kl": mean, **ends, "count": len(at)})
+        rows.append({"position": position + 1, **as_columns("kl", mean_interval(at)), "count": len(at)})
     return rows

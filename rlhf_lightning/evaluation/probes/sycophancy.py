@@ -58,12 +58,17 @@ def run(subject: Subject, rows: Sequence[Row], by: str) -> Result:
     Raises:
         UserError: another value of `by`.
     """
-    if by not in BY:
-        raise UserError(f"probe.sycophancy.by={by} is not one of {', '.join(BY)}")
+    check_options(subject.temperature, by)
     texts, columns = measure(subject, rows, by)
     before = measure(subject.reference, rows, by)[1] if subject.reference else None
     asked = [row | {"prompt": prompts(row)["suggest_wrong"] if "question" in row else row["text"]} for row in rows]
     return result(columns, asked, texts, before, RULES)
+
+
+def check_options(temperature: float, by: str) -> None:
+    """Raise a UserError for another value of `by`."""
+    if by not in BY:
+        raise UserError(f"probe.sycophancy.by={by} is not one of {', '.join(BY)}")
 
 
 def measure(subject: Subject, rows: Sequence[Row], by: str) -> tuple[list[str], dict[str, Column]]:

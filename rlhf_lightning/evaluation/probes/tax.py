@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf_lightning.data.messages import Message, RowError, read_messages
 from rlhf_lightning.errors import UserError, check_number
+from rlhf_lightning.evaluation.attempts import pass_at_k
 from rlhf_lightning.evaluation.probes.measures import Column, Rule, alarms, at_first, compared, interval, result
 from rlhf_lightning.evaluation.probes.probe import Prompt, Result, Row, Subject
 from rlhf_lightning.evaluation.probes.rows import conversation, prompt_problem, world_prompts
@@ -33,10 +34,8 @@ def run(subject: Subject, rows: Sequence[Row], num_generations: int, pass_at: in
     Raises:
         UserError: a k above `num_generations`, or a reference with another tokenizer.
     """
-    check_number("probe.tax.num_generations", num_generations, "[1, inf)", whole=True)
+    check_options(subject.temperature, num_generations, pass_at)
     pass_at = [pass_at] if isinstance(pass_at, int) else pass_at
-    for k in pass_at:
-        check_number("probe.tax.pass_at", k, f"[1, {num_generations}]", whole=True)
     solving = [row for row in rows if row.get("answer") not in (None, "")]
     reading = [row for row in rows if "text" in row or "messages" in row]
     found = Result({}, [])
@@ -49,6 +48,13 @@ def run(subject: Subject, rows: Sequence[Row], num_generations: int, pass_at: in
         metrics, counts = likelihoods(subject, reading)
         found = Result(metrics | found.metrics, found.samples, counts=counts | found.counts)
     return Result(found.metrics, found.samples, alarms=alarms(RULES, found.metrics), counts=found.counts)
+
+
+def check_options(temperature: float, num_generations: int, pass_at: int | Sequence[int]) -> None:
+    """Raise a UserError for a k above `num_generations`."""
+    check_number("probe.tax.num_generations", num_generations, "[1, inf)", whole=True)
+    for k in pass_at if isinstance(pass_at, list | tuple) else [pass_at]:
+        check_number("probe.tax.pass_at", k, f"[1, {num_generations}]", whole=True)
 
 
 def likelihoods(subject: Subject, rows: Sequence[Row]) -> tuple[dict[str, Interval], dict[str, int]]:
@@ -104,11 +110,6 @@ def attempts(
     for k in pass_at:
         columns[f"pass_at_{k}"] = solved if k == 1 else at_first([pass_at_k(n, c, k) for c in right], n)
     return responses, columns
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Return the chance that one of k of n attempts is right, 1 - C(n - c, k) / C(n, k) with c right attempts."""
-    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def problem(row: Row) -> str | None:

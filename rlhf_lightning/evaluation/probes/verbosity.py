@@ -37,7 +37,7 @@ def run(subject: Subject, rows: Sequence[Row], num_generations: int) -> Result:
     of equal gold reward, or without one of equal rating by the judge. With a reference `length_ratio` is the geometric
     mean of how many times as long as its answers they are.
     """
-    check_number("probe.verbosity.num_generations", num_generations, "[1, inf)", whole=True)
+    check_options(subject.temperature, num_generations)
     responses, columns = measure(subject, rows, num_generations)
     before = measure(subject.reference, rows, num_generations)[1] if subject.reference else None
     of_row = [place // num_generations for place in range(len(responses))]
@@ -48,6 +48,11 @@ def run(subject: Subject, rows: Sequence[Row], num_generations: int) -> Result:
         if says := longer(found):
             found.alarms["length_ratio"] = says
     return found
+
+
+def check_options(temperature: float, num_generations: int) -> None:
+    """Raise a UserError for options out of range."""
+    check_number("probe.verbosity.num_generations", num_generations, "[1, inf)", whole=True)
 
 
 def measure(subject: Subject, rows: Sequence[Row], n: int) -> tuple[list[str], dict[str, Column]]:

@@ -21,10 +21,19 @@ PLACES = ("run_folder", "run_id", "resume", "paths", "hydra", "name", "logger", 
 
 
 def named(folders: Sequence[str | Path]) -> dict[str, str | Path]:
-    """Return a name -> each folder: that of the folder, or its whole path where two have the same."""
-    names = [Path(folder).resolve().name for folder in folders]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
+    """Return a name -> each folder: the end of its path, with as many parts as tell the folders apart.
+
+    Raises:
+        UserError: a folder is there twice.
+    """
+    paths = [Path(folder).resolve() for folder in folders]
+    if twice := next((path for path in paths if paths.count(path) > 1), None):
+        raise UserError(f"{twice} is to be compared with itself")
+    names: list[str] = []
+    for count in range(1, max((len(path.parts) for path in paths), default=0) + 1):
+        names = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
     return dict(zip(names, folders, strict=True))
 
 
@@ -39,7 +48,7 @@ def write_comparison(folders: Mapping[str, str | Path], into: str | Path) -> Pat
     """
     if len(folders) < 2:
         raise UserError("a comparison needs at least two folders, each with a name")
-    of = {visible(name, 40): read_results(folder) for name, folder in folders.items()}
+    of = {visible(name): read_results(folder) for name, folder in folders.items()}
     return write_page("compare", comparison(of), Path(into))
 
 

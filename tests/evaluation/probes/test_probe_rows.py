@@ -77,6 +77,7 @@ def test_fewer_rows_are_drawn_by_the_seed() -> None:
         ("tax", {"prompt": "?", "answer": "many"}, "answer is 'many', which has no number"),
         ("tax", {"prompt": "?"}, "it has a prompt and no answer"),
         ("tax", {"other": "?"}, "it has no text, no messages and no prompt"),
+        ("diversity", {"prompt": "half \ud800 a character"}, "it contains a lone surrogate"),
         ("tax", {"messages": [{"role": "user", "content": "x"}]}, "does not end with an assistant"),
     ],
 )

@@ -26,6 +26,7 @@ from rlhf_lightning.runtime.explain import explain
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.runtime.settings import check_groups, groups
 from rlhf_lightning.stages import STAGES
+from rlhf_lightning.stages import probe as stage
 from rlhf_lightning.stages.probe import as_json, measured
 from tests.helpers.cli import newest, rlhf
 from tests.helpers.compose import composed
@@ -74,13 +75,20 @@ def test_a_command_writes_what_the_report_reads(chat_folder: Path, tmp_path: Pat
         (["probe=refusal", "data=world"], "stage=probe reads probe.data (world, or a file), not data.train"),
         (["probe=refusal", "gold_from=world"], "gold_from was given, and probe=refusal does not use it"),
         (["probe=refusal", "+probe.refusal.x=1"], "probe.refusal.x: there is no such option; its options: none"),
+        (["probe=all", "probe.tax.pass_at=8"], "probe.tax.pass_at=8 is not a whole number in [1, 4]"),
+        (["probe=all", "probe.temperature=0"], "probe=diversity compares samples, and with probe.temperature=0"),
+        (["probe=all", "probe.jailbreaks.families=[sufix]"], "'sufix' is not one of persona, role_play, turns, suffix"),
+        (["probe=refusal", "probe.reference=nowhere"], "the model 'nowhere' is neither a local folder nor"),
         (["probe=refusal", "probe.rows=0"], r"probe.rows=0 is not a whole number in [1, inf)"),
         (["probe=refusal", "probe.data={rows}"], "rows.jsonl, row 1: it has no label"),
     ],
 )
-def test_mistakes_are_one_line(chat_folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_mistakes_are_one_line(
+    chat_folder: Path, tmp_path: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "?"}\n')
     arguments = [argument.format(rows=tmp_path / "rows.jsonl") for argument in arguments]
+    monkeypatch.setattr(stage, "load_subject", None)  # all of it is said before a model is loaded
     cfg = composed("stage=probe", f"init_from={chat_folder}", "logger=none", f"paths.cache={tmp_path}", *arguments)
     with pytest.raises(UserError, match=re.escape(message)) as error:
         STAGES["probe"].load()(Run(STAGES["probe"], cfg, tmp_path))

@@ -19,7 +19,6 @@ from rlhf_lightning.evaluation.probes.running import as_rows, run_probe
 from rlhf_lightning.evaluation.probes.scripted import Scripted
 from rlhf_lightning.evaluation.probes.style import MARKERS, STYLES
 from rlhf_lightning.evaluation.probes.sycophancy import agrees, given_up
-from rlhf_lightning.evaluation.probes.tax import pass_at_k
 from rlhf_lightning.judges.judge import Answer, Rating, Verdict
 from rlhf_lightning.world.prompts import declared
 
@@ -249,11 +248,6 @@ def test_perplexity_is_that_of_the_model(subject: Subject) -> None:
     assert found.metrics["nll_change"] == (0, 0, 0)  # the reference is the same model
     assert found.counts["nll"] == count
     assert not found.alarms
-
-
-@pytest.mark.parametrize(("n", "c", "k", "value"), [(4, 0, 2, 0), (4, 1, 1, 0.25), (4, 2, 2, 5 / 6), (4, 3, 2, 1)])
-def test_pass_at_k(n: int, c: int, k: int, value: float) -> None:
-    assert pass_at_k(n, c, k) == pytest.approx(value)
 
 
 def test_pass_at_k_of_a_probe() -> None:

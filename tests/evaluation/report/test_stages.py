@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.report.compare import are_apart, comparison, write_comparison
+from rlhf_lightning.evaluation.report.compare import are_apart, comparison, named, write_comparison
 from rlhf_lightning.evaluation.report.store import read_results
 from tests.helpers.cli import rlhf
 from tests.helpers.results import EVALUATED, stored_pipeline, stored_stage
@@ -83,6 +83,15 @@ def test_intervals_that_touch_are_not_apart() -> None:
     assert are_apart([(0.0, -1.0, 1.0), (2.0, 1.1, 3.0)])
     assert not are_apart([(0.0, -1.0, 1.0), (2.0, 1.0, 3.0)])
     assert not are_apart([(0.0, nan, nan), (2.0, 1.1, 3.0)])
+
+
+def test_folders_are_called_by_what_tells_them_apart(tmp_path: Path) -> None:
+    """Long paths that end alike are not taken for one."""
+    places = [tmp_path / ("a" * 60) / name / "run" for name in ("one", "two")]
+    assert list(named(places)) == ["one/run", "two/run"]
+    assert list(named([places[0].parent, places[1]])) == ["one", "run"]
+    with pytest.raises(UserError, match="is to be compared with itself"):
+        named([places[0], f"{places[1]}/../../one/run"])
 
 
 def test_one_folder_is_no_comparison(tmp_path: Path) -> None:
