@@ -45,8 +45,8 @@ class Histograms(Callback):
             return
         self.written_at = step
         found = {
-            name: [None if part is None else part.cpu().numpy() for part in parts]
-            for name, parts in distributions(module.last_rollout).items()
+            name: (values.cpu().numpy(), None if weights is None else weights.cpu().numpy())
+            for name, (values, weights) in distributions(module.last_rollout).items()
         }
         for logger in trainer.loggers:
             for name, (values, weights) in found.items():

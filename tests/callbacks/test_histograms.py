@@ -136,7 +136,7 @@ class Written(WandbLogger):
 class Artifacts(MLFlowLogger):
     """MLflow without its package: keeps what its client is given."""
 
-    run_id = "r"
+    run_id: Any = "r"
 
     def __init__(self) -> None:
         self.given: list[Any] = []

@@ -136,8 +136,9 @@ def compared(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.slow
 def test_figures_are_those_of_the_samples(compared: tuple[Path, float]) -> None:
-    metrics, samples, _ = read(compared[0])
+    metrics, samples, events = read(compared[0])
     assert set(samples) == {"start", "moved", "start_bo2", "moved_bo2", "judge"}
+    assert {"figures/gold_reward_against_kl", "figures/lengths_of_the_answers"} <= set(events.Tags()["images"])
     for name in ("start", "moved"):
         found, best = samples[name], samples[f"{name}_bo2"]
         pairs = zip(found[::2], found[1::2], strict=True)
