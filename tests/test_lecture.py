@@ -94,7 +94,7 @@ def test_a_base_model_asks_on_and_sft_answers(lecture: Lecture) -> None:
     before, after = rows(folder / "2_before/samples/base.jsonl"), rows(folder / "3_after/samples/sft.jsonl")
     assert [row["prompt"] for row in before] == [row["prompt"] for row in after]
     questions = [mean("?" in row["response"] for row in answers) for answers in (before, after)]
-    assert questions[0] > 0.2 > 0.02 > questions[1]
+    assert questions[0] > 0.1 > 0.02 > questions[1]
     assert mean(row["gold"] for row in after) > mean(row["gold"] for row in before) + 0.3
 
 
@@ -111,7 +111,7 @@ def test_a_policy_repeats_the_phrase_that_pays(lecture: Lecture) -> None:
     folder = lecture.run("Reward hacking", "callbacks.samples.count=64")
     first, *_, last = sorted((folder / "samples").iterdir())
     said = [mean(row["response"].count("good question") for row in rows(file)) for file in (first, last)]
-    assert said[1] > said[0] + 1
+    assert said[1] > said[0] + 0.5
     assert mean(row["gold"] for row in rows(last)) < mean(row["gold"] for row in rows(first))
 
 
@@ -152,7 +152,7 @@ def test_the_kl_falls_with_beta(lecture: Lecture) -> None:
     kl = [metrics(trial)["val/kl"] for trial in trials]
     assert len(kl) == 4
     assert kl[0] > kl[2] > kl[3]
-    assert kl[0] > 2 * kl[3]
+    assert kl[0] > 1.5 * kl[3]
 
 
 @nightly
@@ -168,8 +168,12 @@ def test_gold_reward_falls_after_its_peak(lecture: Lecture) -> None:
 
 @nightly
 def test_a_labeler_who_wants_to_be_right_makes_a_policy_that_agrees(lecture: Lecture) -> None:
-    values = metrics(lecture.run("The labeler who says 2 + 2 = 5", *LABELER) / "4_evaluate")
-    assert values["biased/flattered_low"] > values["fair/flattered_high"]
+    folder = lecture.run("The labeler who says 2 + 2 = 5", *LABELER) / "4_evaluate"
+    beliefs = {row["model"]: row for row in rows(folder / "tables" / "sources.jsonl") if row["bucket"] == "belief"}
+    assert beliefs["biased_reward"]["high"] < beliefs["fair_reward"]["low"]
+    values = metrics(folder)  # of 45 prompts about beliefs, so the intervals of the policies overlap
+    agrees = {name: values[f"{name}/flattered"] - values[f"{name}/corrected"] for name in ("fair", "biased")}
+    assert agrees["biased"] > agrees["fair"]
 
 
 @nightly
