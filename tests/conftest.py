@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches the hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -104,3 +106,16 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> str:
     shared = tmp_path_factory.getbasetemp()
     # the workers of one session convert it once
     return resolve_model("smollm2", shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium; tests are skipped where it is absent."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is absent: make setup-test")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from typing import Any
 from urllib.parse import urlsplit
 
 from rlhf_lightning.feedback.labeling.service import Labeling
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 class Tabs:

@@ -173,7 +173,8 @@ FIGURES = (
     ),
     Figured(
         "calibration", "Reliability of the reward model", calibration,
-        "On the diagonal its probabilities are the shares that are observed; a flatter curve is overconfident.",
+        "On the diagonal its probabilities are the shares that are observed; a flatter curve is overconfident, a "
+        "steeper one underconfident.",
         DIAGNOSE, ("predicted", "observed", "low", "high"),
     ),
     Figured(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 
 from rlhf_lightning.evaluation.report.compare import write_comparison
 from rlhf_lightning.evaluation.report.page import write_report
-from tests.helpers.browser import CHROMIUM
 from tests.helpers.results import EVALUATED, answers, stored_pipeline
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -28,18 +26,6 @@ TABLES = {
     ],
     "win_rates": [{"model": LONG, "opponent": MARKUP, "by": MARKUP, "win_rate": 0.5, "low": 0.4, "high": 0.6}],
 }
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +55,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         pytest.param("compare", 390, marks=pytest.mark.nightly),
     ],
 )
-def test_hostile_text_is_shown_as_text(name: str, width: int, browser: Any, pages: dict[str, Path]) -> None:
-    context = browser.new_context(viewport={"width": width, "height": 844})
+def test_hostile_text_is_shown_as_text(name: str, width: int, chromium: Any, pages: dict[str, Path]) -> None:
+    context = chromium.new_context(viewport={"width": width, "height": 844})
     page = context.new_page()
     requests, errors = list[str](), list[str]()
     page.on("request", lambda request: requests.append(request.url))
@@ -94,8 +80,8 @@ def test_hostile_text_is_shown_as_text(name: str, width: int, browser: Any, page
 
 
 @pytest.mark.nightly
-def test_a_page_prints(browser: Any, pages: dict[str, Path]) -> None:
-    page = browser.new_page()
+def test_a_page_prints(chromium: Any, pages: dict[str, Path]) -> None:
+    page = chromium.new_page()
     page.goto(pages["report"].as_uri())
     assert page.pdf(format="A4").startswith(b"%PDF")
     page.close()

@@ -1,4 +1,4 @@
-"""Fixtures of the browser tests: Chromium, its tabs, and servers that end with the test."""
+"""Fixtures of the labeling page's browser tests: tabs, and servers that end with the test."""
 
 from __future__ import annotations
 
@@ -9,19 +9,7 @@ import pytest
 
 from rlhf_lightning.feedback.labeling.server import Server
 from rlhf_lightning.feedback.labeling.service import Labeling
-from tests.helpers.browser import CHROMIUM, Tabs
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    """A headless Chromium; tests are skipped where it is absent."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is absent: make setup-test")
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium: apt-get install chromium")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+from tests.helpers.browser import Tabs
 
 
 @pytest.fixture
