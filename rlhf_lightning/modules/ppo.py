@@ -22,7 +22,6 @@ from rlhf_lightning.ops.advantages import discounted_returns, explained_variance
 from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList
 from rlhf_lightning.ops.kl import KLController, KLEstimator, kl_estimate, token_rewards
 from rlhf_lightning.ops.losses import LossType, ppo_policy_loss, ppo_value_loss, response_weights
-from rlhf_lightning.ops.seeding import permutation
 from rlhf_lightning.rewards.scoring import Reward
 
 VALUE_HEAD_LR, CRITIC_LR = 1e-3, 1e-5
@@ -231,18 +230,17 @@ class PPO(Online):
         rows: list[dict[str, float]] = []
         ratio_min, ratio_max = 1.0, 1.0
         epochs = 0
-        # as many as the rank with the fewest prompts can fill: the ranks update together
-        parts = min(self.num_minibatches, int(self.reduce(torch.tensor([float(len(rollout.groups))]), "min").item()))
         for epoch in range(self.ppo_epochs):
-            order = permutation(len(rollout.groups), self.seed, "ppo", self.iteration, epoch).tolist()
+            minibatches = self.minibatches(rollout, self.num_minibatches, "ppo", self.iteration, epoch)
             epoch_kl = 0.0
-            for part in range(parts):
-                mix = slice_of(len(ptx), len(rows), self.ppo_epochs * parts) if self.ptx_coef else range(0)
-                metrics, ratios = self.minibatch(rollout, order[part::parts], ptx, mix, optimizer, first=not rows)
+            for places in minibatches:
+                updates = self.ppo_epochs * len(minibatches)
+                mix = slice_of(len(ptx), len(rows), updates) if self.ptx_coef else range(0)
+                metrics, ratios = self.minibatch(rollout, places, ptx, mix, optimizer, first=not rows)
                 if schedule is not None:
                     schedule.step()
                 rows.append(metrics)
-                epoch_kl += metrics["kl/old"] / parts
+                epoch_kl += metrics["kl/old"] / len(minibatches)
                 ratio_min, ratio_max = min(ratio_min, ratios[0]), max(ratio_max, ratios[1])
             epochs += 1
             if self.target_kl is not None and epoch_kl > self.target_kl:
@@ -281,7 +279,8 @@ class PPO(Online):
             terms, ratio = self.token_losses(rollout, rows, batch, first)
             last = number == len(microbatches)
             if not is_real:  # a dummy forward and backward pass to match collectives
-                self.backward_part(terms["loss"].sum() * 0.0, last)
+                self.backward_part(terms.pop("loss").sum() * 0.0, last)
+                totals = {name: torch.zeros((), device=self.device) for name in terms} | totals
                 continue
             ratio_min, ratio_max = min(ratio_min, ratio.min().item()), max(ratio_max, ratio.max().item())
             loss = (terms.pop("loss") * weights[rows].repeat_interleave(lengths[rows])).sum()

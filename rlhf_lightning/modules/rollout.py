@@ -19,8 +19,8 @@ class Rollout:
     inferred from padding. `tokens` holds named (S, T) tensors: old_logprobs, ref_logprobs, values, kl, rewards,
     advantages, returns. `rounds` maps a rank's number of microbatches to the number of forward passes it must make.
     `texts` (S,) are the responses as text. `parts` holds (S,) scores of groups of people beside `scores` and `gold`, as
-    reward_<group> and gold_<group>. `value_clip` is how far a value may move from the one in `tokens` without being
-    clipped, None for any distance.
+    reward_<group> and gold_<group>. `places` (P,) are the places of the prompts among those of all ranks. `value_clip`
+    is how far a value may move from the one in `tokens` without being clipped, None for any distance.
     """
 
     groups: list[Group]
@@ -34,6 +34,7 @@ class Rollout:
     gold: Tensor | None = None
     texts: Sequence[str] = ()
     parts: dict[str, Tensor] = field(default_factory=dict)
+    places: Sequence[int] = ()
     value_clip: float | None = None
     tokens: dict[str, Tensor] = field(default_factory=dict)
     mask: Tensor = field(init=False)
@@ -45,12 +46,15 @@ class Rollout:
     def rows(self, places: Sequence[int]) -> Tensor:
         """Return the sequence numbers of the groups at `places`, in their order."""
         n = self.num_generations
-        return torch.tensor([g * n + k for g in places for k in range(n)], device=self.device)
+        return torch.tensor([g * n + k for g in places for k in range(n)], dtype=torch.long, device=self.device)
 
     def microbatches(self, places: Sequence[int]) -> Iterator[tuple[Tensor, GroupBatch, bool]]:
-        """Yield (sequence numbers, packed batch, whether it is real) of groups, see :func:`matched_microbatches`."""
+        """Yield (sequence numbers, packed batch, whether it is real) of groups, see :func:`matched_microbatches`.
+
+        Ranks reduce gradients together, so one without groups makes a dummy pass.
+        """
         for members, batch, is_real in matched_microbatches(
-            self.groups, places, self.microbatch_tokens, self.layout, self.rounds
+            self.groups, places, self.microbatch_tokens, self.layout, lambda count: max(self.rounds(count), 1)
         ):
             yield self.rows(members), batch.to(self.device), is_real
 
