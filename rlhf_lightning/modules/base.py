@@ -23,6 +23,7 @@ from rlhf_lightning.models.completion import choose_layout, vocabulary_size
 from rlhf_lightning.models.sharding import by_mesh, shard, whole_state
 from rlhf_lightning.modules.tracking import Tracking
 from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList, Layout
+from rlhf_lightning.ops.transfer import pinned
 
 log = logging.getLogger(__name__)
 # packing in the module is on purpose: the layout is the model's, whoever loads the data
@@ -99,7 +100,14 @@ class StageModule(Tracking):
             if self.layout == "padded" and not batch.padded:
                 raise UserError("this model needs padded rows: let the loader yield lists of Group (collate_fn=list)")
             return batch
+        if isinstance(batch, GroupList) and batch.packed is not None:
+            return batch.packed
         return self.group_list(batch).pack(self.layout)
+
+    def pack_ahead(self, batch: GroupList) -> GroupList:
+        """Return the groups of a batch with their packed batch, ready to be copied to the device."""
+        batch.packed = pinned(self.pack(batch), self.device)
+        return batch
 
     def group_list(self, batch: Any) -> GroupList:
         """Return the groups of a batch.

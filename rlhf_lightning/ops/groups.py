@@ -87,6 +87,7 @@ class GroupList:
     ) -> None:
         self.groups, self.row_tokens = list(groups), row_tokens
         self.per_token, self.per_group, self.ptx = per_token, per_group, ptx
+        self.packed: GroupBatch | None = None  # made ahead
 
     def __len__(self) -> int:
         return len(self.groups)

@@ -22,8 +22,11 @@ def numbers(**values: Tensor | Sequence[Tensor]) -> dict[str, list[float]]:
     return {name: list(islice(elements, sum(t.numel() for t in tensors))) for name, tensors in parts.items()}
 
 
+def pinned(value: Any, device: torch.device | str) -> Any:
+    """Return a tensor or batch in pinned memory where `device` is a GPU, which copies from it without a wait."""
+    return value.pin_memory() if torch.device(device).type == "cuda" else value
+
+
 def send(value: Any, device: torch.device | str) -> Any:
-    """Return a tensor or a batch on `device`; a GPU copies it while the CPU goes on."""
-    if torch.device(device).type != "cuda":
-        return value.to(device)
-    return value.pin_memory().to(device, non_blocking=True)
+    """Return a tensor or batch that is on the CPU on `device`; the CPU goes on while a GPU copies it."""
+    return pinned(value, device).to(device, non_blocking=torch.device(device).type == "cuda")
