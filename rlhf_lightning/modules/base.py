@@ -27,7 +27,7 @@ from rlhf_lightning.ops.transfer import pinned
 
 log = logging.getLogger(__name__)
 # packing in the module is on purpose: the layout is the model's, whoever loads the data
-warnings.filterwarnings("ignore", ".*overridden `on_before_batch_transfer` in `LightningModule`.*")
+warnings.filterwarnings("ignore", ".*overridden `(on_before|transfer)_batch_.*` in `LightningModule`.*")
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 MakeSchedule = Callable[[Optimizer, Any], Any]

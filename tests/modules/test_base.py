@@ -64,6 +64,7 @@ def test_the_schedule_sees_optimizer_updates(
     assert trainer.global_step == expected
 
 
+@quiet_lightning
 def test_a_loss_that_is_not_finite_names_step_and_rows() -> None:
     module = SFT(lm, sgd())
     module.configure_model()

@@ -57,7 +57,9 @@ def test_a_step_reads_its_device_once(stage: str) -> None:
     """After the first, which compares the policy with its reference; microbatches before the last read nothing."""
     counted = PerStep()
     microbatches = [GROUPS[:2], GROUPS[2:]] * 2
-    offline.fit(STAGES[stage](), offline.Batches(microbatches), 2, accumulate=2, callbacks=[counted])
+    module = STAGES[stage]()
+    offline.fit(module, offline.Batches(microbatches), 2, accumulate=2, callbacks=[counted])
+    assert not module._losses
     assert counted.found[2:] == [[], ["tolist"]]
 
 
