@@ -305,7 +305,7 @@ class RowData(LightningDataModule):
     def collate(self, split: str, micro: MicroBatch) -> GroupList:
         """Return the groups of a planned microbatch with its weights."""
         groups = [self.group(split, row) for row in micro.rows]
-        return GroupList(groups, self.row_tokens, micro.per_token, micro.per_group)
+        return GroupList(groups, self.row_tokens, micro.per_token, micro.per_group, places=micro.places)
 
 
 class _Listed(_Batches):

@@ -23,7 +23,6 @@ from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList
 from rlhf_lightning.ops.logprobs import sequence_sum
 from rlhf_lightning.ops.losses import preference_loss
 from rlhf_lightning.ops.ranking import count_each, pairs_in_order, text_ranks
-from rlhf_lightning.ops.seeding import permutation
 from rlhf_lightning.ops.transfer import send
 from rlhf_lightning.rewards.pairwise import WinRate, compares
 from rlhf_lightning.rewards.scoring import Reward
@@ -180,12 +179,9 @@ class OnlineDPO(Online):
         self.phase = "updating the policy"
         optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
-        order = permutation(len(preferences.groups), self.seed, "online_dpo", self.iteration).tolist()
-        # as many as the rank with the fewest prompts can fill: the ranks update together
-        parts = min(self.num_minibatches, int(self.reduce(torch.tensor([float(len(order))]), "min").item()))
         norms: list[float] = []
-        for part in range(parts):
-            norms.append(self.minibatch(rollout, preferences, order[part::parts], optimizer, first=not part))
+        for places in self.minibatches(rollout, self.num_minibatches, "online_dpo", self.iteration):
+            norms.append(self.minibatch(rollout, preferences, places, optimizer, first=not norms))
             if schedule is not None:
                 schedule.step()
         means, _ = self.reduced("update")

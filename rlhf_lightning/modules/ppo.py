@@ -22,7 +22,6 @@ from rlhf_lightning.ops.advantages import discounted_returns, explained_variance
 from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList
 from rlhf_lightning.ops.kl import KLController, KLEstimator, kl_estimate, token_rewards
 from rlhf_lightning.ops.losses import LossType, ppo_policy_loss, ppo_value_loss, response_weights
-from rlhf_lightning.ops.seeding import permutation
 from rlhf_lightning.ops.transfer import send
 from rlhf_lightning.rewards.scoring import Reward
 
@@ -232,18 +231,17 @@ class PPO(Online):
         rows: list[dict[str, float]] = []
         ratio_min, ratio_max = 1.0, 1.0
         epochs = 0
-        # as many as the rank with the fewest prompts can fill: the ranks update together
-        parts = min(self.num_minibatches, int(self.reduce(torch.tensor([float(len(rollout.groups))]), "min").item()))
         for epoch in range(self.ppo_epochs):
-            order = permutation(len(rollout.groups), self.seed, "ppo", self.iteration, epoch).tolist()
+            minibatches = self.minibatches(rollout, self.num_minibatches, "ppo", self.iteration, epoch)
             epoch_kl = 0.0
-            for part in range(parts):
-                mix = slice_of(len(ptx), len(rows), self.ppo_epochs * parts) if self.ptx_coef else range(0)
-                metrics, ratios = self.minibatch(rollout, order[part::parts], ptx, mix, optimizer, first=not rows)
+            for places in minibatches:
+                updates = self.ppo_epochs * len(minibatches)
+                mix = slice_of(len(ptx), len(rows), updates) if self.ptx_coef else range(0)
+                metrics, ratios = self.minibatch(rollout, places, ptx, mix, optimizer, first=not rows)
                 if schedule is not None:
                     schedule.step()
                 rows.append(metrics)
-                epoch_kl += metrics["kl/old"] / parts
+                epoch_kl += metrics["kl/old"] / len(minibatches)
                 ratio_min, ratio_max = min(ratio_min, ratios[0]), max(ratio_max, ratios[1])
             epochs += 1
             if self.target_kl is not None and epoch_kl > self.target_kl:
@@ -276,8 +274,7 @@ class PPO(Online):
         weights = send(weights[:, None].expand(rollout.mask.shape).flatten(), self.device)
         optimizer.zero_grad()
         totals: dict[str, Tensor] = {}
-        if demonstrated:
-            totals["policy/ptx_loss"] = self.pretraining_mix(rollout, ptx, mix, demonstrated) * count
+        ptx_loss = self.pretraining_mix(rollout, ptx, mix, demonstrated) if demonstrated else None
         losses: list[Tensor] = []
         gaps: list[Tensor] = []
         ratios: list[Tensor] = []
@@ -286,7 +283,8 @@ class PPO(Online):
             terms, logprobs, old = self.token_losses(rollout, cells, batch)
             last = number == len(microbatches)
             if not is_real:  # a dummy forward and backward pass to match collectives
-                self.backward_part(terms["loss"].sum() * 0.0, last)
+                self.backward_part(terms.pop("loss").sum() * 0.0, last)
+                totals = {name: torch.zeros((), device=self.device) for name in terms} | totals
                 continue
             if first:
                 gaps.append(difference(logprobs, old, self.is_exact))
@@ -301,6 +299,8 @@ class PPO(Online):
         parts: dict[str, nn.Module] = {"optim/grad_norm": self.policy.lm}
         if self.estimator == "gae":
             parts["optim/critic_grad_norm"] = self.critics
+        if ptx_loss is not None:
+            totals["policy/ptx_loss"] = ptx_loss * count
         means = self.reduce(torch.stack(list(totals.values())).float()) / count
         norms, read = self.read_update(parts, losses, means=means, gaps=gaps, ratios=ratios)
         for gap in read["gaps"]:
@@ -309,7 +309,7 @@ class PPO(Online):
             self.clip(norms[name], self.max_grad_norm, part.parameters())
         optimizer.step()
         metrics = dict(zip(totals, read["means"], strict=True)) | norms
-        return metrics, (min(1.0, *read["ratios"]), max(1.0, *read["ratios"]))
+        return metrics, (min([1.0, *read["ratios"]]), max([1.0, *read["ratios"]]))
 
     def pretraining_mix(self, rollout: Rollout, ptx: list[Group], mix: range, tokens: float) -> Tensor:
         """Add the gradient of the loss on demonstrations, the mean over their `tokens` of all ranks.

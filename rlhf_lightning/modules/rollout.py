@@ -20,8 +20,9 @@ class Rollout:
     in `finished` (S,), never inferred from padding. `tokens` holds named (S, T) tensors: old_logprobs, ref_logprobs,
     values, kl, rewards, advantages, returns. `rounds` maps a rank's number of microbatches to the number of forward
     passes it must make. `texts` (S,) are the responses as text. `parts` holds (S,) scores of groups of people beside
-    `scores` and `gold`, as reward_<group> and gold_<group>. `value_clip` is how far a value may move from the one in
-    `tokens` without being clipped, None for any distance.
+    `scores` and `gold`, as reward_<group> and gold_<group>. `places` (P,) are the places of the prompts among those of
+    all ranks. `value_clip` is how far a value may move from the one in `tokens` without being clipped, None for any
+    distance.
     """
 
     groups: list[Group]
@@ -35,6 +36,7 @@ class Rollout:
     gold: Tensor | None = None
     texts: Sequence[str] = ()
     parts: dict[str, Tensor] = field(default_factory=dict)
+    places: Sequence[int] = ()
     value_clip: float | None = None
     tokens: dict[str, Tensor] = field(default_factory=dict)
     lengths: Tensor = field(init=False)
@@ -47,17 +49,18 @@ class Rollout:
     def rows(self, places: Sequence[int]) -> Tensor:
         """Return the sequence numbers of the groups at `places`, in their order, on the CPU as `lengths` are."""
         n = self.num_generations
-        return torch.tensor([g * n + k for g in places for k in range(n)])
+        return torch.tensor([g * n + k for g in places for k in range(n)], dtype=torch.long)
 
     def microbatches(self, places: Sequence[int]) -> Iterator[tuple[Tensor, GroupBatch, bool]]:
         """Yield (cells, packed batch, whether it is real) of groups, see :func:`matched_microbatches`.
 
         `cells` (N,) are the flat indices in a (S, T) tensor of the batch's tokens, in its order. They are made from
-        `lengths`, on the CPU: finding them by a mask would wait for a GPU.
+        `lengths`, on the CPU: finding them by a mask would wait for a GPU. Ranks
+        reduce gradients together, so one without groups makes a dummy pass.
         """
         width = self.mask.shape[1]
         for members, batch, is_real in matched_microbatches(
-            self.groups, places, self.microbatch_tokens, self.layout, self.rounds
+            self.groups, places, self.microbatch_tokens, self.layout, lambda count: max(self.rounds(count), 1)
         ):
             ranges = [torch.arange(int(self.lengths[row])) + row * width for row in self.rows(members)]
             yield send(torch.cat(ranges), self.device), send(batch, self.device), is_real

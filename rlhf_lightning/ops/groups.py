@@ -74,7 +74,8 @@ class GroupList:
     """The groups of a microbatch, not yet packed, with the weights of :class:`GroupBatch` (None: a mean over it).
 
     `row_tokens` is the token budget of a packed row. `ptx` holds the demonstrations of the pretraining mix beside a
-    batch of prompts, which are groups without responses.
+    batch of prompts, which are groups without responses. `places` are the places of the groups among all of the
+    optimizer step, also those of other ranks; None where a loader does not plan steps.
     """
 
     def __init__(
@@ -84,9 +85,10 @@ class GroupList:
         per_token: float | None = None,
         per_group: float | None = None,
         ptx: GroupList | GroupBatch | None = None,
+        places: Sequence[int] | None = None,
     ) -> None:
         self.groups, self.row_tokens = list(groups), row_tokens
-        self.per_token, self.per_group, self.ptx = per_token, per_group, ptx
+        self.per_token, self.per_group, self.ptx, self.places = per_token, per_group, ptx, places
         self.packed: GroupBatch | None = None  # made ahead
 
     def __len__(self) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from rlhf_lightning.ops.seeding import permutation
 from tests.helpers.lightning import quiet_lightning
 from tests.modules.bandit import Prompts, attached, build, fit, two_responses
 
@@ -69,6 +71,23 @@ def test_a_pass_sees_every_prompt_once() -> None:
     first, second = ([prompt for part in half for prompt in part] for half in (seen[:3], seen[3:]))
     assert sorted(first) == sorted(second) == list(range(16))
     assert first != second
+
+
+@quiet_lightning
+@pytest.mark.parametrize("ranks", [[[0, 1, 2, 3, 4, 5, 6]], [[5, 0, 3], [1, 6, 4, 2]], [[6], [2, 0], [1, 3, 4, 5]]])
+def test_minibatches_are_those_of_one_device(ranks: list[list[int]]) -> None:
+    """Whichever rank has a prompt: together they have the minibatches of one device, in its order."""
+    module, seen = attached(num_generations=1), []
+    for places in ranks:
+        module.reduce = lambda values, op="sum": torch.tensor([7.0]) if op == "max" else torch.ones(7)  # of all ranks
+        rollout: Any = SimpleNamespace(places=places)
+        parts = module.minibatches(rollout, 3, "ppo", 0, 0)
+        seen.append([[places[own] for own in part] for part in parts])
+    expected = permutation(7, module.seed, "ppo", 0, 0).tolist()
+    for part in range(3):
+        assert sorted(place for parts in seen for place in parts[part]) == sorted(expected[part::3])
+        for parts in seen:
+            assert parts[part] == [place for place in expected[part::3] if place in parts[part]]
 
 
 @quiet_lightning
