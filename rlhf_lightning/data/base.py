@@ -258,12 +258,11 @@ class RowData(LightningDataModule):
 
     def _pack_ahead(self) -> Callable[[Any], Any] | None:
         """Return what prepares the next batch in a thread, None where that saves no time."""
-        if self.trainer is None:
+        module = getattr(self.trainer, "lightning_module", None)
+        if module is None or not module.automatic_optimization:  # a stage with updates of its own packs what it samples
             return None
-        module, on_cpu = self.trainer.lightning_module, self.trainer.strategy.root_device.type == "cpu"
-        wanted = not on_cpu if self.prefetch is None else self.prefetch
-        # a stage with updates of its own packs what it samples
-        return getattr(module, "pack_ahead", None) if wanted and module.automatic_optimization else None
+        wanted = self.trainer.strategy.root_device.type != "cpu" if self.prefetch is None else self.prefetch
+        return getattr(module, "pack_ahead", None) if wanted else None
 
     def _collate_window(self, rows: TokenizedRows, micro: MicroBatch) -> Any:
         self.rows["train"] = rows  # the window that row numbers belong to

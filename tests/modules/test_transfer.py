@@ -58,7 +58,7 @@ def test_a_step_reads_its_device_once(stage: str) -> None:
     counted = PerStep()
     microbatches = [GROUPS[:2], GROUPS[2:]] * 2
     module = STAGES[stage]()
-    offline.fit(module, offline.Batches(microbatches), 2, accumulate=2, callbacks=[counted])
+    offline.fit(module, offline.Batches(microbatches), 2, accumulate=2, callbacks=[counted], limit_val_batches=0)
     assert not module._losses
     assert counted.found[2:] == [[], ["tolist"]]
 
@@ -118,10 +118,10 @@ def test_a_loss_that_is_not_finite_changes_no_weight(part: int) -> None:
     module.checked = poisoned  # type: ignore[method-assign]
     numbered = [[Group([1, 5], [[6 + row, 2]], index=10 + row)] for row in range(4)]
     with pytest.raises(UserError, match=rf"the loss is nan at step 1, in rows \[{12 + part}\]; lower optimizer\.lr"):
-        offline.fit(module, offline.Batches(numbered), 2, accumulate=2)
+        offline.fit(module, offline.Batches(numbered), 2, accumulate=2, limit_val_batches=0)
     assert len(seen) == 4
     once = SFT(offline.lm, offline.sgd())
-    offline.fit(once, offline.Batches(numbered), 1, accumulate=2)
+    offline.fit(once, offline.Batches(numbered), 1, accumulate=2, limit_val_batches=0)
     for name, weight in module.state_dict().items():
         assert torch.equal(weight, once.state_dict()[name])
 
@@ -139,15 +139,19 @@ def test_a_number_is_logged_without_the_device() -> None:
     logged: dict[str, float] = {}
 
     class Elsewhere(SFT):
+        elsewhere = False
+
         @property
         def device(self) -> torch.device:  # type: ignore[override]
-            return torch.device("meta")
+            return torch.device("meta" if self.elsewhere else "cpu")
 
         def on_train_batch_end(self, *_: Any) -> None:
+            self.elsewhere = True
             self.log("here", 0.25)
+            self.elsewhere = False
             logged["here"] = float(self.trainer.callback_metrics["here"])
 
-    offline.fit(Elsewhere(offline.lm, offline.sgd()), offline.Batches([GROUPS]), 1)
+    offline.fit(Elsewhere(offline.lm, offline.sgd()), offline.Batches([GROUPS]), 1, limit_val_batches=0)
     assert logged == {"here": 0.25}
 
 
