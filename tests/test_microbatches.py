@@ -86,19 +86,21 @@ def test_free_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [1]
 
 
-def test_ranks_take_the_number_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_take_the_number_of_the_first() -> None:
     """Whose device has less free memory than this one's."""
     run = made("trainer=gpu", "trainer.devices=2", "data.batch_size=16", device="cuda")
     data = of_lengths(2048, 1024, *[100] * 30, batch_size=16)
-    monkeypatch.setenv("RLHF_MICROBATCHES", "")  # undone after the test
-    numbers = {}
-    for rank, gigabytes in ((0, 25.0), (1, 80.0)):
-        monkeypatch.setattr(rank_zero_only, "rank", rank)
-        monkeypatch.setattr(microbatches, "device_gb", lambda free=gigabytes: free)
-        numbers[rank] = choose(run, data)
-    assert numbers[0] == numbers[1] > 1
-    monkeypatch.setattr(rank_zero_only, "rank", 0)
-    assert choose(run, data) == 1  # with 80 GB
+
+    def chosen(rank: int, gigabytes: float) -> int:
+        patch.setattr(rank_zero_only, "rank", rank)
+        patch.setattr(microbatches, "device_gb", lambda: gigabytes)
+        return choose(run, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLHF_MICROBATCHES", "")  # undone after the test
+        first = chosen(0, 25.0)
+        assert first == chosen(1, 80.0) > 1
+        assert chosen(0, 80.0) == 1
 
 
 def test_tokens_that_fit_fill_the_room() -> None:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler makes warnings
 
 def decoder() -> Any:
     torch.manual_seed(1)
-    model = LlamaForCausalLM(tiny_config(num_hidden_layers=3))
+    model = LlamaForCausalLM(tiny_config(num_hidden_layers=2))
     model.set_attn_implementation(GROUP_SDPA)
     return model.train()
 
@@ -117,6 +117,7 @@ def test_the_iterations_of_ppo_are_compiled_once(compiled: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_an_adapter_that_is_switched_off_and_on_is_compiled_once(compiled: Any) -> None:
     model, plain = add_lora(compiled, r=2), add_lora(decoder(), r=2)
     assert is_compiled(unwrap(model))
