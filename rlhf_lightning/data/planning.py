@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from rlhf_lightning.data.prefetch import prefetched
 from rlhf_lightning.ops.seeding import generator, permutation
 
 
@@ -139,11 +140,21 @@ class PlannedLoader(Loader):
     Each pass over it is one epoch further. Lightning saves and restores it through `state_dict`, which makes a
     resume continue with the next row. It counts epochs itself, because Lightning's counter lags by one when a
     checkpoint was written after the last batch of an epoch.
+
+    Args:
+        prepare: called on each batch in a thread while the one before it is trained on, see :func:`prefetched`; a batch
+            counts as taken when the training loop has it.
     """
 
-    def __init__(self, dataset: Dataset[Any], plan: StepPlan, workers: int = 0) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        plan: StepPlan,
+        workers: int = 0,
+        prepare: Callable[[Any], Any] | None = None,
+    ) -> None:
         super().__init__(dataset, plan, workers)
-        self.plan = plan
+        self.plan, self.prepare = plan, prepare
         self.taken = 0
         self.began = False
 
@@ -152,7 +163,8 @@ class PlannedLoader(Loader):
             self.plan.epoch, self.plan.start = self.plan.epoch + 1, 0
         self.began = True
         self.taken = self.plan.start
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        for batch in batches if self.prepare is None else prefetched(batches, self.prepare):
             self.taken += 1
             yield batch
 

@@ -29,6 +29,7 @@ from rlhf_lightning.ops.advantages import moments
 from rlhf_lightning.ops.groups import GroupBatch, GroupList
 from rlhf_lightning.ops.seeding import permutation
 from rlhf_lightning.ops.statistics import RunningMoments
+from rlhf_lightning.ops.transfer import numbers
 from rlhf_lightning.rewards.scoring import Reward, score_groups, to_device
 
 
@@ -328,6 +329,28 @@ class Online(Generating):
         else:
             with strategy.block_backward_sync():
                 self.manual_backward(loss)
+
+    def read_update(
+        self, parts: dict[str, nn.Module], losses: list[Tensor], **measured: Tensor | list[Tensor]
+    ) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Read what an update measured from the device, all at once, before the weights change.
+
+        Args:
+            parts: name of a metric -> the module of whose gradients it is the norm.
+            losses: of the microbatches.
+
+        Returns:
+            The norms, and the numbers of `measured`.
+
+        Raises:
+            UserError: a loss is not finite.
+        """
+        norms = [self.gradient_norm(part.parameters()) for part in parts.values()]
+        read = numbers(norms=norms, losses=losses, **measured)
+        for loss in read["losses"]:
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} in iteration {self.iteration}; lower optimizer.lr")
+        return dict(zip(parts, read["norms"], strict=True)), read
 
     @torch.no_grad()
     def validation_step(self, batch: GroupList, batch_idx: int) -> None:

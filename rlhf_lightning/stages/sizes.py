@@ -123,7 +123,7 @@ def room(gigabytes: float) -> float:
 
 
 def device_gb() -> float:
-    """Return the memory of the first accelerator, else of this machine."""
+    """Return the memory of an accelerator that no process uses, else the memory of this machine."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory / GB
+        return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0] / GB
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB

@@ -32,7 +32,7 @@ def test_loss_of_a_token_by_hand() -> None:
     """At ratio 1 the policy's part is -A; the new values are 0 and may leave the rollout's by `value_clip` only."""
     module = attached(vf_coef=0.5, entropy_coef=0.25, kl_beta=0.1, kl_in="loss", kl_estimator="k2")
     rollout = two_responses(module)
-    ((rows, batch, _),) = rollout.microbatches([0])
+    ((cells, batch, _),) = rollout.microbatches([0])
     with torch.no_grad():
         output = module.policy(batch, entropy=True)
     rollout.tokens["old_logprobs"][rollout.mask] = output.logprobs
@@ -40,10 +40,10 @@ def test_loss_of_a_token_by_hand() -> None:
     rollout.tokens["advantages"] = torch.tensor([[1.0, -2.0, 0.0], [3.0, 0.5, 0.0]])
     rollout.tokens["returns"] = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 1.0, 0.0]])
     rollout.value_clip = 0.2
-    terms, ratio = module.token_losses(rollout, rows, batch, first=True)
+    terms, logprobs, old = module.token_losses(rollout, cells, batch)
     # values 0.5, 0.25 and 0, 1, -1: clipped they are 0.3, 0.05 and 0, 0.8, -0.8
     value = torch.tensor([1.0, 0.05**2, 1.0, 1.0, 0.8**2]) / 2
-    torch.testing.assert_close(ratio, torch.ones(5))
+    assert torch.equal(logprobs, old)
     torch.testing.assert_close(terms["value/loss"], value)
     expected = -torch.tensor([1.0, -2.0, 3.0, 0.5, 0.0]) + 0.5 * value - 0.25 * output.entropy + 0.1 * 2.0
     torch.testing.assert_close(terms["loss"], expected)
