@@ -22,6 +22,7 @@ from rlhf_lightning import PPO
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.ops.groups import Group, GroupList
 from rlhf_lightning.ops.seeding import derive_seed
+from rlhf_lightning.runtime.memory import Shape
 
 SIZES = {
     # hidden, intermediate, layers, heads, key heads, vocabulary, row length
@@ -52,6 +53,12 @@ class Bench:
         room = (0.92 * free - 20 * parameters) / (2.9e6 * parameters / 1.078e9)
         self.rows = max(min(14, int(room / self.length)), 1)
         name = torch.cuda.get_device_name() if self.cuda else "CPU"
+        hidden, intermediate, layers, heads, key_heads = shape
+        keys = hidden * key_heads // heads
+        self.shape = Shape(
+            parameters, 0, hidden, intermediate, layers, keys, self.vocabulary, queries=hidden,
+            layer_weights=layers * hidden * (2 * hidden + 2 * keys + 3 * intermediate),
+        )  # fmt: skip
         self.record("machine", device=name, torch=torch.__version__, parameters=parameters, rows=self.rows)
 
     def build(self, hidden: int, intermediate: int, layers: int, heads: int, key_heads: int) -> None:

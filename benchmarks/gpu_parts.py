@@ -32,6 +32,7 @@ from rlhf_lightning import DPO, PPO, SFT, RewardModel
 from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
 from rlhf_lightning.ops.groups import Group, GroupList
+from rlhf_lightning.runtime.step_time import forward_flops
 
 
 def ceilings(bench: Bench, name: str) -> None:
@@ -90,7 +91,10 @@ class TimedEngine(LocalEngine):
 
 
 def online(bench: Bench, name: str, prompts: int, n: int, **options: Any) -> None:
-    """Iterations of PPO or GRPO with `n` responses to each prompt."""
+    """Iterations of PPO or GRPO with `n` responses to each prompt.
+
+    The operations of its MFU are a forward pass for sampling, two for log-probs, and three in every epoch.
+    """
     bench.reset()
     engine, new = TimedEngine(bench, batch_tokens=131_072), bench.length // 16
     module = PPO(
@@ -100,11 +104,14 @@ def online(bench: Bench, name: str, prompts: int, n: int, **options: Any) -> Non
     batches = [GroupList(questions(bench, i, prompts)) for i in range(ITERATIONS)]
     timed = fit(bench, module, batches)
     sampling = statistics.median(engine.seconds[1:])
-    step = statistics.median(timed.seconds[1:])
+    step, sampled = statistics.median(timed.seconds[1:]), statistics.median(engine.tokens[1:])
+    asked, tokens = bench.length // 8, prompts * bench.length // 8 + sampled
+    pairs_seen = prompts * asked**2 / 2 + sampled * (asked + new / 2)
+    flops = (3 + 3 * module.ppo_epochs) * forward_flops(bench.shape, tokens, sampled, pairs_seen)
     bench.record(
-        name, step_s=step, first_s=timed.seconds[0], sampling_s=sampling, sampling_share=sampling / step,
-        responses_per_s=prompts * n / step, sampled_per_s=statistics.median(engine.tokens[1:]) / step,
-        memory_gb=bench.peak_gb(), responses=prompts * n, new_tokens=new,
+        name, step_s=step, first_s=timed.seconds[0], tokens_per_s=tokens / step, mfu=flops / step / bench.peak,
+        sampling_s=sampling, sampling_share=sampling / step, responses_per_s=prompts * n / step,
+        sampled_per_s=sampled / step, memory_gb=bench.peak_gb(), responses=prompts * n, new_tokens=new,
     )  # fmt: skip
 
 
@@ -166,7 +173,8 @@ def profiled(bench: Bench) -> Iterator[dict[str, Any]]:
         yield figures
         seconds = bench.sync() - began
     device = DeviceType.CUDA if bench.cuda else DeviceType.CPU
-    events = sorted((e for e in profiler.events() if e.device_type == device), key=lambda e: e.time_range.start)
+    found = (e for e in profiler.events() if e.device_type == device and not e.is_user_annotation)
+    events = sorted(found, key=lambda event: event.time_range.start)
     gaps, end = [], events[0].time_range.start
     for event in events:  # those of a CPU are nested
         gaps.append(max(event.time_range.start - end, 0) / 1e6)

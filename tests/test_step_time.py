@@ -45,9 +45,13 @@ def hardware(name: str) -> Hardware:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "tolerance"), [("full", 1e-3), ("checkpointing", 0.05), ("lora", 0.15)])
+@pytest.mark.parametrize(("kind", "tolerance"), [("full", 1e-3), ("checkpointing", 0.1), ("lora", 0.15)])
 def test_operations_are_those_that_torch_counts(kind: str, tolerance: float) -> None:
-    """Eager attention computes every pair; the head is not recomputed, the first layer needs no gradient of inputs."""
+    """Eager attention computes every pair.
+
+    Checkpointing recomputes neither the head nor a layer's last product; with LoRA the first layer needs no gradient of
+    its inputs.
+    """
     tokens = 24
     config = tiny_config(
         vocab_size=64, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_key_value_heads=2
@@ -96,6 +100,9 @@ def test_every_strategy_sends_what_it_must() -> None:
     assert sharded == pytest.approx({
         "weight all-gather": 2 * 3 * 3 / 4 * 4000, "gradient reduce-scatter": 2 * 3 / 4 * 4000
     })  # fmt: skip
+    half = communication_seconds(SHAPE, replace(JOB, activation_bytes=2, shards=4), step, UNIT)
+    assert half["weight all-gather"] == pytest.approx(2 * 2 * 3 / 4 * (900 * 2 + 100 * 4))
+    assert half["gradient reduce-scatter"] == sharded["gradient reduce-scatter"]
     tensor = communication_seconds(SHAPE, replace(JOB, shards=4), replace(step, tensor_parallel=4), UNIT)
     # 4 all-reduces of 32 tokens of width 4 in each of 2 layers
     assert tensor == pytest.approx({"activation all-reduce": 4 * 2 * 2 * 3 / 4 * 32 * 4 * 4})
@@ -108,13 +115,16 @@ def test_sampling_reads_weights_and_cache_for_every_token() -> None:
     assert decode_bytes(SHAPE, JOB, 3, 10) == (900 + 20) * 4 + 3 * 10 * 2 * 4 * 2 * 4
     mixed = replace(JOB, activation_bytes=2)
     assert decode_bytes(SHAPE, mixed, 0, 0) == (900 + 20) * (4 + 2 + 2)
+    assert decode_bytes(SHAPE, replace(mixed, shards=2), 0, 0) == (900 + 20) * 2
     step = Step(
         120, 100, 0, sequences=10, prompts=5, prompt_tokens=4, new_tokens=10, decode_batches=2, devices=2, forwards=2
     )
     parts = step_seconds(SHAPE, replace(JOB, shards=2), step, UNIT)
     assert parts["decoding"] == 2 * 10 * decode_bytes(SHAPE, JOB, 5, 9)
     assert parts["prefill"] == forward_flops(SHAPE, 20, 5, 5 * 8)
-    assert parts["weight all-gather of decoding"] == pytest.approx(2 * 10 * 2000)
+    assert parts["weight all-gather of sampling"] == pytest.approx(2 * 10 * 2000)
+    once = communication_seconds(SHAPE, replace(JOB, shards=2), replace(step, gather_sampling=True), UNIT)
+    assert once["weight all-gather of sampling"] == pytest.approx(2000)
     assert parts["forward of frozen models and log-probs"] == 2 * forward_flops(SHAPE, 120, 100, 0)
     least, most = bounds(parts)
     assert most == sum(parts.values())

@@ -47,7 +47,7 @@ class Step:
         epochs: passes over the tokens; updates: of the optimizer, in all epochs.
         forwards: forward passes without a backward one: reference, reward models, log-probs of the rollout, critic.
         sequences, prompts, prompt_tokens, new_tokens: what is sampled; lengths are those of one sequence.
-        decode_batches: of the sampled sequences.
+        decode_batches: of the sampled sequences; gather_sampling: sharded weights are gathered once for all of them.
         devices, nodes: devices of a node, and nodes.
         tensor_parallel: devices that share every layer and the rows.
     """
@@ -64,6 +64,7 @@ class Step:
     prompt_tokens: int = 0
     new_tokens: int = 0
     decode_batches: int = 1
+    gather_sampling: bool = False
     devices: int = 1
     nodes: int = 1
     tensor_parallel: int = 1
@@ -107,10 +108,11 @@ def all_reduce_seconds(size: float, devices: int, nodes: int, hardware: Hardware
 def decode_bytes(shape: Shape, job: Job, sequences: float, context: float, tensor_parallel: int = 1) -> float:
     """Return the bytes that one token of each of `sequences` reads: all weights, and keys and values of `context`.
 
-    Autocast reads weights in their own precision, writes them in half, and reads that.
+    Autocast reads weights in their own precision, writes them in half, and reads that; sharded ones are gathered in
+    half.
     """
-    mixed = job.activation_bytes < job.weight_bytes
-    weight = job.weight_bytes + 2 * job.activation_bytes * mixed
+    mixed = job.activation_bytes < job.weight_bytes and job.shards == 1
+    weight = job.weight_bytes + 2 * job.activation_bytes if mixed else job.activation_bytes
     cache = 2 * shape.key_values * shape.layers * job.activation_bytes * context
     layers = shape.layer_weights * weight + sequences * cache
     return layers / tensor_parallel + shape.vocabulary * shape.hidden * weight
@@ -119,9 +121,10 @@ def decode_bytes(shape: Shape, job: Job, sequences: float, context: float, tenso
 def step_seconds(shape: Shape, job: Job, step: Step, hardware: Hardware) -> dict[str, float]:
     """Return the seconds of each part of a step, none of them hidden behind another.
 
-    Sharded weights are gathered for the forward and for the backward pass of every microbatch, and gradients reduced
-    after it (arXiv 2304.11277); frozen models and every sampled token gather once more. Tensor parallelism reduces the
-    activations of a layer twice forward and twice backward (arXiv 1909.08053).
+    Sharded weights are gathered for the forward and for the backward pass of every microbatch, those of layers in the
+    precision of the computation, and gradients reduced after it in their own (arXiv 2304.11277); frozen models and
+    every sampled token gather once more. Tensor parallelism reduces the activations of a layer twice forward and twice
+    backward (arXiv 1909.08053).
     """
     tp, rate = step.tensor_parallel, hardware.tflops * 1e12 * hardware.mfu
     bandwidth = hardware.memory_gb_s * GB * hardware.mbu
@@ -150,7 +153,8 @@ def communication_seconds(shape: Shape, job: Job, step: Step, hardware: Hardware
     devices, nodes = step.devices // within, step.nodes // between
     models = 2 if job.critic else 1
     gradients = models * trained_parameters(shape, job) * job.weight_bytes / tp
-    weights = shape.parameters * job.weight_bytes / tp
+    others = shape.parameters - shape.layer_weights
+    weights = (shape.layer_weights * job.activation_bytes + others * job.weight_bytes) / tp
     parts: dict[str, float] = {}
     if ranks > tp and job.shards == 1:
         parts["gradient all-reduce"] = step.updates * all_reduce_seconds(gradients, devices, nodes, hardware)
@@ -161,7 +165,8 @@ def communication_seconds(shape: Shape, job: Job, step: Step, hardware: Hardware
         reduced = gather_seconds(gradients, devices, nodes, hardware)
         parts["gradient reduce-scatter"] = step.microbatches * step.epochs * reduced
         if step.sequences:
-            parts["weight all-gather of decoding"] = step.decode_batches * step.new_tokens * gather
+            gathers = 1 if step.gather_sampling else step.decode_batches * step.new_tokens
+            parts["weight all-gather of sampling"] = gathers * gather
     if tp > 1:
         times = step.epochs * models * (4 + 2 * job.checkpointing) + 2 * step.forwards
         rows = times * step.tokens + 2 * (step.prompts * step.prompt_tokens + step.sequences * step.new_tokens)

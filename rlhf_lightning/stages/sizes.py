@@ -133,6 +133,7 @@ def read_step(settings: dict[str, Any], job: Job) -> Step:
         )  # fmt: skip
     new, n = options["max_new_tokens"], options["num_generations"]
     tokens, epochs = rows * (longest + n * new), options.get("ppo_epochs", 1)
+    batch_tokens = settings["sampler"].get("batch_tokens")  # none where another process samples
     return Step(
         tokens,
         rows * n * new,
@@ -141,11 +142,12 @@ def read_step(settings: dict[str, Any], job: Job) -> Step:
         epochs=epochs,
         updates=epochs * options.get("num_minibatches", 1),
         forwards=2 + job.critic + job.rewards,  # log-probs of the rollout and of the reference
-        sequences=rows * n,
+        sequences=rows * n if batch_tokens else 0,
         prompts=rows,
         prompt_tokens=longest,
         new_tokens=new,
-        decode_batches=math.ceil(rows * n * (longest + new) / settings["sampler"]["batch_tokens"]),
+        decode_batches=math.ceil(rows * n * (longest + new) / batch_tokens) if batch_tokens else 1,
+        gather_sampling=sharded(settings) and settings["strategy"].get("gather_sampling", False),
         **where,
     )
 
