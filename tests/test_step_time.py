@@ -252,6 +252,12 @@ def test_what_hardware_cannot_be_is_refused() -> None:
         sizes.read_hardware(settings("stage=sft", "hardware=h100", "hardware.mfu=1.5", "plan=true"))
     with pytest.raises(UserError, match=r"hardware\.tflops=fast is not a finite number"):
         sizes.read_hardware(settings("stage=sft", "hardware=h100", "hardware.tflops=fast", "plan=true"))
+    given = settings("stage=sft", "hardware=h100", "plan=true")
+    del given["hardware"]["mbu"]
+    with pytest.raises(UserError, match=r"hardware\.mbu is missing"):
+        sizes.read_hardware(given)
+    with pytest.raises(UserError, match=r"hardware\.mfus is not one of .*Did you mean 'mfu'"):
+        sizes.read_hardware(settings("stage=sft", "hardware=h100", "+hardware.mfus=1", "plan=true"))
     with pytest.raises(UserError, match=r"set hardware\.memory_gb"):
         plan.run_plan(OmegaConf.create(settings("stage=sft", "hardware=h100", "plan=80")))
 

@@ -70,6 +70,11 @@ def remedies(job: Job, settings: dict[str, Any]) -> list[tuple[str, Job]]:
     return changes
 
 
+def figure(value: float) -> str:
+    """Return a positive number with three digits or more."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def time_table(shape: Shape, job: Job, step: Step, hardware: Hardware) -> Table:
     """Return the seconds of a step by part, and the step with its collectives hidden and not."""
     parts = step_seconds(shape, job, step, hardware)
@@ -80,12 +85,11 @@ def time_table(shape: Shape, job: Job, step: Step, hardware: Hardware) -> Table:
     table.add_column("seconds", justify="right")
     for name, seconds in parts.items():
         if seconds:
-            table.add_row(name, f"{seconds:,.3g}")
+            table.add_row(name, figure(seconds))
     table.add_section()
-    both = f"{least:,.3g} to {most:,.3g}" if most > 1.005 * least else f"{most:,.3g}"
-    table.add_row("step", both, style="bold")
-    rates = sorted(step.tokens / (seconds * step.tensor_parallel) for seconds in (least, most))
-    table.add_row("tokens per second and device", " to ".join(dict.fromkeys(f"{rate:,.3g}" for rate in rates)))
+    rates = (step.tokens / (seconds * step.tensor_parallel) for seconds in (most, least))
+    for name, both in (("step", (least, most)), ("tokens per second and device", rates)):
+        table.add_row(name, " to ".join(dict.fromkeys(map(figure, both))), style="bold" if name == "step" else None)
     return table
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf_lightning.errors import check_number
+from rlhf_lightning.errors import UserError, check_number, nearest
 from rlhf_lightning.models.adapters import add_lora
 from rlhf_lightning.models.loading import decoder_layers, load_config
 from rlhf_lightning.models.tiny import tiny_config
@@ -156,11 +156,15 @@ def read_hardware(settings: dict[str, Any]) -> Hardware | None:
     """Return the device that is planned for, None without `hardware`.
 
     Raises:
-        UserError: a figure that is no number in its range.
+        UserError: a figure that is missing, unknown, or no number in its range.
     """
     given = settings["hardware"]
     if not given:
         return None
+    names = [field.name for field in fields(Hardware)]
+    for key in set(given) ^ set(names):
+        state = "missing" if key in names else f"not one of {', '.join(names)}"
+        raise UserError(f"hardware.{key} is {state}.{'' if key in names else nearest(key, names)}")
     for key, value in given.items():
         if key != "name":
             check_number(f"hardware.{key}", value, "(0, 1]" if key in ("mfu", "mbu", "link_efficiency") else "(0, inf)")
