@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.errors import UserError, check_number, nearest
 from rlhf_lightning.models.adapters import add_lora
-from rlhf_lightning.models.loading import decoder_layers, load_config
+from rlhf_lightning.models.layers import decoder_layers
+from rlhf_lightning.models.loading import load_config
 from rlhf_lightning.models.tiny import tiny_config
 from rlhf_lightning.rewards.spec import parse
 from rlhf_lightning.runtime.launch import ranks_asked
