@@ -236,7 +236,7 @@ def _load_weights(kind: Any, name: str, new: set[str], config: Any, dtype: str, 
         base,
         config=config,
         dtype=_dtype(dtype),
-        attn_implementation=attention,
+        attn_implementation=GROUP_SDPA if attention == "sdpa" and _lacks_sdpa(kind, config) else attention,
         use_safetensors=True,
         output_loading_info=True,
     )
@@ -253,6 +253,12 @@ def _load_weights(kind: Any, name: str, new: set[str], config: Any, dtype: str, 
     # the base of an adapter that this run exports
     model.name_or_path = model.config._name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
     return model
+
+
+def _lacks_sdpa(kind: Any, config: Any) -> bool:
+    """Return whether Hugging Face refuses sdpa for an architecture, as its sdpa has no soft caps and no sinks."""
+    architecture = kind._model_mapping.get(type(config), None)
+    return getattr(architecture, "_supports_attention_backend", False) and not architecture._supports_sdpa
 
 
 def _load(loader: Any, name: str, **kwargs: Any) -> Any:

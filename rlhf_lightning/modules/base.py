@@ -21,7 +21,7 @@ from rlhf_lightning.distributed import data_ranks
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.models.adapters import add_lora, export_lora
-from rlhf_lightning.models.completion import choose_layout, vocabulary_size
+from rlhf_lightning.models.completion import choose_layout, describe_attention, vocabulary_size
 from rlhf_lightning.models.sharding import by_mesh, shard, total_norm, whole_state
 from rlhf_lightning.modules.trainer import TrainerHooks
 from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList, Layout
@@ -75,6 +75,8 @@ class StageModule(TrainerHooks):
             model = add_lora(model, **self.lora)
         with self.run_precision():
             self.layout, reason = choose_layout(model)
+            if reason is None:
+                log.info("attention of packed groups: %s", describe_attention(model))
         if reason:
             log.warning("prompts are not shared and rows are padded for this model: %s", reason)
         return model

@@ -6,16 +6,18 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.attention import PATHS, possible_paths
 from rlhf_lightning.runtime.launch import ranks_asked
 from rlhf_lightning.runtime.memory import AUTO, GB, Job, Shape, estimate
 from rlhf_lightning.runtime.settings import to_container
 from rlhf_lightning.stages import STAGES
-from rlhf_lightning.stages.sizes import device_gb, read_job, read_shape, room, tensor_parallel_size
+from rlhf_lightning.stages.sizes import device_gb, read_config, read_job, read_shape, room, tensor_parallel_size
 
 
 def rows_per_device(settings: dict[str, Any]) -> int:
@@ -57,6 +59,20 @@ def remedies(job: Job, settings: dict[str, Any]) -> list[tuple[str, Job]]:
     return changes
 
 
+def attention(settings: dict[str, Any]) -> str:
+    """Return how packed rows are read, as far as the configuration decides it: the run tries the ways in this order."""
+    load, trainer = settings["model"]["load"], settings["trainer"]
+    if load["attn_implementation"] != "sdpa":
+        return f"as attn_implementation={load['attn_implementation']} allows: a dense mask, or padded rows"
+    asked, precision = str(trainer["accelerator"]), str(trainer["precision"])
+    device = "cuda" if asked in ("gpu", "cuda") or (asked == "auto" and torch.cuda.is_available()) else asked
+    half = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else None
+    paths = possible_paths(
+        read_config(settings), device if device != "auto" else "cpu", half or getattr(torch, load["dtype"])
+    )
+    return ", else ".join(PATHS[path] for path in paths) + "; the run tries which is right, else rows are padded"
+
+
 def run_plan(cfg: DictConfig) -> None:
     """Print the memory the run needs per device, and changes that reduce it."""
     settings = to_container(cfg)
@@ -82,6 +98,7 @@ def run_plan(cfg: DictConfig) -> None:
     console.print(
         f"rows are counted with {settings['data']['max_length']} tokens, the maximum; libraries need 1 GB more"
     )
+    console.print(f"attention: {attention(settings)}", soft_wrap=True)
     fits = total / GB <= available
     console.print(
         f"a device has {limit:.0f} GB: this {'fits' if fits else 'may not fit'}", style="" if fits else "yellow"

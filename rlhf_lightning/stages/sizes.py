@@ -32,7 +32,8 @@ MOMENTS: dict[str, Callable[[dict[str, Any], int], float]] = {
 def read_config(settings: dict[str, Any]) -> Any:
     """Return the decoder's config of a configuration's model, from its config file or GGUF header."""
     name = starting_point(settings, convert=False)
-    return load_config(name).get_text_config() if name else tiny_config(**settings["model"]["build"])
+    dropout = settings["model"]["load"]["dropout"]
+    return load_config(name, dropout).get_text_config() if name else tiny_config(**settings["model"]["build"])
 
 
 def read_shape(settings: dict[str, Any]) -> Shape:
