@@ -22,8 +22,9 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf_lightning import DPO, PPO, SFT, RewardModel
 from rlhf_lightning.generation.local import _STATIC, LocalEngine
-from rlhf_lightning.models.attention import GROUP_SDPA, varlen
-from rlhf_lightning.models.completion import CompletionModel, choose_layout
+from rlhf_lightning.models.attention import GROUP_SDPA, group_sdpa, runs_mask, varlen
+from rlhf_lightning.models.completion import CompletionModel, attention_path, choose_layout
+from rlhf_lightning.models.flex import padded_length
 from rlhf_lightning.ops.groups import Group, GroupList, pack
 from rlhf_lightning.ops.masking import group_attention_mask
 from rlhf_lightning.ops.seeding import derive_seed
@@ -83,6 +84,43 @@ def test_varlen_attention_is_attention_in_float64(
         assert relative(a, b) < 1e-2
 
 
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "softcap", "sink"), [(8, 2, None, False), (9, 3, 2.0, False), (4, 4, None, True)]
+)
+@pytest.mark.parametrize("window", [None, 1, 30, 200])
+@pytest.mark.parametrize("path", ["varlen", "flex"])
+def test_windows_caps_and_sinks_are_those_in_float64(
+    path: Any, window: int | None, heads: int, key_heads: int, softcap: float | None, sink: bool
+) -> None:
+    """Outputs and gradients, in bfloat16 by varlen attention, in float32 by FlexAttention."""
+    if path == "varlen" and (softcap or sink):
+        pytest.skip("varlen attention has neither")
+    dtype = torch.bfloat16 if path == "varlen" else torch.float32
+    runs = pack(groups(5, 150, 90, 3), row_tokens=1200).runs
+    assert runs is not None
+    tokens = len(runs.real)
+    length = padded_length(tokens) if path == "flex" else tokens
+    draw = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, h, length, 64, generator=draw).to(dtype) for h in (heads, key_heads, key_heads)]
+    if sink:
+        inputs.append(torch.randn(heads, generator=draw).to(dtype))
+    weights = torch.randn(1, tokens, heads, 64, generator=draw)
+
+    def attended(device: str, path: Any, given: list[Tensor]) -> tuple[Tensor, ...]:
+        given = [x.detach().requires_grad_() for x in given]
+        cut = given if path == "flex" else [*(x[:, :, :tokens] for x in given[:3]), *given[3:]]
+        options: dict[str, Any] = {"softcap": softcap, "s_aux": cut[3] if sink else None, "sliding_window": window}
+        mask = runs_mask(runs.to(device), torch.device(device), path, window)
+        found = group_sdpa(torch.nn.Module(), *cut[:3], mask, **options)[0][:, :tokens]
+        return found.detach(), *torch.autograd.grad((found * weights.to(found)).sum(), given)
+
+    expected = attended(
+        "cpu", "runs", [x.double() for x in inputs]
+    )  # tests/models/test_flex.py compares it with its definition
+    for a, b in zip(attended("cuda", path, [x.cuda() for x in inputs]), expected, strict=True):
+        assert relative(a, b) < (1e-2 if path == "varlen" else 1e-4)
+
+
 def model(kind: Any = LlamaForCausalLM, **changes: Any) -> Any:
     """Return a random Llama with few heads, as the loaders leave it."""
     torch.manual_seed(1)
@@ -92,20 +130,36 @@ def model(kind: Any = LlamaForCausalLM, **changes: Any) -> Any:
     return made.train()
 
 
-@pytest.mark.parametrize("kernel", ["varlen", "dense"])
+@pytest.mark.parametrize("kernel", ["varlen", "flex", "dense"])
 def test_log_probabilities_are_those_of_the_cpu(kernel: str) -> None:
-    """In bfloat16 by varlen attention, in float32 by the dense mask."""
-    lm = model().eval()
+    """In bfloat16 by varlen attention, in float32 by FlexAttention, with dropout switched off by the dense mask."""
+    lm = model(attention_dropout=0.1 if kernel == "dense" else 0.0).eval()
     batch = pack(groups(5, 30, 20, 3), row_tokens=100)
     with torch.no_grad():
         expected = CompletionModel(copy.deepcopy(lm).double())(batch).logprobs
         on_gpu = lm.cuda()
         with torch.autocast("cuda", torch.bfloat16, enabled=kernel == "varlen"):
             assert choose_layout(on_gpu) == ("packed", None)
-            assert on_gpu.config._attn_implementation == GROUP_SDPA
+            assert attention_path(on_gpu, batch.to("cuda")) == kernel
             found = CompletionModel(on_gpu)(batch.to("cuda")).logprobs
     worst = (found.double().cpu() - expected.double()).abs().max().item()
     assert worst < (0.15 if kernel == "varlen" else 1e-4)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+def test_a_training_pass_does_not_wait_for_the_device(precision: torch.dtype) -> None:
+    """Nor do the masks that its first pass makes."""
+    on_gpu = CompletionModel(model().cuda())
+    made = groups(5, 30, 20, 3)
+    with torch.autocast("cuda", torch.bfloat16, enabled=precision == torch.bfloat16):
+        for warm in (True, False):
+            batch = pack(made, row_tokens=100).to("cuda")
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("default" if warm else "error")
+            try:
+                on_gpu(batch).logprobs.sum().backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])

@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.attention import PATHS
 from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.tiny import build_tiny
@@ -182,6 +183,19 @@ def test_stages_without_training_have_no_plan() -> None:
         plan.run_plan(OmegaConf.create(settings("stage=evaluate", "plan=true")))
 
 
+def test_the_plan_says_which_attention_is_tried(folder: str) -> None:
+    def printed(*overrides: str) -> str:
+        return plan.attention(settings("stage=sft", f"init_from={folder}", *overrides))
+
+    varlen, flex, dense = (PATHS[path] for path in ("varlen", "flex", "dense"))
+    assert printed("trainer.accelerator=cpu").startswith(f"{PATHS['runs']}, else {dense}; the run tries")
+    assert printed("trainer=gpu").startswith(f"{varlen}, else {flex}, else {dense};")
+    assert printed("trainer=gpu", "trainer.precision=32-true").startswith(f"{flex}, else {dense};")
+    assert printed("trainer=gpu", "trainer.precision=32-true", "model.load.dtype=bfloat16").startswith(varlen)
+    assert printed("trainer=gpu", "model.load.dropout=0.1").startswith(f"{dense};")
+    assert "padded rows" in printed("model.load.attn_implementation=eager")
+
+
 @pytest.mark.slow
 def test_the_command_prints_a_table_and_leaves_nothing(tmp_path: Path, folder: str) -> None:
     command = ["stage=dpo", f"init_from={folder}", "data=preferences/jsonl", "data.batch_size=64"]
@@ -189,7 +203,9 @@ def test_the_command_prints_a_table_and_leaves_nothing(tmp_path: Path, folder: s
     printed = rlhf(tmp_path, *command, "plan=1.15", "trainer.accumulate_grad_batches=1").stdout
     assert "may not fit" in printed
     assert "trainer.accumulate_grad_batches=64" in printed
-    assert "this fits" in rlhf(tmp_path, *command, "plan=80").stdout
+    fits = rlhf(tmp_path, *command, "plan=80").stdout
+    assert "this fits" in fits
+    assert "attention: one call of scaled dot product attention per response, else a dense" in " ".join(fits.split())
     assert not [path for path in (tmp_path / "outputs").rglob("*") if path.is_file()]
 
 

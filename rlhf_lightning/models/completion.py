@@ -327,7 +327,7 @@ def choose_layout(model: nn.Module) -> tuple[Layout, str | None]:
 def short_window(model: nn.Module, config: Any, tokens: int = 4) -> Iterator[None]:
     """Let sliding-window layers see `tokens` tokens, so that short rows tell whether their window is respected."""
     window = window_of(config)
-    owners = [x for x in (config, *model.modules()) if window and getattr(x, "sliding_window", None) == window]
+    owners: list[Any] = [x for x in (config, *model.modules()) if window and getattr(x, "sliding_window", None) == window]
     for owner in owners:
         owner.sliding_window = tokens
     try:
