@@ -265,8 +265,14 @@ def choose_layout(model: nn.Module) -> tuple[Layout, str | None]:
     The check is a run, not a list of architectures: two random groups are read in both layouts, under a sliding window
     that is shorter than they are, and the hidden states that predict their responses must agree. State spaces and
     position-free attention fail it. Attention takes the first of :func:`possible_paths` that agrees and, of a model in
-    training, has a backward pass; :func:`describe_attention` says which.
+    training, has a backward pass; the log says which.
     """
+    layout, reason = _probe(model)
+    log.info("attention of %s: %s", type(unwrap(model)).__name__, describe_attention(model, layout))
+    return layout, reason
+
+
+def _probe(model: nn.Module) -> tuple[Layout, str | None]:
     inner = unwrap(model)
     config = inner.config.get_text_config()
     tokens = [(7 * i + 3) % config.vocab_size for i in range(24)]
@@ -285,8 +291,8 @@ def choose_layout(model: nn.Module) -> tuple[Layout, str | None]:
     training = model.training
     model.eval()
 
-    def states(layout: Layout, path: Path = "dense") -> Tensor:
-        batch = pack(probes, layout=layout).to(inner.device)
+    def states(layout: Layout, path: Path = "dense", times: int = 1) -> Tensor:
+        batch = pack(probes * times, layout=layout).to(inner.device)
         return hidden_states(model, batch, path)[batch.source].float()
 
     def agrees(path: Path) -> bool:
@@ -303,9 +309,11 @@ def choose_layout(model: nn.Module) -> tuple[Layout, str | None]:
                 try:
                     if path != "dense" and not agrees(path):
                         continue
-                    if path != "dense" and learned is not None:
-                        with torch.enable_grad():  # kernels may be there for the forward pass only
-                            torch.autograd.grad(states("packed", path).sum(), learned, allow_unused=True)
+                    if path in ("varlen", "flex"):  # kernels may be there for the forward pass, or a length, only
+                        with torch.set_grad_enabled(learned is not None):
+                            hidden = states("packed", path, 16)
+                        if learned is not None and hidden.requires_grad:
+                            torch.autograd.grad(hidden.sum(), learned, allow_unused=True)
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:  # a compiler may raise anything
@@ -327,7 +335,9 @@ def choose_layout(model: nn.Module) -> tuple[Layout, str | None]:
 def short_window(model: nn.Module, config: Any, tokens: int = 4) -> Iterator[None]:
     """Let sliding-window layers see `tokens` tokens, so that short rows tell whether their window is respected."""
     window = window_of(config)
-    owners: list[Any] = [x for x in (config, *model.modules()) if window and getattr(x, "sliding_window", None) == window]
+    owners: list[Any] = [
+        x for x in (config, *model.modules()) if window and getattr(x, "sliding_window", None) == window
+    ]
     for owner in owners:
         owner.sliding_window = tokens
     try:
@@ -337,9 +347,11 @@ def short_window(model: nn.Module, config: Any, tokens: int = 4) -> Iterator[Non
             owner.sliding_window = window
 
 
-def describe_attention(model: nn.Module) -> str:
-    """Return how the attention of packed batches is computed, for the log."""
+def describe_attention(model: nn.Module, layout: Layout = "packed") -> str:
+    """Return how attention is computed in a layout that :func:`choose_layout` found right, for the log."""
     inner = unwrap(model)
+    if layout == "padded":
+        return f"one padded row per response ({inner.config._attn_implementation})"
     dtype = computes_in(model)
     path = _CHOSEN.get(_shape(model, inner.device.type), "dense")
     window = window_of(inner.config.get_text_config())

@@ -67,9 +67,11 @@ def flex(
     heads, repeats = query.shape[1], query.shape[1] // key.shape[1]
     if heads & (heads - 1):  # the kernel takes shared keys of 2^n heads only
         key, value, repeats = repeat_kv(key, repeats), repeat_kv(value, repeats), 1
+    for x in (query, key, value):
+        torch._dynamo.mark_static(x, 1)  # a model with other heads would make their number vary, which fails to compile
     options: dict[str, Any] = {"block_mask": mask, "scale": scaling, "enable_gqa": repeats > 1}
     if softcap is not None:
-        options["score_mod"] = _capped(softcap)
+        options["score_mod"] = _capped(softcap, query.device)
     if sinks is None:
         return compiled()(query, key, value, **options).transpose(1, 2)
     output, aux = compiled()(query, key, value, return_aux=AuxRequest(lse=True), **options)
@@ -79,15 +81,20 @@ def flex(
 
 @cache
 def compiled() -> Any:
-    """Return compiled FlexAttention, one for all lengths; it is compiled for each head size, precision and mode."""
+    """Return compiled FlexAttention, one for all lengths; each number of heads, precision and mode is compiled.
+
+    Without `fullgraph` a failure to compile would run the operation that computes all scores, with a warning only.
+    """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILATIONS)
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 @cache
-def _capped(softcap: float) -> Any:
+def _capped(softcap: float, device: torch.device) -> Any:
+    cap = torch.full((), softcap, device=device)  # a number would be one that varies, for which no gradient is compiled
+
     def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return cap * torch.tanh(score / cap)
 
     return capped
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from rlhf_lightning.models import flex
 from rlhf_lightning.ops.groups import Group
 
 
@@ -78,3 +83,17 @@ def bottom_right(
         found = scaled_dot_product_attention(*parts, attn_mask=mask, scale=options["scale"])
         outputs.append(found[0].transpose(0, 1))
     return torch.cat(outputs)
+
+
+@contextmanager
+def flex_on_cpu() -> Iterator[None]:
+    """Let FlexAttention run on a CPU, backward pass included: traced as for a kernel, then operation by operation."""
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *args: None)
+        patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+        flex.compiled.cache_clear()
+        try:
+            yield
+        finally:
+            flex.compiled.cache_clear()

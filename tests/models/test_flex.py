@@ -10,26 +10,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch._dynamo.utils import counters
 
 from rlhf_lightning.models import flex as module
 from rlhf_lightning.models.attention import group_sdpa, runs_mask
-from rlhf_lightning.models.flex import block_mask
+from rlhf_lightning.models.flex import block_mask, padded_length
 from rlhf_lightning.ops.groups import Group, pack
 from rlhf_lightning.ops.masking import group_attention_mask
 from rlhf_lightning.ops.runs import Runs
+from tests.helpers.plain import flex_on_cpu
 
 tokens = st.lists(st.integers(3, 63), min_size=1, max_size=7)
 some_groups = st.lists(st.builds(Group, tokens, st.lists(tokens, min_size=1, max_size=4)), min_size=1, max_size=5)
 
 
 @pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let FlexAttention run uncompiled on a CPU, backward pass included: it computes all scores there."""
-    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *args: None)
-    monkeypatch.setattr(module, "compiled", lambda: flex_attention)
-    torch._dynamo.reset()  # uncompiled, it takes another number of heads for a size that varies
-    with torch._dynamo.config.patch(recompile_limit=64):
+def on_cpu() -> Iterator[None]:
+    with flex_on_cpu():
         yield
 
 
@@ -100,11 +97,16 @@ def reference(inputs: list[Tensor], mask: Tensor, softcap: float | None, sinks: 
     return weights / total @ value
 
 
-CASES = [(4, 2, None, False, None), (9, 3, 2.0, False, 25), (4, 4, None, True, 7), (4, 1, 1.5, True, None)]
+CASES = [
+    (9, 3, 2.0, False, 25),
+    (4, 4, None, True, 7),
+    pytest.param(4, 2, None, False, None, marks=pytest.mark.nightly),
+    pytest.param(4, 1, 1.5, True, None, marks=pytest.mark.nightly),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:The .grad attribute")
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize("path", ["flex", "runs"])
 @pytest.mark.parametrize(("heads", "key_heads", "softcap", "sink", "window"), CASES)
 def test_outputs_and_gradients_in_float64(
@@ -132,6 +134,33 @@ def test_outputs_and_gradients_in_float64(
     wanted = torch.autograd.grad((expected * weights).sum(), given_)
     for a, b in zip(torch.autograd.grad((found * weights).sum(), given_), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly  # the test above compiles each case with its gradient, once
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_one_compilation_serves_all_lengths_and_windows(on_cpu: None) -> None:
+    """A further one serves evaluation, and a model with other heads; none is left to the uncompiled operation."""
+
+    def compilations(responses: int, heads: int, window: int | None, train: bool = True) -> int:
+        before = counters["stats"]["unique_graphs"]
+        groups = [Group([3] * 150, [[4] * 100] * responses)]
+        mask = runs_mask(pack(groups, 4096).runs, torch.device("cpu"), "flex", window)  # type: ignore[arg-type]
+        length = padded_length(groups[0].tokens)
+        inputs = [torch.randn(1, h, length, 8, requires_grad=train) for h in (heads, heads // 2, heads // 2)]
+        with torch.set_grad_enabled(train):
+            found, _ = group_sdpa(torch.nn.Module(), *inputs, mask, softcap=5.0, sliding_window=window)
+            if train:
+                found.sum().backward()
+        return counters["stats"]["unique_graphs"] - before
+
+    assert compilations(2, 4, None) == 1
+    assert [compilations(n, 4, window) for n, window in ((3, None), (4, 20), (8, 33), (2, 20))] == [0, 0, 0, 0]
+    assert compilations(3, 4, None, train=False) == 1
+    assert compilations(5, 8, 20) == 1
+    assert [compilations(n, heads, 9, train) for n, heads, train in ((7, 8, True), (6, 4, False), (2, 4, True))] == [
+        0
+    ] * 3
 
 
 def test_a_block_mask_is_made_once_per_batch_and_device() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
@@ -34,7 +33,7 @@ from rlhf_lightning.models.completion import (
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.ops.groups import Group, pack
 from tests.helpers.models import tiny_config
-from tests.helpers.plain import bottom_right, exact, gradients, plain_logprobs, same
+from tests.helpers.plain import bottom_right, exact, flex_on_cpu, gradients, plain_logprobs, same
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -81,16 +80,13 @@ def groups() -> list[Group]:
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Stand-ins for what runs on an accelerator only: the same arithmetic on a CPU."""
     monkeypatch.setattr("rlhf_lightning.models.attention.varlen_attn", bottom_right)
-    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *args: None)
-    monkeypatch.setattr("rlhf_lightning.models.flex.compiled", lambda: flex_attention)
-    torch._dynamo.reset()  # uncompiled, it takes another number of heads for a size that varies
-    with torch._dynamo.config.patch(recompile_limit=64):
+    with flex_on_cpu():
         yield
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:The .grad attribute")
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("name", ["gemma2", pytest.param("gemma3", marks=pytest.mark.nightly), "mistral", "gpt_oss"])
 def test_packed_is_plain_under_a_window_shorter_than_the_runs(name: str, kernels: None) -> None:
     """Log-probabilities and every gradient, on all paths, beside one unpadded pass per response.
 
@@ -168,7 +164,7 @@ def test_a_window_that_is_not_respected_makes_the_dense_mask_right(monkeypatch: 
 
 def test_paths_that_a_model_cannot_take_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that raises, forward or backward, is not chosen; one without a backward pass may serve evaluation."""
-    lm: Any = AutoModelForCausalLM.from_config(tiny_config())
+    lm: Any = AutoModelForCausalLM.from_config(tiny_config(tie_word_embeddings=False))
     lm.set_attn_implementation(GROUP_SDPA)
     monkeypatch.setattr("rlhf_lightning.models.completion.possible_paths", lambda *args: ["varlen", "runs", "dense"])
     monkeypatch.setattr("rlhf_lightning.models.attention.varlen_attn", bottom_right)
@@ -192,6 +188,9 @@ def test_paths_that_a_model_cannot_take_are_left_out(monkeypatch: pytest.MonkeyP
     choose_layout(lm.train())
     assert attention_path(lm, long) == "runs"
     choose_layout(lm.eval())
+    assert attention_path(lm, long) == "varlen"
+    lm.model.requires_grad_(False)  # a head that is trained alone
+    choose_layout(lm.train())
     assert attention_path(lm, long) == "varlen"
     monkeypatch.setattr("rlhf_lightning.models.attention.varlen_attn", None)
     choose_layout(lm.eval())
