@@ -311,9 +311,9 @@ def _probe(model: nn.Module) -> tuple[Layout, str | None]:
                         continue
                     if path in ("varlen", "flex"):  # kernels may be there for the forward pass, or a length, only
                         with torch.set_grad_enabled(learned is not None):
-                            hidden = states("packed", path, 16)
-                        if learned is not None and hidden.requires_grad:
-                            torch.autograd.grad(hidden.sum(), learned, allow_unused=True)
+                            total = states("packed", path, 16).sum()
+                        if learned is not None and total.requires_grad:
+                            torch.autograd.grad(total, learned, allow_unused=True)
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:  # a compiler may raise anything
