@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout as drop
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -133,6 +133,11 @@ def group_sdpa(
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError("position biases are computed with padded rows only")
     runs = cast(Runs, allowed.runs)
+    extra = query.shape[2] - len(runs.real)
+    if extra and allowed.path != "flex":  # columns that compiled layers are given (models/layers.py)
+        query, key, value = (x[:, :, :-extra] for x in (query, key, value))
+        output, _ = group_sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return pad(output, (0, 0, 0, 0, 0, extra)), None
     if allowed.path == "runs":
         return by_runs(query, key, value, runs, window, dropout, scaling, softcap, sinks), None
     if dropout:

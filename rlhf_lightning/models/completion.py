@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -25,6 +25,7 @@ from rlhf_lightning.models.attention import (
     window_of,
 )
 from rlhf_lightning.models.flex import padded_length
+from rlhf_lightning.models.layers import bucketed, not_compiled
 from rlhf_lightning.ops.groups import Group, GroupBatch, Layout, microbatches, pack
 from rlhf_lightning.ops.logprobs import token_logprobs
 from rlhf_lightning.ops.runs import find_runs
@@ -94,15 +95,17 @@ def hidden_states(model: nn.Module, batch: GroupBatch, path: Path | None = None)
     inner = unwrap(model)
 
     def read(ids: Tensor, positions: Tensor, attention: Tensor) -> Tensor:
-        arguments: dict[str, Any] = {"position_ids": positions, "use_cache": False}
-        return inner.base_model(input_ids=ids, attention_mask=attention, **arguments).last_hidden_state.flatten(0, 1)
+        arguments: dict[str, Any] = {"position_ids": bucketed(inner, positions), "use_cache": False}
+        output = inner.base_model(input_ids=bucketed(inner, ids), attention_mask=attention, **arguments)
+        return output.last_hidden_state[:, : ids.shape[1]].flatten(0, 1)
 
     if batch.padded:
-        return read(batch.input_ids, batch.position_ids, (batch.group_ids >= 0).long())
+        return read(batch.input_ids, batch.position_ids, bucketed(inner, (batch.group_ids >= 0).long()))
     path, window = path or attention_path(model, batch), window_of(inner.config.get_text_config())
     if path == "dense":
         window = batch.runs.within(window) if batch.runs else window
-        mask = dense_mask(batch.group_ids, batch.response_ids, batch.position_ids, window)
+        responses, places = (bucketed(inner, x) for x in (batch.response_ids, batch.position_ids))
+        mask = dense_mask(bucketed(inner, batch.group_ids, -1), responses, places, window)
         return read(batch.input_ids, batch.position_ids, mask)
     runs = batch.runs or find_runs(batch.group_ids, batch.response_ids)
     ids, positions = (x.flatten()[runs.real][None] for x in (batch.input_ids, batch.position_ids))
@@ -276,7 +279,8 @@ def _probe(model: nn.Module) -> tuple[Layout, str | None]:
     inner = unwrap(model)
     config = inner.config.get_text_config()
     tokens = [(7 * i + 3) % config.vocab_size for i in range(24)]
-    check_head(model, tokens[:8])
+    with not_compiled(inner):  # not worth compiling for lengths of a few tokens
+        check_head(model, tokens[:8])
     ours, window = inner.config._attn_implementation == GROUP_SDPA, window_of(config)
     if window and not ours:
         return "padded", f"it has sliding-window attention ({window} tokens)"
@@ -293,7 +297,8 @@ def _probe(model: nn.Module) -> tuple[Layout, str | None]:
 
     def states(layout: Layout, path: Path = "dense", times: int = 1) -> Tensor:
         batch = pack(probes * times, layout=layout).to(inner.device)
-        return hidden_states(model, batch, path)[batch.source].float()
+        with nullcontext() if path == "flex" else not_compiled(inner):  # which would not compile FlexAttention either
+            return hidden_states(model, batch, path)[batch.source].float()
 
     def agrees(path: Path) -> bool:
         gap = (states("packed", path) - padded).abs().max() / padded.abs().max().clamp_min(1e-6)

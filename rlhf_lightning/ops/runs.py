@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+INDICES = ("real", "key_tokens", "query_ends", "key_ends")
+"""The tensors of :class:`Runs`."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -60,8 +63,11 @@ class Runs:
 
     def to(self, device: torch.device | str, **kwargs: bool) -> Runs:
         """Return the runs with their indices on `device`."""
-        names = ("real", "key_tokens", "query_ends", "key_ends")
-        return replace(self, masks={}, **{name: getattr(self, name).to(device, **kwargs) for name in names})
+        return replace(self, masks={}, **{name: getattr(self, name).to(device, **kwargs) for name in INDICES})
+
+    def pin_memory(self) -> Runs:
+        """Return the runs with their indices in pinned memory."""
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in INDICES})
 
 
 def find_runs(group_ids: Tensor, response_ids: Tensor) -> Runs:
