@@ -102,6 +102,8 @@ class Generating(StageModule):
         if not self.started:
             start(self.engine, self.policy.lm, self.template)
             self.started = True
+        else:
+            self.engine.sync()
         return answer(
             self.engine,
             self.template,
@@ -209,6 +211,8 @@ class Online(Generating):
         n = self.num_generations if split == "train" else 1
         parts = (split, self.iteration if split == "train" else 0)
         answers = self.generate(prompts, n, parts, reward=self.scorer(n), gold=self.gold)
+        if split == "train":
+            self.engine.sleep()
         rollout = Rollout(
             answers.groups(prompts.groups),
             n,
@@ -222,6 +226,8 @@ class Online(Generating):
             texts=answers.texts,
             parts={name: values for name, values in answers.scores.items() if name not in ("reward", "gold")},
         )
+        if answers.logprobs is not None:
+            rollout.keep("engine_logprobs", answers.logprobs)
         if split == "train":
             self.last_rollout = rollout
         self.rollout_size = (len(answers.texts), sum(group.tokens for group in rollout.groups))
@@ -296,8 +302,24 @@ class Online(Generating):
             outcome[f"reward/{name.replace('reward_', 'proxy_', 1)}"] = values
         means = {name: self.mean(values.to(self.device).float()) for name, values in outcome.items()}
         spread = self.mean((rollout.scores.to(self.device) - means["reward/proxy"]) ** 2)
+        means |= self.engine_difference(rollout)
         self.episodes += int(self.reduce(torch.tensor([float(len(rollout.mask))])).item())
         return means | {"reward/proxy_std": math.sqrt(spread), "rollout/episodes": float(self.episodes)}
+
+    def engine_difference(self, rollout: Rollout) -> dict[str, float]:
+        """Return how far the engine's log-probabilities are from the policy's, over the tokens of all ranks.
+
+        The ratio of PPO is that of the policy to itself before the update, so a difference is off-policy.
+        """
+        if "engine_logprobs" not in rollout.tokens:
+            return {}
+        tokens = rollout.tokens
+        gaps = (tokens["engine_logprobs"] - tokens["old_logprobs"])[rollout.mask].abs()
+        total, count = self.reduce(torch.stack([gaps.sum(), gaps.new_tensor(float(len(gaps)))])).tolist()
+        return {
+            "rollout/logprob_difference": total / count,
+            "rollout/logprob_difference_max": self.reduce(gaps.max()[None], "max").item(),
+        }
 
     def backward_part(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a part of the loss; ranks reduce with the last one, as their numbers of parts differ."""

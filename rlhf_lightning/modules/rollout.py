@@ -17,8 +17,8 @@ class Rollout:
 
     `mask` (S, T) is True at generated tokens. Whether a response ended with EOS is stored in `finished` (S,), never
     inferred from padding. `tokens` holds named (S, T) tensors: old_logprobs, ref_logprobs, values, kl, rewards,
-    advantages, returns. `rounds` maps a rank's number of microbatches to the number of forward passes it must make.
-    `texts` (S,) are the responses as text. `parts` holds (S,) scores of groups of people beside `scores` and `gold`, as
+    advantages, returns, and engine_logprobs of an engine that gives them. `rounds` maps a rank's number of microbatches
+    to the number of forward passes it must make. `texts` (S,) are the responses as text. `parts` holds (S,) scores of groups of people beside `scores` and `gold`, as
     reward_<group> and gold_<group>. `value_clip` is how far a value may move from the one in `tokens` without being
     clipped, None for any distance.
     """
@@ -63,6 +63,12 @@ class Rollout:
                 block = table[rows]
                 block[self.mask[rows]] = flat.to(dtype)
                 table[rows] = block
+
+    def keep(self, name: str, rows: Sequence[Sequence[float]]) -> None:
+        """Store S lists, of a number for each token of a response, as an (S, T) tensor."""
+        table = torch.zeros(self.mask.shape, device=self.device)
+        table[self.mask] = torch.tensor([value for row in rows for value in row], device=self.device)
+        self.tokens[name] = table
 
     def flat(self, name: str, rows: Tensor) -> Tensor:
         """Return the values (N,) of `name` at the tokens of the sequences `rows`, in the order of a packed batch."""
