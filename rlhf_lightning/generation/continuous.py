@@ -115,6 +115,7 @@ class ContinuousEngine(Engine):
     ) -> Generations:
         """Return n responses to each prompt, of at most so many tokens each."""
         inner: Any = unwrap(self.lm)
+        given, n = n, n if temperature else 1  # the most likely response is the same each time
         settings = GenerationConfig(
             do_sample=temperature > 0, temperature=temperature or None, top_k=top_k, top_p=top_p,
             num_return_sequences=n, max_new_tokens=max(limits), eos_token_id=eos or -1, pad_token_id=0,
@@ -162,9 +163,10 @@ class ContinuousEngine(Engine):
         failed = next((r for r in results if r is None or r.error is not None), None)
         if failed is not None or None in results:
             raise UserError(self._failed(getattr(failed, "error", None) or "its generation loop ended early"))
-        responses = [list(result.generated_tokens) for result in results if result is not None]
+        done = [result for result in results if result is not None for _ in range(given // n)]
+        responses = [list(result.generated_tokens) for result in done]
         finished = [response[-1] in eos for response in responses]
-        return Generations(responses, finished, [list(result.logprobs) for result in results if result is not None])
+        return Generations(responses, finished, [list(result.logprobs) for result in done])
 
     def _failed(self, reason: str) -> str:
         """Return the message of a failure, on one line."""

@@ -55,7 +55,7 @@ class VLLMEngine(Engine):
 
     def __init__(
         self,
-        base_url: str,
+        base_url: str | None = None,
         model: str | None = None,
         *,
         weights: str = "folder",
@@ -68,6 +68,8 @@ class VLLMEngine(Engine):
         tolerance: float = 0.1,
         sleep: bool = False,
     ) -> None:
+        if not base_url:
+            raise UserError("sampler.base_url=<URL up to /v1> is needed: sampler=vllm asks a server")
         if weights not in WEIGHTS:
             raise UserError(f"sampler.weights={weights} is not one of {', '.join(WEIGHTS)}.{nearest(weights, WEIGHTS)}")
         check_number("sampler.top_k", top_k, "[0, inf)", whole=True)
@@ -94,7 +96,9 @@ class VLLMEngine(Engine):
         """
         has_adapter = hasattr(lm, "peft_config")
         if self.weights == "lora" and not has_adapter:
-            raise UserError("sampler.weights=lora sends the LoRA adapter, and the model has none: sampler.weights=folder")
+            raise UserError(
+                "sampler.weights=lora sends the LoRA adapter, and the model has none: sampler.weights=folder"
+            )
         if has_adapter and is_sharded(lm):
             raise UserError("sampler=vllm cannot take LoRA weights of a sharded model: strategy=ddp or sampler=local")
         self.close()
