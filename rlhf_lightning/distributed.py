@@ -87,7 +87,7 @@ def agreed(key: str, decide: Callable[[], str]) -> str:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Return `value` of every rank of the process group, in a process without one its own; ranks wait for each other."""
+    """Return `value` of every rank of the process group, without one this process's; ranks wait for each other."""
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized()):

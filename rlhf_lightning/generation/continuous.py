@@ -5,7 +5,8 @@ One seed decides all samples of a call, so they depend on what is sampled togeth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from rlhf_lightning.errors import UserError, check_number
 from rlhf_lightning.generation.engine import Engine, Generations
 from rlhf_lightning.generation.staleness import Probe
-from rlhf_lightning.models.attention import HALF
+from rlhf_lightning.models.attention import GROUP_SDPA, HALF
 from rlhf_lightning.models.completion import unwrap
 from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.ops.seeding import derive_seed
@@ -134,9 +135,12 @@ class ContinuousEngine(Engine):
         training, devices = inner.training, [inner.device] if inner.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad():  # it seeds torch for the whole process
             try:
-                with inner.continuous_batching_context_manager(
-                    settings, timeout=60, continuous_batching_config=batching
-                ) as manager:
+                with (
+                    plain_attention(inner),
+                    inner.continuous_batching_context_manager(
+                        settings, timeout=60, continuous_batching_config=batching
+                    ) as manager,
+                ):
                     for name, prompt, limit in zip(names, prompts, limits, strict=True):
                         manager.add_request(list(prompt), name, max_new_tokens=limit, eos_token_id=eos or -1)
                     remaining = dict.fromkeys(names, n)
@@ -172,3 +176,17 @@ class ContinuousEngine(Engine):
         """Return the message of a failure, on one line."""
         name = type(unwrap(self.lm)).__name__
         return f"sampler=continuous cannot sample {name}: {' '.join(reason.split())[:200]}; use sampler=local"
+
+
+@contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """Read with Hugging Face's attention, which the one of completion groups is where there are no groups."""
+    given = model.config._attn_implementation
+    if given != GROUP_SDPA:
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(given)

@@ -35,7 +35,7 @@ class Engine(ABC):
     def start(self, lm: nn.Module, eos_ids: Iterable[int]) -> None:
         """Take the language model to generate from and the tokens that end a response."""
 
-    def sync(self) -> None:
+    def sync(self) -> None:  # noqa: B027  a default
         """Take the weights of the model as they are now, on every rank at the same time.
 
         Raises:
@@ -64,7 +64,7 @@ class Engine(ABC):
             progress: called with the number of prompts done after each batch.
         """
 
-    def sleep(self) -> None:
+    def sleep(self) -> None:  # noqa: B027  a default
         """Free memory until the next `sync`, on every rank at the same time."""
 
     @abstractmethod

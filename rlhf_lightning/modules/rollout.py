@@ -18,9 +18,9 @@ class Rollout:
     `mask` (S, T) is True at generated tokens. Whether a response ended with EOS is stored in `finished` (S,), never
     inferred from padding. `tokens` holds named (S, T) tensors: old_logprobs, ref_logprobs, values, kl, rewards,
     advantages, returns, and engine_logprobs of an engine that gives them. `rounds` maps a rank's number of microbatches
-    to the number of forward passes it must make. `texts` (S,) are the responses as text. `parts` holds (S,) scores of groups of people beside `scores` and `gold`, as
-    reward_<group> and gold_<group>. `value_clip` is how far a value may move from the one in `tokens` without being
-    clipped, None for any distance.
+    to the number of forward passes it must make. `texts` (S,) are the responses as text. `parts` holds (S,) scores of
+    groups of people beside `scores` and `gold`, as reward_<group> and gold_<group>. `value_clip` is how far a value may
+    move from the one in `tokens` without being clipped, None for any distance.
     """
 
     groups: list[Group]
