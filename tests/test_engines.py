@@ -11,7 +11,9 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from rlhf_lightning.models.tiny import build_tiny
+from rlhf_lightning.runtime.settings import identity, to_container
 from tests.helpers.cli import newest, rlhf
+from tests.helpers.compose import composed
 from tests.helpers.openai_server import FakeServer
 from tests.helpers.vllm_double import Double, vllm_double
 
@@ -82,10 +84,20 @@ def test_mistakes_are_one_line(folder: Path, arguments: list[str], message: str)
     assert message in done.stderr
 
 
+def test_another_timeout_is_the_same_run() -> None:
+    """What failed for a slow server is resumed with `resume=auto` and a longer time-out."""
+    given = composed("stage=ppo", "sampler=vllm", "sampler.base_url=http://127.0.0.1:8000/v1")
+    patient = composed("stage=ppo", "sampler=vllm", "sampler.base_url=http://127.0.0.1:9000/v1", "sampler.timeout=900")
+    other = composed("stage=ppo", "sampler=vllm", "sampler.base_url=http://127.0.0.1:8000/v1", "sampler.weights=lora")
+    one, two, three = (identity(to_container(cfg))["sampler"] for cfg in (given, patient, other))
+    assert one == two != three
+
+
 @pytest.mark.nightly
 @pytest.mark.dist
-def test_a_sharded_model_is_sent_whole(folder: Path, server: tuple[Double, FakeServer]) -> None:
+@pytest.mark.parametrize("strategy", ["fsdp2", "tensor_parallel"])
+def test_a_sharded_model_is_sent_whole(strategy: str, folder: Path, server: tuple[Double, FakeServer]) -> None:
     sampler = ["sampler=vllm", f"sampler.base_url={server[1].url}"]
-    rlhf(folder, *ONLINE, *sampler, "strategy=fsdp2", "trainer.devices=2", "name=sharded")
+    rlhf(folder, *ONLINE, *sampler, f"strategy={strategy}", "trainer.devices=2", "name=sharded")
     assert metrics(folder, "rloo")["rollout/logprob_difference"] < 1e-4
     assert sum(path == "/collective_rpc" for path, _, _ in server[1].seen) == 2

@@ -19,7 +19,7 @@ from rlhf_lightning.generation.engine import Engine, Generations
 from rlhf_lightning.generation.staleness import Probe
 from rlhf_lightning.models.attention import GROUP_SDPA, HALF
 from rlhf_lightning.models.completion import unwrap
-from rlhf_lightning.models.sharding import is_sharded
+from rlhf_lightning.models.sharding import has_parts
 from rlhf_lightning.ops.seeding import derive_seed
 
 PAGE = 256
@@ -52,8 +52,8 @@ class ContinuousEngine(Engine):
         Raises:
             UserError: a sharded model.
         """
-        if is_sharded(lm):
-            raise UserError("sampler=continuous reads whole weights: use sampler=local with strategy=fsdp2")
+        if has_parts(lm):
+            raise UserError("sampler=continuous reads whole weights: use sampler=local with a model that is sharded")
         self.lm, self.eos, self.checked = lm, sorted(set(eos_ids)), False
 
     def close(self) -> None:

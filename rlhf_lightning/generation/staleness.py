@@ -19,7 +19,7 @@ from rlhf_lightning.models.sharding import call
 
 PROBE_PROMPT, PROBE_RESPONSE = 48, 16
 """Tokens of the probe's prompt, more than a server's prefix cache ignores, and of its response."""
-MOVED = 1e-3
+MOVED = 1e-2
 """Nats by which a model's log-probability of a probe's token must change for an engine's to change, too."""
 BLOCK = 1 << 22
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

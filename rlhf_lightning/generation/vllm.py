@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 
 from rlhf_lightning.distributed import gather_objects, on_first_rank
@@ -25,7 +26,7 @@ from rlhf_lightning.generation.server import Server, ServerError, concurrently
 from rlhf_lightning.generation.staleness import Probe, fingerprint
 from rlhf_lightning.models.adapters import Adapter, merge_lora
 from rlhf_lightning.models.completion import unwrap, vocabulary_size
-from rlhf_lightning.models.sharding import is_sharded, whole_state
+from rlhf_lightning.models.sharding import has_parts, whole_state
 from rlhf_lightning.ops.seeding import derive_seed
 
 log = logging.getLogger(__name__)
@@ -94,19 +95,21 @@ class VLLMEngine(Engine):
         Raises:
             UserError: the server is not there or has another model, or `weights` cannot be taken of this one.
         """
-        has_adapter = hasattr(lm, "peft_config")
+        has_adapter = isinstance(lm, PeftModel)
         if self.weights == "lora" and not has_adapter:
             raise UserError(
                 "sampler.weights=lora sends the LoRA adapter, and the model has none: sampler.weights=folder"
             )
-        if has_adapter and is_sharded(lm):
+        if has_adapter and has_parts(lm):
             raise UserError("sampler=vllm cannot take LoRA weights of a sharded model: strategy=ddp or sampler=local")
         self.close()
         self.server = self._connect()
-        names = [str(model["id"]) for model in self.server.get("/models").get("data") or [] if "id" in model]
+        listed = self.server.get("/models").get("data")
+        found = listed if isinstance(listed, list) else []
+        names = [str(model["id"]) for model in found if isinstance(model, Mapping) and "id" in model]
         if self.name is not None and self.name not in names:
-            listed = f"{', '.join(names[:10])}.{nearest(self.name, names)}"
-            raise UserError(f"sampler.model={self.name} is not at {self.server.url}: it has {listed}")
+            others = f"{', '.join(names[:10])}.{nearest(self.name, names)}"
+            raise UserError(f"sampler.model={self.name} is not at {self.server.url}: it has {others}")
         if not names:
             raise UserError(f"sampler.base_url={self.server.url} lists no model")
         self.lm, self.eos, self.base = lm, frozenset(eos_ids), self.name or names[0]
@@ -131,7 +134,7 @@ class VLLMEngine(Engine):
         if mark == self.mark and self._problem() is None:
             return
         if self.weights != "served":
-            state = whole_state(self.lm) if is_sharded(self.lm) else None
+            state = whole_state(self.lm) if has_parts(self.lm) else None
             self.sent = on_first_rank(partial(self._send, mark, state))
         self.mark = mark
         if problem := self._problem():
