@@ -24,6 +24,7 @@ class Answers:
 
     `prompts`, `metadata`, `token_ids`, `texts` and `finished` have length S; `metadata` includes whether the
     response is finished. `scores` has a tensor (S,) for every scorer, and one as <scorer>_<part> for each of its parts.
+    `logprobs` are the engine's own of the sampled tokens, None where it gives none.
     """
 
     num_generations: int

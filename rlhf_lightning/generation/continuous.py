@@ -124,7 +124,7 @@ class ContinuousEngine(Engine):
         pages = [-(-(len(prompt) + limit) // PAGE) for prompt, limit in zip(prompts, limits, strict=True)]
         batching = ContinuousBatchingConfig(
             page_size=PAGE,
-            num_blocks=max(self.batch_tokens // PAGE, n * max(pages) + 1),
+            num_blocks=max(self.batch_tokens // PAGE, max(pages) + 1),
             max_batch_tokens=FORWARD,
             return_logprobs=True,
             seed=seed,

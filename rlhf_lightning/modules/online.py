@@ -23,11 +23,13 @@ from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.models.frozen import Frozen
 from rlhf_lightning.models.sharding import max_over_ranks
 from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, StageModule, decay_groups
-from rlhf_lightning.modules.invariants import apart, is_exact
+from rlhf_lightning.modules.invariants import apart, engine_difference, is_exact
 from rlhf_lightning.modules.rollout import Rollout
 from rlhf_lightning.ops.advantages import moments
 from rlhf_lightning.ops.groups import GroupBatch, GroupList
+from rlhf_lightning.ops.seeding import permutation
 from rlhf_lightning.ops.statistics import RunningMoments
+from rlhf_lightning.ops.transfer import numbers
 from rlhf_lightning.rewards.scoring import Reward, score_groups, to_device
 
 
@@ -88,11 +90,15 @@ class Generating(StageModule):
     def group_list(self, batch: Any) -> GroupList:
         prompts = super().group_list(batch)
         if any(group.index < 0 for group in prompts.groups):  # of a user's loader: each needs its own random numbers
-            rank, world_size = data_ranks(self.trainer)
-            numbers = range(rank, rank + world_size * len(prompts), world_size)
+            numbers = self.strided(len(prompts))
             groups = [replace(group, index=number) for group, number in zip(prompts.groups, numbers, strict=True)]
             return GroupList(groups, ptx=prompts.ptx)
         return prompts
+
+    def strided(self, count: int) -> range:
+        """Return `count` numbers that no other rank has."""
+        rank, world_size = data_ranks(self.trainer)
+        return range(rank, rank + world_size * count, world_size)
 
     def generate(
         self, prompts: GroupList, n: int, seed_parts: tuple[int | str, ...], **scorers: Reward | None
@@ -225,6 +231,7 @@ class Online(Generating):
             gold=answers.scores.get("gold"),
             texts=answers.texts,
             parts={name: values for name, values in answers.scores.items() if name not in ("reward", "gold")},
+            places=prompts.places if prompts.places is not None else self.strided(len(prompts)),
         )
         if answers.logprobs is not None:
             rollout.keep("engine_logprobs", answers.logprobs)
@@ -302,24 +309,24 @@ class Online(Generating):
             outcome[f"reward/{name.replace('reward_', 'proxy_', 1)}"] = values
         means = {name: self.mean(values.to(self.device).float()) for name, values in outcome.items()}
         spread = self.mean((rollout.scores.to(self.device) - means["reward/proxy"]) ** 2)
-        means |= self.engine_difference(rollout)
+        means |= engine_difference(rollout, self.reduce)
         self.episodes += int(self.reduce(torch.tensor([float(len(rollout.mask))])).item())
         return means | {"reward/proxy_std": math.sqrt(spread), "rollout/episodes": float(self.episodes)}
 
-    def engine_difference(self, rollout: Rollout) -> dict[str, float]:
-        """Return how far the engine's log-probabilities are from the policy's, over the tokens of all ranks.
+    def minibatches(self, rollout: Rollout, count: int, *seed_parts: int | str) -> list[list[int]]:
+        """Return which of this rank's prompts are in each of `count` minibatches, the same on any number of ranks.
 
-        The ratio of PPO is that of the policy to itself before the update, so a difference is off-policy.
+        Those of all ranks are permuted together; with fewer prompts than `count` there is a minibatch for each.
         """
-        if "engine_logprobs" not in rollout.tokens:
-            return {}
-        tokens = rollout.tokens
-        gaps = (tokens["engine_logprobs"] - tokens["old_logprobs"])[rollout.mask].abs()
-        total, count = self.reduce(torch.stack([gaps.sum(), gaps.new_tensor(float(len(gaps)))])).tolist()
-        return {
-            "rollout/logprob_difference": total / count,
-            "rollout/logprob_difference_max": self.reduce(gaps.max()[None], "max").item(),
-        }
+        size = int(self.reduce(torch.tensor([float(max(rollout.places) + 1)]), "max").item())
+        present = torch.zeros(size)
+        present[list(rollout.places)] = 1
+        numbers = (self.reduce(present).cumsum(0) - 1).long()
+        mine = {int(numbers[place]): own for own, place in enumerate(rollout.places)}
+        prompts = int(numbers[-1]) + 1
+        order = permutation(prompts, self.seed, *seed_parts).tolist()
+        parts = min(count, prompts)
+        return [[mine[number] for number in order[part::parts] if number in mine] for part in range(parts)]
 
     def backward_part(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a part of the loss; ranks reduce with the last one, as their numbers of parts differ."""
@@ -329,6 +336,28 @@ class Online(Generating):
         else:
             with strategy.block_backward_sync():
                 self.manual_backward(loss)
+
+    def read_update(
+        self, parts: dict[str, nn.Module], losses: list[Tensor], **measured: Tensor | list[Tensor]
+    ) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Read what an update measured from the device, all at once, before the weights change.
+
+        Args:
+            parts: name of a metric -> the module of whose gradients it is the norm.
+            losses: of the microbatches.
+
+        Returns:
+            The norms, and the numbers of `measured`.
+
+        Raises:
+            UserError: a loss is not finite.
+        """
+        norms = [self.gradient_norm(part.parameters()) for part in parts.values()]
+        read = numbers(norms=norms, losses=losses, **measured)
+        for loss in read["losses"]:
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} in iteration {self.iteration}; lower optimizer.lr")
+        return dict(zip(parts, read["norms"], strict=True)), read
 
     @torch.no_grad()
     def validation_step(self, batch: GroupList, batch_idx: int) -> None:

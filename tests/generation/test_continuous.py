@@ -87,6 +87,15 @@ def test_a_seed_decides_the_samples_of_a_call(lm: Any) -> None:
         torch.testing.assert_close(values, logprobs(lm, PROMPTS[k // 3], y, 1.0), rtol=1e-4, atol=1e-4)
 
 
+def test_requests_wait_for_room_in_the_cache(lm: Any) -> None:
+    """Two pages for twenty responses: their number and their log-probabilities are right all the same."""
+    found = started(lm, batch_tokens=1).generate(PROMPTS, 5, max_new_tokens=6)
+    assert found.logprobs is not None
+    assert len(found.responses) == 20
+    for k, (y, values) in enumerate(zip(found.responses, found.logprobs, strict=True)):
+        torch.testing.assert_close(values, logprobs(lm, PROMPTS[k // 5], y, 1.0), rtol=1e-4, atol=1e-4)
+
+
 def test_truncation_and_the_context(lm: Any) -> None:
     found = started(lm, top_k=2).generate([PROMPTS[0]], 60, max_new_tokens=1)
     assert len({y[0] for y in found.responses}) == 2

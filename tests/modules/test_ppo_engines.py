@@ -14,6 +14,7 @@ from rlhf_lightning.generation.continuous import ContinuousEngine
 from rlhf_lightning.generation.engine import Generations
 from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.generation.vllm import VLLMEngine
+from rlhf_lightning.modules.invariants import engine_difference
 from tests.helpers.lightning import quiet_lightning
 from tests.helpers.openai_server import Sent
 from tests.helpers.vllm_double import vllm_double
@@ -98,7 +99,7 @@ def test_the_difference_is_over_tokens() -> None:
     module.configure_model()
     rollout = module.rollout(bandit.Prompts(1, size=2).batches[0])
     rollout.tokens["old_logprobs"] = torch.tensor([[-1.0, 1.0, -1.0], [-5.0, 7.0, 7.0]])
-    found = module.engine_difference(rollout)
+    found = engine_difference(rollout, module.reduce)
     assert found == {"rollout/logprob_difference": 2.0, "rollout/logprob_difference_max": 5.0}
 
 
