@@ -24,7 +24,9 @@ from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf_lightning import DPO, PPO, SFT, RewardModel
+from rlhf_lightning.generation.continuous import ContinuousEngine
 from rlhf_lightning.generation.local import _STATIC, LocalEngine
+from rlhf_lightning.generation.staleness import fingerprint
 from rlhf_lightning.models.attention import GROUP_SDPA, varlen
 from rlhf_lightning.models.completion import CompletionModel, choose_layout
 from rlhf_lightning.models.layers import compile_layers
@@ -144,6 +146,24 @@ def test_static_shapes_hold_under_autocast() -> None:
         other = engine.generate([[1, 5, 6], [1, 7]], 4, max_new_tokens=20)
     assert _STATIC[lm]
     assert first != other
+
+
+def test_continuous_batching_is_the_model() -> None:
+    """The probe of the log-probabilities passes, and greedy responses are those of the plain loop."""
+    lm = model().cuda().eval()
+    local, paged = LocalEngine(static=False), ContinuousEngine(batch_tokens=8192)
+    for engine in (local, paged):
+        engine.start(lm, {2})
+        engine.sync()
+    prompts = [[1, 5, 6], [1, 7], [1, *range(8, 40)]]
+    found = [engine.generate(prompts, 2, max_new_tokens=24, temperature=0) for engine in (local, paged)]
+    assert found[0].responses == found[1].responses
+    sampled = paged.generate(prompts, 3, max_new_tokens=24, seed_parts=(1,))
+    assert sampled.responses == paged.generate(prompts, 3, max_new_tokens=24, seed_parts=(1,)).responses
+
+
+def test_the_fingerprint_is_that_of_the_cpu() -> None:
+    assert fingerprint(model().cuda()) == fingerprint(model())
 
 
 class Ids:
