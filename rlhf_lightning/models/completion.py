@@ -140,6 +140,10 @@ class CompletionModel(nn.Module):
         """Return the language model's forward output; a sharded one gathers its weights here."""
         return self.lm(**inputs)
 
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return `function(*args)`; a sharded model gathers its weights here."""
+        return function(*args)
+
 
 class ScalarModel(nn.Module):
     """A sequence classifier over completion groups: a reward model or a critic.
@@ -169,6 +173,12 @@ class ScalarModel(nn.Module):
     def decoder(self) -> nn.Module:
         """The Hugging Face model inside."""
         return self.model
+
+    def decode(self, **inputs: Any) -> Any:
+        """Return the classifier's forward output; a sharded one gathers its weights here."""
+        return self.model(**inputs)
+
+    run = CompletionModel.run
 
 
 @torch.no_grad()

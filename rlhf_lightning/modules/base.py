@@ -20,9 +20,9 @@ from rlhf_lightning.data.checks import check_rows
 from rlhf_lightning.distributed import data_ranks
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Engine
-from rlhf_lightning.models.adapters import add_lora, export_lora
-from rlhf_lightning.models.completion import choose_layout, vocabulary_size
-from rlhf_lightning.models.sharding import by_mesh, shard, total_norm, whole_state
+from rlhf_lightning.models.adapters import export_lora, load_model
+from rlhf_lightning.models.completion import choose_layout, unwrap, vocabulary_size
+from rlhf_lightning.models.sharding import by_mesh, run_inside, shard, total_norm, whole_state
 from rlhf_lightning.modules.trainer import TrainerHooks
 from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList, Layout
 from rlhf_lightning.ops.ranking import pairs_in_order
@@ -68,16 +68,10 @@ class StageModule(TrainerHooks):
         self._sums: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
         self._pairs: list[Tensor] = []  # of held-out pairs: row, batch, group in the batch, whether they are in order
 
-    def build(self) -> Any:
-        """Return the loaded model, with LoRA layers where configured, and choose the layout of its batches."""
-        model: Any = self.load()
-        if self.lora is not None:
-            model = add_lora(model, **self.lora)
-        with self.run_precision():
-            self.layout, reason = choose_layout(model)
-        if reason:
-            log.warning("prompts are not shared and rows are padded for this model: %s", reason)
-        return model
+    def build(self, load: Callable[[], nn.Module] | None = None) -> Any:
+        """Return a model for :meth:`split`: that of `load`, else the one to train, with LoRA where configured."""
+        defer = self.device_mesh is not None
+        return load_model(load, None, defer) if load else load_model(self.load, self.lora, defer)
 
     def run_precision(self) -> Any:
         """Return the context in which the Trainer computes, autocast for mixed precision."""
@@ -149,10 +143,18 @@ class StageModule(TrainerHooks):
                 raise UserError(f"{place} the token id {worst}, but the model has {self.vocabulary} ids")
         return batch if ours else GroupList(groups)
 
-    def split(self, model: Any) -> Any:
-        """Return `model`, a CompletionModel or ScalarModel, sharded across devices where the strategy asks for it."""
-        if self.device_mesh is not None:
-            shard(model, self.device_mesh)
+    def split(self, model: Any, frozen: bool = False) -> Any:
+        """Return `model`, a CompletionModel or ScalarModel, sharded across devices where the strategy asks for it.
+
+        Models that are trained choose the layout of the batches: one that all of them compute correctly.
+        """
+        with self.run_precision():
+            if self.device_mesh is not None:
+                shard(model, self.device_mesh, frozen)
+            layout, reason = (self.layout, None) if frozen else run_inside(model, choose_layout, model.decoder)
+        if layout == "padded" != self.layout:
+            self.layout = "padded"
+            log.warning("prompts are not shared and rows are padded for this model: %s", reason)
         return model
 
     def export_model(self) -> Any:
@@ -166,8 +168,9 @@ class StageModule(TrainerHooks):
         weights = whole_state(model)
         if not self.trainer.is_global_zero:
             return None
-        whole: Any = self.load() if self.lora is None else add_lora(self.load(), **self.lora)  # type: ignore[arg-type]
-        whole.load_state_dict(weights)
+        whole = self.build()
+        whole.load_state_dict(weights, assign=True)
+        unwrap(whole).tie_weights()
         return export_lora(whole)
 
     def trained_model(self) -> Any:
