@@ -128,7 +128,7 @@ class CompletionModel(nn.Module):
         if values:
             if self.value_head is None:
                 raise ValueError("values were requested from a model without a value head")
-            value = scalars(self.value_head, hidden)
+            value = scalars(self.value_head, hidden).clone()  # FSDP2 warns of outputs that are views
         return CompletionOutput(logprobs, ent, value)
 
     @property

@@ -162,6 +162,7 @@ def load_scalar_model(
         raise UserError(f"{name}: the architecture {type(model).__name__} has no linear score head")
     if not is_reward and head.weight.is_meta:
         head.to_empty(device="cpu")
+        nn.init.normal_(head.weight)  # as a whole load does, which so draws as many random numbers before LoRA does
         if head.bias is not None:
             nn.init.zeros_(head.bias)
     read_weights(head, torch.device("cpu"))  # small, and heads for groups start as copies of it

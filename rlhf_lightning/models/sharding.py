@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.attention import HALF
 from rlhf_lightning.models.completion import unwrap
 from rlhf_lightning.models.deferred import read_weights
 from rlhf_lightning.models.loading import decoder_layers
@@ -41,14 +43,15 @@ def shard(root: Any, mesh: Any, frozen: bool = False) -> None:
     if layers.size() > 1:
         parallelize(lm, layers)
     if data.size() > 1 or layers.size() == 1:
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        added = torch.float32 if autocast or unwrap(lm).dtype in HALF else None
+        whole = MixedPrecisionPolicy(reduce_dtype=added, cast_forward_inputs=False)
         for layer in decoder_layers(unwrap(lm)):
-            half = torch.is_autocast_enabled(kind) and not any(isinstance(part, NORMS) for part in layer.modules())
-            dtype = torch.get_autocast_dtype(kind) if half else None
-            policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-            fully_shard(layer, mesh=data, mp_policy=policy)
+            halved = not any(isinstance(part, NORMS) for part in layer.modules())
+            fully_shard(layer, mesh=data, mp_policy=replace(whole, param_dtype=autocast) if halved else whole)
         if getattr(root, "value_head", None) is not None:
             fully_shard(root.value_head, mesh=data)  # float32 also where the decoder is not
-        fully_shard(root, mesh=data, reshard_after_forward=True if frozen else None)
+        fully_shard(root, mesh=data, reshard_after_forward=True if frozen else None, mp_policy=whole)
         for method in ("decode", "run"):
             register_fsdp_forward_method(root, method)
         _SHARDED[lm] = root, data

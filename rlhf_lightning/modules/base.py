@@ -144,12 +144,14 @@ class StageModule(TrainerHooks):
         return batch if ours else GroupList(groups)
 
     def split(self, model: Any, frozen: bool = False) -> Any:
-        """Return `model`, a CompletionModel or ScalarModel, sharded across devices where the strategy asks for it.
+        """Return a CompletionModel or ScalarModel, sharded where the strategy asks for it.
 
-        Models that are trained choose the layout of the batches: one that all of them compute correctly.
+        The layout of the batches becomes one that all trained models compute correctly.
         """
         with self.run_precision():
             if self.device_mesh is not None:
+                if not frozen:  # Lightning does it after the model's first pass, which is too late
+                    self.trainer.precision_plugin.convert_module(model)
                 shard(model, self.device_mesh, frozen)
             layout, reason = (self.layout, None) if frozen else run_inside(model, choose_layout, model.decoder)
         if layout == "padded" != self.layout:
@@ -158,10 +160,7 @@ class StageModule(TrainerHooks):
         return model
 
     def export_model(self) -> Any:
-        """Return the plain Hugging Face model to save, or its adapter, see :func:`export_lora`.
-
-        Of a sharded model only the first rank has it, others get None.
-        """
+        """Return the model or adapter to save, see :func:`export_lora`; None on other ranks of a sharded one."""
         model = self.trained_model()
         if self.device_mesh is None:
             return export_lora(model)

@@ -100,6 +100,7 @@ def quantize(folder: Path) -> None:
     ("change", "reason"),
     [
         (rename, "its files have 0 tensors for model.embed_tokens.weight"),
+        (quantize, "it is quantized"),
         (lambda folder: None, "transformers converts the weights of mixtral"),
     ],
 )
@@ -118,14 +119,6 @@ def test_what_cannot_be_deferred_is_loaded_whole_and_told(
     ]
     for key, value in load_causal_lm(str(tmp_path)).state_dict().items():
         assert torch.equal(found.state_dict()[key], value), key
-
-
-def test_a_quantized_model_is_not_deferred(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    LlamaForCausalLM(tiny_config()).save_pretrained(tmp_path)
-    quantize(tmp_path)
-    with caplog.at_level(logging.WARNING), pytest.raises(UserError):  # there is no kernel for it here
-        load_model(lambda: load_causal_lm(str(tmp_path)), defer=True)
-    assert "whole before it is sharded: it is quantized" in caplog.text
 
 
 def test_layers_that_are_copied_are_loaded_whole(folders: dict[str, str]) -> None:

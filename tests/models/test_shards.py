@@ -55,6 +55,15 @@ def test_any_number_of_ranks_reads_what_any_number_wrote(
             assert torch.equal(mine[name], tensors[name][low:high])
 
 
+def test_a_part_that_two_ranks_wrote_counts_once(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    """Otherwise it would stand for a part that no rank wrote."""
+    written(tmp_path / "x", tensors, 2)
+    (tmp_path / "x" / "00001.safetensors").write_bytes((tmp_path / "x" / "00000.safetensors").read_bytes())
+    with pytest.raises(UserError, match="is in none of them"):
+        read_shards(tmp_path / "x", {"a": torch.empty(8, 5)})
+    read_shards(tmp_path / "x", {"a": torch.empty(4, 5)})
+
+
 def checkpoint(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Return the content of a checkpoint's file whose shards are in `folder`."""
     content: dict[str, Any] = {"state_dict": {"plain": torch.ones(2)}, "optimizer_states": [{"state": {}}]}
@@ -114,11 +123,13 @@ def test_what_is_taken_out_is_put_back(tensors: dict[str, Tensor]) -> None:
         ("elsewhere", "needs the folder ../x.shards beside it"),
         ("here", "needs the folder  beside it"),
         ("gone", "needs the folder y.shards beside it"),
+        ("other", "needs the folder x beside it"),
     ],
 )
 def test_damaged_shards_are_told(damage: str, message: str, tensors: dict[str, Tensor], tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints" / "x.shards"
-    written(folder, named(tensors), 2)
+    for place in (folder, tmp_path / "x.shards", folder.parent / "x"):
+        written(place, named(tensors), 2)
     content = checkpoint(folder, {k: v.clone() for k, v in named(tensors).items()})
     file, entries = folder / "00001.safetensors", content["shards"]["tensors"]
     if damage == "missing":
@@ -132,7 +143,7 @@ def test_damaged_shards_are_told(damage: str, message: str, tensors: dict[str, T
             [[10**9, 10**9], "float32", "model.a.weight"] if damage == "huge" else [[7, 5], "device", "model.a.weight"]
         )
     else:
-        content["shards"]["folder"] = {"elsewhere": "../x.shards", "here": "", "gone": "y.shards"}[damage]
+        content["shards"]["folder"] = {"elsewhere": "../x.shards", "here": "", "gone": "y.shards", "other": "x"}[damage]
     with pytest.raises(UserError, match=message):
         read_whole(folder.parent / "last.ckpt", content)
 
