@@ -144,10 +144,7 @@ class StageModule(TrainerHooks):
         return batch if ours else GroupList(groups)
 
     def split(self, model: Any, frozen: bool = False) -> Any:
-        """Return a CompletionModel or ScalarModel, sharded where the strategy asks for it.
-
-        The layout of the batches becomes one that all trained models compute correctly.
-        """
+        """Return a model, sharded where the strategy asks for it; the layout becomes one that all trained ones read."""
         with self.run_precision():
             if self.device_mesh is not None:
                 if not frozen:  # Lightning does it after the model's first pass, which is too late
