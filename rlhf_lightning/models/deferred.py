@@ -18,8 +18,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from rlhf_lightning.models.shards import local_part, slices
 
@@ -100,11 +100,11 @@ def _kept_in_float32(model: PreTrainedModel) -> bool:
 
 def _tensors(name: str) -> dict[str, tuple[str, list[int]]]:
     """Return tensor -> file and shape of the safetensors files of a folder or hub model."""
-    optional = {"_raise_exceptions_for_missing_entries": False}
+    optional: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
     if (single := cached_file(name, SAFE_WEIGHTS_NAME, **optional)) is not None:
-        files = [single]
+        files: list[Any] = [single]
     elif (index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **optional)) is not None:
-        files, _ = get_checkpoint_shard_files(name, index)
+        files = get_checkpoint_shard_files(name, index)[0] or []
     else:
         raise _WholeError("it has no safetensors files")
     found = {}
@@ -155,7 +155,8 @@ def placeholders(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for (module, name), parameter in originals.items():
-            module._parameters[name] = parameter.requires_grad_(stand_ins[id(parameter)].requires_grad)
+            parameter.requires_grad_(stand_ins[id(parameter)].requires_grad)
+            module._parameters[name] = parameter
 
 
 @torch.no_grad()

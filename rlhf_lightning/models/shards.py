@@ -141,9 +141,9 @@ def shard_folder(path: str | Path, checkpoint: Mapping[str, Any]) -> Path | None
     """
     if SHARDS not in checkpoint:
         return None
-    name = checkpoint[SHARDS].get("folder") if isinstance(checkpoint[SHARDS], dict) else None
-    folder = Path(path).parent / str(name)
-    if Path(str(name)).name != name or not name.endswith(SUFFIX) or not folder.is_dir():
+    name = str(checkpoint[SHARDS].get("folder")) if isinstance(checkpoint[SHARDS], dict) else ""
+    folder = Path(path).parent / name
+    if Path(name).name != name or not name.endswith(SUFFIX) or not folder.is_dir():
         raise UserError(f"the checkpoint {path} needs the folder {name} beside it, which is not there")
     return folder
 
