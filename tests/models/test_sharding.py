@@ -68,7 +68,7 @@ def measure_sampling(mesh: Any, rank: int, folder: Path) -> dict[str, Any]:
     """Return the bytes held whole, cut up, at the most inside a layer while sampling, and after it."""
     from rlhf_lightning.generation.local import LocalEngine
     from rlhf_lightning.models.completion import CompletionModel
-    from rlhf_lightning.models.loading import decoder_layers
+    from rlhf_lightning.models.layers import decoder_layers
     from rlhf_lightning.models.sharding import shard
 
     sizes = {"hidden_size": 128, "intermediate_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4}
