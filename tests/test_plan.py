@@ -112,6 +112,9 @@ def test_devices_share_rows_and_sharding_shares_weights() -> None:
     strategy = {"_target_": "rlhf_lightning.runtime.strategies.ShardedStrategy"}
     given = settings("stage=sft", "trainer.devices=4")
     assert sizes.read_job(given | {"strategy": strategy}).shards == 4
+    gathered = {"strategy": strategy | {"gather_sampling": True}}
+    assert not sizes.read_job(given | gathered).gathered  # SFT does not sample to learn
+    assert sizes.read_job(settings("stage=ppo", "reward_from=world", "trainer.devices=4") | gathered).gathered
 
 
 def test_every_remedy_needs_less(folder: str) -> None:

@@ -21,7 +21,7 @@ from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.models.adapters import adapter_off
 from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.models.frozen import Frozen
-from rlhf_lightning.models.sharding import max_over_ranks
+from rlhf_lightning.models.sharding import gathered, max_over_ranks
 from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, StageModule, decay_groups
 from rlhf_lightning.modules.invariants import apart, engine_difference, is_exact
 from rlhf_lightning.modules.rollout import Rollout
@@ -69,6 +69,11 @@ class Generating(StageModule):
         self.seed = seed
 
     @property
+    def samples(self) -> bool:
+        """Whether this process samples from the model that it trains."""
+        return isinstance(self.engine, LocalEngine)
+
+    @property
     def template(self) -> Template:
         """The template that was given, else the data module's."""
         template = self.given_template or getattr(self.data, "template", None)
@@ -110,17 +115,18 @@ class Generating(StageModule):
             self.started = True
         else:
             self.engine.sync()
-        return answer(
-            self.engine,
-            self.template,
-            prompts.groups,
-            n,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            seed_parts=(self.seed, *seed_parts),
-            scorers={name: partial(score_groups, reward) for name, reward in scorers.items() if reward is not None},
-            mesh=self.device_mesh,
-        )
+        with gathered(self.policy.lm, getattr(self.trainer.strategy, "gather_sampling", False)):
+            return answer(
+                self.engine,
+                self.template,
+                prompts.groups,
+                n,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                seed_parts=(self.seed, *seed_parts),
+                scorers={name: partial(score_groups, reward) for name, reward in scorers.items() if reward is not None},
+                mesh=self.device_mesh,
+            )
 
     def teardown(self, stage: str) -> None:
         if self.started:
@@ -189,7 +195,7 @@ class Online(Generating):
             return
         self.policy = self.split(self.build_policy())
         if self.lora is None:
-            self.reference = Frozen(self.split(CompletionModel(self.load())))
+            self.reference = Frozen(self.split(CompletionModel(self.build(self.load)), frozen=True))
 
     def build_policy(self) -> CompletionModel:
         """Return the policy, not yet sharded."""

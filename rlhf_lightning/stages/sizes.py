@@ -115,6 +115,7 @@ def read_job(settings: dict[str, Any]) -> Job:
         references=int((stage.online or live) and not lora),
         rewards=len(models),
         critic=stage.online and critic_candidate(settings) is not None,
+        gathered=stage.online and sharded(settings) and bool(settings["strategy"].get("gather_sampling")),
     )
 
 
