@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ UNIT = Hardware("unit", 1e-12, 1, 1e-9, 1e-9, 1e-9, mfu=1, mbu=1, link_efficienc
 """One operation, one byte read and one byte sent per second."""
 
 
+@cache
 def hardware(name: str) -> Hardware:
     found = sizes.read_hardware(settings("stage=sft", f"hardware={name}", "plan=true"))
     assert found is not None
