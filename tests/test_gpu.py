@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.data import DataLoader
@@ -26,6 +27,7 @@ from rlhf_lightning import DPO, PPO, SFT, RewardModel
 from rlhf_lightning.generation.local import _STATIC, LocalEngine
 from rlhf_lightning.models.attention import GROUP_SDPA, varlen
 from rlhf_lightning.models.completion import CompletionModel, choose_layout
+from rlhf_lightning.models.layers import compile_layers
 from rlhf_lightning.ops.groups import Group, GroupList, pack
 from rlhf_lightning.ops.masking import group_attention_mask
 from rlhf_lightning.ops.seeding import derive_seed
@@ -37,6 +39,7 @@ pytestmark = [
     pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.filterwarnings("ignore"),
 ]
+on_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="only CUDA has it")
 
 
 def ids(*parts: int | str, size: int) -> list[int]:
@@ -60,7 +63,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return ((found.double().cpu() - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="varlen attention is for CUDA")
+@on_cuda
 @pytest.mark.parametrize(("heads", "key_heads"), [(8, 8), (8, 2), (9, 3)])
 @pytest.mark.parametrize("shape", [(6, 60, 40, 3), (3, 900, 60, 2), (4, 5, 3, 1), (2, 40, 200, 9)])
 @pytest.mark.parametrize("size", [64, 128])
@@ -171,7 +174,9 @@ STAGES: dict[str, Callable[[], Any]] = {
 }
 
 
-def trained(stage: str, device: str = DEVICE, precision: Any = "32-true", steps: int = 2) -> tuple[dict[str, Tensor], dict]:
+def trained(
+    stage: str, device: str = DEVICE, precision: Any = "32-true", steps: int = 2, callbacks: Any = ()
+) -> tuple[dict[str, Tensor], dict]:
     """Return the weights after two updates and the metrics of the last."""
     module = STAGES[stage]()
     batches = [
@@ -181,6 +186,7 @@ def trained(stage: str, device: str = DEVICE, precision: Any = "32-true", steps:
     trainer = Trainer(
         max_epochs=1, accelerator="gpu" if device == "cuda" else device, devices=1, precision=precision, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        callbacks=list(callbacks),
     )  # fmt: skip
     trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     weights = {name: w.detach().double().cpu() for name, w in module.state_dict().items()}
@@ -231,3 +237,66 @@ def test_a_reward_model_is_built_on_the_device(tmp_path: Path) -> None:
         found = load_scalar_model(str(tmp_path)).score.weight  # type: ignore[union-attr]
     assert found.device.type == DEVICE
     torch.testing.assert_close(found.cpu(), expected)
+
+
+class Waits(Callback):
+    """Counts, from the second step on, what makes the CPU wait for the device."""
+
+    def __init__(self) -> None:
+        self.found: list[int] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        torch.cuda.synchronize()
+        self.caught = warnings.catch_warnings(record=True)
+        self.seen = self.caught.__enter__()
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        self.caught.__exit__(None, None, None)
+        self.found.append(sum("synchronizing CUDA operation" in str(warning.message) for warning in self.seen))
+
+
+@on_cuda
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_a_step_waits_for_the_device_once(stage: str) -> None:
+    waits = Waits()
+    trained(stage, DEVICE, "bf16-mixed", steps=4, callbacks=[waits])
+    assert max(waits.found[1:]) <= 1, waits.found
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_compiled_layers_are_those_of_eager(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps of other lengths; the third compiles nothing."""
+    expected, _ = trained("sft", DEVICE, precision, steps=3)
+    graphs: list[int] = []
+
+    class Count(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    def compiled(*args: Any, **changes: Any) -> Any:
+        made = model(*args, **changes)
+        compile_layers(made)
+        return made
+
+    monkeypatch.setitem(STAGES, "sft", lambda: SFT(compiled, partial(torch.optim.SGD, lr=0.1)))
+    found, _ = trained("sft", DEVICE, precision, steps=3, callbacks=[Count()])
+    tolerance = 1e-3 if precision == "32-true" else 5e-2
+    for name, weight in expected.items():
+        assert (found[name] - weight).abs().max() <= tolerance * weight.abs().max(), name
+    assert 0 < graphs[1] == graphs[2]
+
+
+def test_a_batch_packed_ahead_is_in_pinned_memory() -> None:
+    module = SFT(model, partial(torch.optim.SGD, lr=0.1)).to("cuda")
+    batch = GroupList(groups(6, 20, 12, 2))
+    ahead = module.pack_ahead(GroupList(groups(6, 20, 12, 2)))
+    assert ahead.packed is not None
+    assert ahead.packed.input_ids.is_pinned()
+    found = module.transfer_batch_to_device(module.pack(ahead), torch.device("cuda"), 0)
+    expected = module.pack(batch)
+    for name, tensor in vars(expected).items():
+        if isinstance(tensor, Tensor):
+            assert torch.equal(getattr(found, name).cpu(), tensor), name

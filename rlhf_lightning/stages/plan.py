@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.layers import BUCKET
 from rlhf_lightning.runtime.launch import ranks_asked
 from rlhf_lightning.runtime.memory import AUTO, GB, Job, Shape, estimate
 from rlhf_lightning.runtime.settings import to_container
@@ -122,6 +123,8 @@ def run_plan(cfg: DictConfig) -> None:
     console.print(
         f"rows are counted with {settings['data']['max_length']} tokens, the maximum; libraries need 1 GB more"
     )
+    if settings["model"]["load"]["compile"]:
+        console.print(f"decoder layers are compiled: rows are filled up to a multiple of {BUCKET} tokens")
     fits = total / GB <= available
     console.print(
         f"a device has {limit:.0f} GB: this {'fits' if fits else 'may not fit'}", style="" if fits else "yellow"

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.errors import UserError, check_number, nearest
 from rlhf_lightning.models.adapters import add_lora
-from rlhf_lightning.models.loading import decoder_layers, load_config
+from rlhf_lightning.models.layers import decoder_layers
+from rlhf_lightning.models.loading import load_config
 from rlhf_lightning.models.tiny import tiny_config
 from rlhf_lightning.rewards.spec import parse
 from rlhf_lightning.runtime.launch import ranks_asked
@@ -188,7 +189,7 @@ def room(gigabytes: float) -> float:
 
 
 def device_gb() -> float:
-    """Return the memory of the first accelerator, else of this machine."""
+    """Return the memory of an accelerator that no process uses, else the memory of this machine."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory / GB
+        return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0] / GB
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
