@@ -319,6 +319,7 @@ def test_compiled_layers_are_those_of_eager(precision: str, monkeypatch: pytest.
     assert 0 < graphs[1] == graphs[2]
 
 
+@on_cuda
 def test_a_batch_packed_ahead_is_in_pinned_memory() -> None:
     module = SFT(model, partial(torch.optim.SGD, lr=0.1)).to("cuda")
     batch = GroupList(groups(6, 20, 12, 2))
