@@ -43,7 +43,7 @@ def test_what_is_broken_fails_the_build(tmp_path: Path) -> None:
     pages = {
         "README.md": "# First\n\n[all](docs/index.md)\n",
         "docs/index.md": "# All\n\n## Start\n\n* [one](one.md)\n",
-        "docs/one.md": "# One\n\n[a](absent.md), [b](index.md#absent-heading)\n\n$$\n\\frac{1\n$$\n",
+        "docs/one.md": "# One\n\n[a](absent.md), [b](index.md#absent-heading)\n\n$$\n\\absent{1}\n$$\n",
         "docs/lost.md": "# Lost\n",
     }
     for name, text in pages.items():

@@ -41,7 +41,7 @@ def write_evaluations(folder: str | Path) -> list[Path]:
 
 def measured(stage: Stage, model: Path) -> dict[str, Any]:
     """Return the metrics that an evaluation stored of the model in a folder, without the name that it called it by."""
-    if stage.kind != "evaluate":
+    if not stage.models:
         return {}
     given = {"model": stage.config.get("init_from")} | subdict(subdict(stage.config, "evaluate"), "models")
     names = [name for name, of in given.items() if isinstance(of, str) and Path(of).resolve() == model.resolve()]
