@@ -44,7 +44,7 @@ def commands() -> list[str]:
     found = []
     for page in PAGES:
         text = page.read_text()
-        found += re.findall(r"^\|.*`(rlhf [^`]+)`", text, re.M)  # of tables
+        found += re.findall(r"^\|.*`(rlhf (?:-m )?\w+=\w[^`]*)`", text, re.M)  # of tables
         for language, body in BLOCK.findall(text):
             if language in ("bash", "sh", ""):
                 lines = body.replace("\\\n", " ").splitlines()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_lightning.models.card import text
 from rlhf_lightning.runtime.pipeline import of_stage
 from tests.helpers.cli import SMALL, rlhf
 
@@ -46,7 +47,7 @@ def test_the_demo_runs_is_skipped_when_done_and_goes_on_where_something_changed(
     assert {"Gold reward against KL", "Lengths of the answers"} <= {figure["title"] for figure in report["figures"]}
     assert [figure["title"] for figure in report["training"]] == [f"Training: {name}" for name in STAGES[:5]]
     card = (run / "3_ppo" / "model" / "README.md").read_text()
-    assert f"by the run demo/{run.name}/5\\_evaluate." in card
+    assert f"by the run {text(f'demo/{run.name}/5_evaluate')}." in card
     assert f"| gold | {metrics['ppo/gold']:.4g} |" in card
     again = rlhf(tmp_path, *QUICK, "resume=auto").stdout
     assert again.count("is done") == len(STAGES)
