@@ -65,7 +65,7 @@ bench: $(VENV)/.bench ## benchmarks against TRL and alone (two hours): make benc
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/bigdata.py
 
-gpu: $(VENV)/.test ## what a GPU computes right and how fast, in one call of five minutes
+gpu: $(VENV)/.test ## what a GPU computes right and how fast, in one call of at most eight minutes
 	cd benchmarks && ../$(BIN)/python gpu.py
 
 clean: ## remove the environment and caches, keep outputs/

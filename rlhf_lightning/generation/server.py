@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
+from queue import Empty, Queue
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -122,10 +123,10 @@ class Server:
         """Return the object of one answer, in which the list `needed` is there."""
         openai = self._openai
         try:
-            text = call().text
+            text = within(self.timeout, lambda: call().text)
         except openai.APIStatusError as error:
             raise self._refused(error.response) from None
-        except openai.APITimeoutError:
+        except (openai.APITimeoutError, TimeoutError):
             raise ServerError(f"{self.url} gave no answer in {self.timeout:g} seconds", passing=True) from None
         except openai.APIConnectionError as error:
             reason = self._clean(str(error.__cause__ or error)) or type(error.__cause__).__name__
@@ -206,6 +207,30 @@ def limited(stream: Any, url: str, timeout: float) -> Any:
             stream.close()
 
     return Limited()
+
+
+def within(seconds: float, call: Callable[[], Result]) -> Result:
+    """Return what `call` returns, or raise a TimeoutError after so many seconds.
+
+    A client's own time-outs are of each read, so headers that come byte by byte evade them. The thread of such a call
+    is left to end with its connection.
+    """
+    done: Queue[tuple[Any, BaseException | None]] = Queue(1)
+
+    def work() -> None:
+        try:
+            done.put((call(), None))
+        except BaseException as error:
+            done.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        result, error = done.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return result
 
 
 def retry_after(value: str | None) -> float | None:

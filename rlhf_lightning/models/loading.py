@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -25,8 +24,9 @@ from transformers import (
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.files import build_once
 from rlhf_lightning.models.adapter_folder import is_classifier_adapter, merge_adapter, saved_modules
-from rlhf_lightning.models.attention import GROUP_SDPA, group_sdpa
+from rlhf_lightning.models.attention import GROUP_SDPA
 from rlhf_lightning.models.folder import ADAPTER_CONFIG, adapter_chain, holder
+from rlhf_lightning.models.layers import compile_layers
 from rlhf_lightning.models.untrusted import check_folder, check_gguf
 from rlhf_lightning.ops.seeding import normal
 
@@ -190,17 +190,8 @@ def _prepare(model: Any, gradient_checkpointing: bool, compile: bool) -> PreTrai
         new = "activation_checkpointing_enable"  # the name since transformers 5.24
         getattr(model, new, model.gradient_checkpointing_enable)({"use_reentrant": False})
     if compile:
-        # the runs are a Python list, new in every batch, that a compiled graph cannot hold
-        AttentionInterface.register(GROUP_SDPA, torch.compiler.disable(group_sdpa))
-        for layer in decoder_layers(model):
-            layer.compile(dynamic=True)
+        compile_layers(model)
     return model.train()
-
-
-def decoder_layers(model: Any) -> list[torch.nn.Module]:
-    """Return the decoder layers of a model."""
-    names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def load_config(name: str, dropout: float = 0.0) -> Any:

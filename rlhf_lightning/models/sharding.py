@@ -15,7 +15,7 @@ from torch.nn.utils import get_total_norm
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.completion import unwrap
-from rlhf_lightning.models.loading import decoder_layers
+from rlhf_lightning.models.layers import decoder_layers, not_compiled
 
 # decoder -> the module whose forward gathers its weights, and the mesh
 _SHARDED: WeakKeyDictionary[nn.Module, tuple[nn.Module, Any]] = WeakKeyDictionary()
@@ -71,7 +71,8 @@ def is_sharded(lm: nn.Module) -> bool:
 def call(lm: nn.Module, **inputs: Any) -> Any:
     """Return the forward output of a causal LM, through the module that gathers its weights where it is sharded."""
     sharded = _SHARDED.get(lm)
-    return sharded[0].decode(**inputs) if sharded else lm(**inputs)  # type: ignore[operator]
+    with not_compiled(unwrap(lm)):
+        return sharded[0].decode(**inputs) if sharded else lm(**inputs)  # type: ignore[operator]
 
 
 def max_over_ranks(lm: nn.Module, count: int) -> int:

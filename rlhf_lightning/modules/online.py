@@ -27,7 +27,9 @@ from rlhf_lightning.modules.invariants import apart, is_exact
 from rlhf_lightning.modules.rollout import Rollout
 from rlhf_lightning.ops.advantages import moments
 from rlhf_lightning.ops.groups import GroupBatch, GroupList
+from rlhf_lightning.ops.seeding import permutation
 from rlhf_lightning.ops.statistics import RunningMoments
+from rlhf_lightning.ops.transfer import numbers
 from rlhf_lightning.rewards.scoring import Reward, score_groups, to_device
 
 
@@ -88,11 +90,15 @@ class Generating(StageModule):
     def group_list(self, batch: Any) -> GroupList:
         prompts = super().group_list(batch)
         if any(group.index < 0 for group in prompts.groups):  # of a user's loader: each needs its own random numbers
-            rank, world_size = data_ranks(self.trainer)
-            numbers = range(rank, rank + world_size * len(prompts), world_size)
+            numbers = self.strided(len(prompts))
             groups = [replace(group, index=number) for group, number in zip(prompts.groups, numbers, strict=True)]
             return GroupList(groups, ptx=prompts.ptx)
         return prompts
+
+    def strided(self, count: int) -> range:
+        """Return `count` numbers that no other rank has."""
+        rank, world_size = data_ranks(self.trainer)
+        return range(rank, rank + world_size * count, world_size)
 
     def generate(
         self, prompts: GroupList, n: int, seed_parts: tuple[int | str, ...], **scorers: Reward | None
@@ -221,6 +227,7 @@ class Online(Generating):
             gold=answers.scores.get("gold"),
             texts=answers.texts,
             parts={name: values for name, values in answers.scores.items() if name not in ("reward", "gold")},
+            places=prompts.places if prompts.places is not None else self.strided(len(prompts)),
         )
         if split == "train":
             self.last_rollout = rollout
@@ -299,6 +306,21 @@ class Online(Generating):
         self.episodes += int(self.reduce(torch.tensor([float(len(rollout.mask))])).item())
         return means | {"reward/proxy_std": math.sqrt(spread), "rollout/episodes": float(self.episodes)}
 
+    def minibatches(self, rollout: Rollout, count: int, *seed_parts: int | str) -> list[list[int]]:
+        """Return which of this rank's prompts are in each of `count` minibatches, the same on any number of ranks.
+
+        Those of all ranks are permuted together; with fewer prompts than `count` there is a minibatch for each.
+        """
+        size = int(self.reduce(torch.tensor([float(max(rollout.places) + 1)]), "max").item())
+        present = torch.zeros(size)
+        present[list(rollout.places)] = 1
+        numbers = (self.reduce(present).cumsum(0) - 1).long()
+        mine = {int(numbers[place]): own for own, place in enumerate(rollout.places)}
+        prompts = int(numbers[-1]) + 1
+        order = permutation(prompts, self.seed, *seed_parts).tolist()
+        parts = min(count, prompts)
+        return [[mine[number] for number in order[part::parts] if number in mine] for part in range(parts)]
+
     def backward_part(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a part of the loss; ranks reduce with the last one, as their numbers of parts differ."""
         strategy = self.trainer.strategy
@@ -307,6 +329,28 @@ class Online(Generating):
         else:
             with strategy.block_backward_sync():
                 self.manual_backward(loss)
+
+    def read_update(
+        self, parts: dict[str, nn.Module], losses: list[Tensor], **measured: Tensor | list[Tensor]
+    ) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Read what an update measured from the device, all at once, before the weights change.
+
+        Args:
+            parts: name of a metric -> the module of whose gradients it is the norm.
+            losses: of the microbatches.
+
+        Returns:
+            The norms, and the numbers of `measured`.
+
+        Raises:
+            UserError: a loss is not finite.
+        """
+        norms = [self.gradient_norm(part.parameters()) for part in parts.values()]
+        read = numbers(norms=norms, losses=losses, **measured)
+        for loss in read["losses"]:
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} in iteration {self.iteration}; lower optimizer.lr")
+        return dict(zip(parts, read["norms"], strict=True)), read
 
     @torch.no_grad()
     def validation_step(self, batch: GroupList, batch_idx: int) -> None:

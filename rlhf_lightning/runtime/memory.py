@@ -24,6 +24,8 @@ class Shape:
     key_values: int  # width of the keys of a token, all heads together
     vocabulary: int
     whole: int = 0  # parameters of layers trained whole beside LoRA
+    queries: int = 0  # width of the queries of a token, all heads together
+    layer_weights: int = 0  # weights of the matrices of all layers
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,18 @@ def bytes_per_token(shape: Shape, job: Job) -> float:
     return saved * job.activation_bytes
 
 
+def trained_parameters(shape: Shape, job: Job) -> int:
+    """Return the parameters of one model that have gradients."""
+    return shape.lora * job.lora + shape.whole if job.lora else shape.parameters
+
+
 def estimate(shape: Shape, job: Job) -> dict[str, float]:
     """Return the bytes needed per device, by part.
 
     Mixed precision keeps a copy of the weights, not with LoRA, and not of sharded ones, of which a layer is converted
     at a time.
     """
-    trained = shape.lora * job.lora + shape.whole if job.lora else shape.parameters
+    trained = trained_parameters(shape, job)
     copies = shape.whole if job.lora else 0
     models = 2 if job.critic else 1
     mixed = job.activation_bytes < job.weight_bytes

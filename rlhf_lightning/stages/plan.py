@@ -1,4 +1,7 @@
-"""`plan=true`: the memory a run needs per device, and changes that make it fit; nothing is loaded or run."""
+"""`plan=true`: the memory a run needs per device, changes that make it fit, and the time of a step on `hardware=`.
+
+Nothing is loaded or run.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,22 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.layers import BUCKET
 from rlhf_lightning.runtime.launch import ranks_asked
 from rlhf_lightning.runtime.memory import AUTO, GB, Job, Shape, estimate
 from rlhf_lightning.runtime.settings import to_container
+from rlhf_lightning.runtime.step_time import Hardware, Step, bounds, step_seconds
 from rlhf_lightning.stages import STAGES
-from rlhf_lightning.stages.sizes import device_gb, read_job, read_shape, room, tensor_parallel_size
+from rlhf_lightning.stages.sizes import (
+    device_gb,
+    has_experts,
+    read_hardware,
+    read_job,
+    read_shape,
+    read_step,
+    room,
+    tensor_parallel_size,
+)
 
 
 def rows_per_device(settings: dict[str, Any]) -> int:
@@ -57,13 +71,40 @@ def remedies(job: Job, settings: dict[str, Any]) -> list[tuple[str, Job]]:
     return changes
 
 
+def figure(value: float) -> str:
+    """Return a positive number with three digits or more."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def time_table(shape: Shape, job: Job, step: Step, hardware: Hardware) -> Table:
+    """Return the seconds of a step by part, and the step with its collectives hidden and not."""
+    parts = step_seconds(shape, job, step, hardware)
+    least, most = bounds(parts)
+    devices = step.devices * step.nodes
+    table = Table(title=f"seconds per step on {devices} {hardware.name} ({step.nodes} x {step.devices})")
+    table.add_column("part")
+    table.add_column("seconds", justify="right")
+    for name, seconds in parts.items():
+        if seconds:
+            table.add_row(name, figure(seconds))
+    table.add_section()
+    rates = (step.tokens / (seconds * step.tensor_parallel) for seconds in (most, least))
+    for name, both in (("step", (least, most)), ("tokens per second and device", rates)):
+        table.add_row(name, " to ".join(dict.fromkeys(map(figure, both))), style="bold" if name == "step" else None)
+    return table
+
+
 def run_plan(cfg: DictConfig) -> None:
-    """Print the memory the run needs per device, and changes that reduce it."""
+    """Print the memory the run needs per device, changes that reduce it, and the time of a step."""
     settings = to_container(cfg)
     if not STAGES[settings["stage"]].trains:
         raise UserError(f"plan is for stages that train, not for stage={settings['stage']}")
     shape, job = read_shape(settings), read_job(settings)
-    limit = float(settings["plan"]) if not isinstance(settings["plan"], bool) else device_gb()
+    hardware = read_hardware(settings)
+    if hardware and not isinstance(settings["plan"], bool):
+        raise UserError(f"plan={settings['plan']} is for this machine's device; with hardware= set hardware.memory_gb")
+    limit = hardware.memory_gb if hardware else device_gb()
+    limit = limit if isinstance(settings["plan"], bool) else float(settings["plan"])
     console, available = Console(), room(limit)
     if not STAGES[settings["stage"]].online and settings["trainer"]["accumulate_grad_batches"] == AUTO:
         microbatches, job = split(shape, job, settings, available)
@@ -82,16 +123,22 @@ def run_plan(cfg: DictConfig) -> None:
     console.print(
         f"rows are counted with {settings['data']['max_length']} tokens, the maximum; libraries need 1 GB more"
     )
+    if settings["model"]["load"]["compile"]:
+        console.print(f"decoder layers are compiled: rows are filled up to a multiple of {BUCKET} tokens")
     fits = total / GB <= available
     console.print(
         f"a device has {limit:.0f} GB: this {'fits' if fits else 'may not fit'}", style="" if fits else "yellow"
     )
-    if fits:
-        return
-    advice = Table(title="changes, each with those above it")
-    for name in ("change", "GB", ""):
-        advice.add_column(name)
-    for change, less in remedies(job, settings):
-        size = sum(estimate(shape, less).values()) / GB
-        advice.add_row(change, f"{size:.2f}", "fits" if size <= available else "")
-    console.print(advice)
+    if not fits:
+        advice = Table(title="changes, each with those above it")
+        for name in ("change", "GB", ""):
+            advice.add_column(name)
+        for change, less in remedies(job, settings):
+            size = sum(estimate(shape, less).values()) / GB
+            advice.add_row(change, f"{size:.2f}", "fits" if size <= available else "")
+        console.print(advice)
+    if hardware and has_experts(settings):
+        console.print("the time is not estimated: the model is a mixture of experts, of which a token reads a few")
+    elif hardware:
+        console.print(time_table(shape, job, read_step(settings, job), hardware))
+        console.print("of two figures the first hides collectives behind the forward and backward passes")

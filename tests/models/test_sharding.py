@@ -35,7 +35,7 @@ def measure(rank: int, folder: str) -> None:
 
     from rlhf_lightning.generation.local import LocalEngine
     from rlhf_lightning.models.completion import CompletionModel
-    from rlhf_lightning.models.loading import decoder_layers
+    from rlhf_lightning.models.layers import decoder_layers
     from rlhf_lightning.models.sharding import shard
 
     gc.freeze()  # what is imported holds no tensor of the model, and is most of what held() would look through
