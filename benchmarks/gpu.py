@@ -74,9 +74,6 @@ PARTS = {
     "trl_grpo": Part(trl_grpo, 50),
     "profile": Part(profile, 20),
     "profile_decode": Part(profile_decode, 20),
-    "sft_compile": Part(offline, 60, {"stage": "sft", "load": {"compile": True}}),
-    "dpo_compile": Part(offline, 60, {"stage": "dpo", "load": {"compile": True}}),
-    "sft_bf16": Part(offline, 15, {"stage": "sft", "load": {"dtype": "bfloat16"}, "precision": "bf16-true"}),
 }
 
 
