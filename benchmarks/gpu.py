@@ -58,7 +58,7 @@ class Part:
 
 
 PARTS = {
-    "tests": Part(tests, 40),
+    "tests": Part(tests, 60),
     "ceilings": Part(ceilings, 5),
     "sft": Part(offline, 15, {"stage": "sft"}),
     "reward": Part(offline, 15, {"stage": "reward"}),
