@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
@@ -171,7 +172,7 @@ class CompletionModel(nn.Module):
         if values:
             if self.value_head is None:
                 raise ValueError("values were requested from a model without a value head")
-            value = scalars(self.value_head, hidden)
+            value = scalars(self.value_head, hidden).clone()  # FSDP2 warns of outputs that are views
         return CompletionOutput(logprobs, ent, value)
 
     @property
@@ -182,6 +183,10 @@ class CompletionModel(nn.Module):
     def decode(self, **inputs: Any) -> Any:
         """Return the language model's forward output; a sharded one gathers its weights here."""
         return self.lm(**inputs)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return `function(*args)`; a sharded model gathers its weights here."""
+        return function(*args)
 
 
 class ScalarModel(nn.Module):
@@ -212,6 +217,12 @@ class ScalarModel(nn.Module):
     def decoder(self) -> nn.Module:
         """The Hugging Face model inside."""
         return self.model
+
+    def decode(self, **inputs: Any) -> Any:
+        """Return the classifier's forward output; a sharded one gathers its weights here."""
+        return self.model(**inputs)
+
+    run = CompletionModel.run
 
 
 @torch.no_grad()
@@ -291,7 +302,10 @@ def _probe(model: nn.Module) -> tuple[Layout, str | None]:
         Group(tokens[12:15], [tokens[15:20], tokens[20:22], tokens[22:24]]),
     ]
     tolerance = 6e-2 if computes_in(model) in HALF else 1e-3
-    learned = next((p for p in model.parameters() if p.requires_grad), None) if model.training else None
+    parameters = list(model.parameters())
+    # a backward pass here, inside a forward pass of a sharded model, would reduce gradients
+    trains = model.training and not any(isinstance(p, DTensor) for p in parameters)
+    learned = next((p for p in parameters if p.requires_grad), None) if trains else None
     training = model.training
     model.eval()
 
