@@ -113,7 +113,8 @@ class Generating(StageModule):
         if not self.started:
             start(self.engine, self.policy.lm, self.template)
             self.started = True
-        with gathered(self.policy.lm, getattr(self.trainer.strategy, "gather_sampling", False)):
+        sharded = self.device_mesh is not None
+        with gathered(self.policy.lm, sharded and getattr(self.trainer.strategy, "gather_sampling", False)):
             return answer(
                 self.engine,
                 self.template,
