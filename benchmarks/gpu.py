@@ -58,11 +58,14 @@ class Part:
 
 
 PARTS = {
-    "tests": Part(tests, 40),
+    "tests": Part(tests, 60),
     "ceilings": Part(ceilings, 5),
     "sft": Part(offline, 15, {"stage": "sft"}),
     "reward": Part(offline, 15, {"stage": "reward"}),
     "dpo": Part(offline, 15, {"stage": "dpo"}),
+    "sft_compiled": Part(offline, 45, {"stage": "sft", "load": {"compile": True}}),
+    "dpo_compiled": Part(offline, 45, {"stage": "dpo", "load": {"compile": True}}),
+    "sft_bf16": Part(offline, 15, {"stage": "sft", "load": {"dtype": "bfloat16"}, "precision": "bf16-true"}),
     "decode": Part(decode, 25),
     "grpo": Part(online, 25, {"prompts": PROMPTS, "n": GENERATIONS, **GRPO}),
     "ppo": Part(online, 25, {"prompts": 4 * PROMPTS, "n": 1}),

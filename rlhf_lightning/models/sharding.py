@@ -125,6 +125,11 @@ def is_sharded(lm: nn.Module) -> bool:
     return lm in _SHARDED
 
 
+def has_parts(lm: nn.Module) -> bool:
+    """Return whether ranks hold parts of the weights of `lm`, by FSDP2 or by tensor parallelism."""
+    return any(hasattr(parameter, "to_local") for parameter in lm.parameters())
+
+
 def call(lm: nn.Module, **inputs: Any) -> Any:
     """Return the forward output of a causal LM, through the module that gathers its weights where it is sharded."""
     sharded = _SHARDED.get(lm)

@@ -23,7 +23,7 @@ from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.models.frozen import Frozen
 from rlhf_lightning.models.sharding import gathered, max_over_ranks
 from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, StageModule, decay_groups
-from rlhf_lightning.modules.invariants import apart, is_exact
+from rlhf_lightning.modules.invariants import apart, engine_difference, is_exact
 from rlhf_lightning.modules.rollout import Rollout
 from rlhf_lightning.ops.advantages import moments
 from rlhf_lightning.ops.groups import GroupBatch, GroupList
@@ -113,6 +113,8 @@ class Generating(StageModule):
         if not self.started:
             start(self.engine, self.policy.lm, self.template)
             self.started = True
+        else:
+            self.engine.sync()
         sharded = self.device_mesh is not None
         with gathered(self.policy.lm, sharded and getattr(self.trainer.strategy, "gather_sampling", False)):
             return answer(
@@ -222,6 +224,8 @@ class Online(Generating):
         n = self.num_generations if split == "train" else 1
         parts = (split, self.iteration if split == "train" else 0)
         answers = self.generate(prompts, n, parts, reward=self.scorer(n), gold=self.gold)
+        if split == "train":
+            self.engine.sleep()
         rollout = Rollout(
             answers.groups(prompts.groups),
             n,
@@ -236,6 +240,8 @@ class Online(Generating):
             parts={name: values for name, values in answers.scores.items() if name not in ("reward", "gold")},
             places=prompts.places if prompts.places is not None else self.strided(len(prompts)),
         )
+        if answers.logprobs is not None:
+            rollout.keep("engine_logprobs", answers.logprobs)
         if split == "train":
             self.last_rollout = rollout
         self.rollout_size = (len(answers.texts), sum(group.tokens for group in rollout.groups))
@@ -310,6 +316,7 @@ class Online(Generating):
             outcome[f"reward/{name.replace('reward_', 'proxy_', 1)}"] = values
         means = {name: self.mean(values.to(self.device).float()) for name, values in outcome.items()}
         spread = self.mean((rollout.scores.to(self.device) - means["reward/proxy"]) ** 2)
+        means |= engine_difference(rollout, self.reduce)
         self.episodes += int(self.reduce(torch.tensor([float(len(rollout.mask))])).item())
         return means | {"reward/proxy_std": math.sqrt(spread), "rollout/episodes": float(self.episodes)}
 
