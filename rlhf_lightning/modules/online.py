@@ -115,7 +115,8 @@ class Generating(StageModule):
             self.started = True
         else:
             self.engine.sync()
-        with gathered(self.policy.lm, getattr(self.trainer.strategy, "gather_sampling", False)):
+        sharded = self.device_mesh is not None
+        with gathered(self.policy.lm, sharded and getattr(self.trainer.strategy, "gather_sampling", False)):
             return answer(
                 self.engine,
                 self.template,
