@@ -258,9 +258,9 @@ class RowData(LightningDataModule):
 
     def _pack_ahead(self) -> Callable[[Any], Any] | None:
         """Return what prepares the next batch in a thread, None where that saves no time."""
-        trainer = self.trainer
+        trainer: Any = self.trainer
         module = getattr(trainer, "lightning_module", None)
-        if trainer is None or module is None or not module.automatic_optimization:  # else it packs what it samples
+        if module is None or not module.automatic_optimization:  # a stage with updates of its own packs what it samples
             return None
         wanted = trainer.strategy.root_device.type != "cpu" if self.prefetch is None else self.prefetch
         return getattr(module, "pack_ahead", None) if wanted else None
