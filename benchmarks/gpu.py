@@ -58,11 +58,14 @@ class Part:
 
 
 PARTS = {
-    "tests": Part(tests, 40),
+    "tests": Part(tests, 60),
     "ceilings": Part(ceilings, 5),
     "sft": Part(offline, 15, {"stage": "sft"}),
     "reward": Part(offline, 15, {"stage": "reward"}),
     "dpo": Part(offline, 15, {"stage": "dpo"}),
+    "sft_compiled": Part(offline, 45, {"stage": "sft", "load": {"compile": True}}),
+    "dpo_compiled": Part(offline, 45, {"stage": "dpo", "load": {"compile": True}}),
+    "sft_bf16": Part(offline, 15, {"stage": "sft", "load": {"dtype": "bfloat16"}, "precision": "bf16-true"}),
     "decode": Part(decode, 25),
     "grpo": Part(online, 25, {"prompts": PROMPTS, "n": GENERATIONS, **GRPO}),
     "ppo": Part(online, 25, {"prompts": 4 * PROMPTS, "n": 1}),
@@ -71,9 +74,6 @@ PARTS = {
     "trl_grpo": Part(trl_grpo, 50),
     "profile": Part(profile, 20),
     "profile_decode": Part(profile_decode, 20),
-    "sft_compile": Part(offline, 60, {"stage": "sft", "load": {"compile": True}}),
-    "dpo_compile": Part(offline, 60, {"stage": "dpo", "load": {"compile": True}}),
-    "sft_bf16": Part(offline, 15, {"stage": "sft", "load": {"dtype": "bfloat16"}, "precision": "bf16-true"}),
 }
 
 

@@ -258,10 +258,11 @@ class RowData(LightningDataModule):
 
     def _pack_ahead(self) -> Callable[[Any], Any] | None:
         """Return what prepares the next batch in a thread, None where that saves no time."""
-        module = getattr(self.trainer, "lightning_module", None)
-        if module is None or not module.automatic_optimization:  # a stage with updates of its own packs what it samples
+        trainer = self.trainer
+        module = getattr(trainer, "lightning_module", None)
+        if trainer is None or module is None or not module.automatic_optimization:  # else it packs what it samples
             return None
-        wanted = self.trainer.strategy.root_device.type != "cpu" if self.prefetch is None else self.prefetch
+        wanted = trainer.strategy.root_device.type != "cpu" if self.prefetch is None else self.prefetch
         return getattr(module, "pack_ahead", None) if wanted else None
 
     def _collate_window(self, rows: TokenizedRows, micro: MicroBatch) -> Any:

@@ -52,8 +52,8 @@ def group_sdpa(
     if runs is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if extra := query.shape[2] - len(runs.real):  # columns that compiled layers are given (models/layers.py)
-        cut = (x[:, :, :-extra] for x in (query, key, value))
-        output, _ = group_sdpa(module, *cut, attention_mask, dropout, scaling, **kwargs)
+        query, key, value = (x[:, :, :-extra] for x in (query, key, value))
+        output, _ = group_sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
         return pad(output, (0, 0, 0, 0, 0, extra)), None
     if kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
         raise NotImplementedError("soft caps and position biases are not computed by runs")

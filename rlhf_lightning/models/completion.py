@@ -131,7 +131,7 @@ class CompletionModel(nn.Module):
         if values:
             if self.value_head is None:
                 raise ValueError("values were requested from a model without a value head")
-            value = scalars(self.value_head, hidden)
+            value = scalars(self.value_head, hidden).clone()  # FSDP2 warns of outputs that are views
         return CompletionOutput(logprobs, ent, value)
 
     @property
@@ -142,6 +142,10 @@ class CompletionModel(nn.Module):
     def decode(self, **inputs: Any) -> Any:
         """Return the language model's forward output; a sharded one gathers its weights here."""
         return self.lm(**inputs)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return `function(*args)`; a sharded model gathers its weights here."""
+        return function(*args)
 
 
 class ScalarModel(nn.Module):
@@ -172,6 +176,12 @@ class ScalarModel(nn.Module):
     def decoder(self) -> nn.Module:
         """The Hugging Face model inside."""
         return self.model
+
+    def decode(self, **inputs: Any) -> Any:
+        """Return the classifier's forward output; a sharded one gathers its weights here."""
+        return self.model(**inputs)
+
+    run = CompletionModel.run
 
 
 @torch.no_grad()

@@ -101,7 +101,7 @@ def read_job(settings: dict[str, Any]) -> Job:
     if stage.online:
         responses = data["batch_size"] // readers * options["num_generations"]
         longest = data["max_length"] + options["max_new_tokens"]
-        cached = min(responses * longest, settings["sampler"]["batch_tokens"])
+        cached = min(responses * longest, settings["sampler"].get("batch_tokens", 0))  # 0: it samples elsewhere
     return Job(
         weight_bytes=weight,
         activation_bytes=2 if "16" in str(trainer["precision"]) else weight,
@@ -115,6 +115,7 @@ def read_job(settings: dict[str, Any]) -> Job:
         references=int((stage.online or live) and not lora),
         rewards=len(models),
         critic=stage.online and critic_candidate(settings) is not None,
+        gathered=stage.online and sharded(settings) and bool(settings["strategy"].get("gather_sampling")),
     )
 
 
