@@ -30,6 +30,7 @@ from torch.profiler import profile as torch_profile
 
 from rlhf_lightning import DPO, PPO, SFT, RewardModel
 from rlhf_lightning.generation.local import LocalEngine
+from rlhf_lightning.models.attention import GROUP_SDPA
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
 from rlhf_lightning.ops.groups import Group, GroupList
 from rlhf_lightning.runtime.step_time import forward_flops
@@ -145,7 +146,7 @@ def decode(bench: Bench, name: str) -> None:
             options = {"do_sample": True, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0, "top_k": 0}
             found = lm.generate(ids, attention_mask=torch.ones_like(ids), **options)
         finally:
-            lm.set_attn_implementation("group_sdpa")
+            lm.set_attn_implementation(GROUP_SDPA)
         return found.numel() - ids.numel()
 
     rates = {}

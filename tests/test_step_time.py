@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ UNIT = Hardware("unit", 1e-12, 1, 1e-9, 1e-9, 1e-9, mfu=1, mbu=1, link_efficienc
 """One operation, one byte read and one byte sent per second."""
 
 
+@cache
 def hardware(name: str) -> Hardware:
     found = sizes.read_hardware(settings("stage=sft", f"hardware={name}", "plan=true"))
     assert found is not None
@@ -241,11 +243,22 @@ def test_a_step_is_that_of_the_configuration(tmp_path: Path) -> None:
         6400, 3200, 32 * (5000 + 2 * 50 * 125), microbatches=13, epochs=4, updates=8, forwards=2, sequences=64,
         prompts=32, prompt_tokens=100, new_tokens=50, decode_batches=2,
     )  # fmt: skip
+    server = settings("stage=grpo", "reward_from=world", *rows)
+    del server["sampler"]["batch_tokens"]  # as that of a server
+    elsewhere = sizes.read_step(server, sizes.read_job(settings("stage=grpo", "reward_from=world", *rows)))
+    assert (elsewhere.sequences, elsewhere.prompts, elsewhere.decode_batches) == (0, 0, 1)
     critic = step_of("stage=ppo", f"reward_from={tmp_path}", "ppo.critic=reward", *rows)[1]
     assert critic.forwards == 4  # of the rollout, the reference, the critic and the reward model
 
 
+@pytest.mark.slow
 def test_what_hardware_cannot_be_is_refused() -> None:
+    for given, match in (
+        (["trainer.devices=auto"], "trainer.devices=auto depends on the machine"),
+        (["trainer.devices=8", "strategy=tensor_parallel", "strategy.tensor_parallel_size=3"], "3 does not divide 8"),
+    ):
+        with pytest.raises(UserError, match=match):
+            step_of("stage=sft", *given)
     with pytest.raises(UserError, match="add plan=true"):
         check_groups(composed("stage=sft", "hardware=h100"))
     with pytest.raises(UserError, match=r"hardware\.mfu=1\.5 is not a finite number in \(0, 1\]"):

@@ -130,7 +130,8 @@ def alone(folder: Path) -> Callable[[str], Path]:
     ],
 )
 def test_two_ranks_learn_what_one_learns(stage: str, strategy: str, folder: Path, alone: Callable[[str], Path]) -> None:
-    one, two = alone(stage), run(folder, stage, strategy, f"strategy={strategy}", "trainer.devices=2")
+    more = ["strategy.gather_sampling=true"] if (stage, strategy) == ("rloo", "fsdp2") else []
+    one, two = alone(stage), run(folder, stage, strategy, f"strategy={strategy}", "trainer.devices=2", *more)
     tags = ["policy/loss", "reward/proxy", "kl/reference"] if stage in ONLINE else ["train/loss", "val/loss"]
     for tag in [*tags, "optim/grad_norm"]:
         assert series(two, tag) == pytest.approx(series(one, tag), rel=1e-4, abs=1e-5), tag
@@ -191,6 +192,8 @@ def test_resume_on_as_many_ranks_is_exact_and_on_others_is_not(
     for other in (one, back):
         for name, weight in load_file(other / "model" / "model.safetensors").items():
             torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=2e-5, msg=name)
+    (shards,) = (half / "checkpoints").glob("last.ckpt.*.shards") if strategy == "fsdp2" else [None]
+    assert shards is None or len(list(shards.glob("*.safetensors"))) == 2  # one a rank
     assert "not bit-exact" in (one / "run.log").read_text()
     assert "not bit-exact" not in (again / "run.log").read_text()
 

@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError, nearest
+from rlhf_lightning.models.deferred import deferred, placeholders
 from rlhf_lightning.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,21 @@ def add_lora(
         model.score.requires_grad_(True)  # type: ignore[union-attr, operator]
     wrapped.adapter_export = export  # type: ignore[assignment]
     return wrapped  # type: ignore[return-value]
+
+
+def load_model(load: Callable[[], Any], lora: dict[str, Any] | None = None, defer: bool = False) -> Any:
+    """Return the model of `load`, with LoRA layers where `lora` has arguments of :func:`add_lora`.
+
+    Args:
+        defer: its weights may be read later, by :func:`rlhf_lightning.models.deferred.read_weights`; not those of
+            layers that `modules_to_save` copies.
+    """
+    with deferred(defer and not (lora or {}).get("modules_to_save")):
+        model = load()
+    if lora is None:
+        return model
+    with placeholders(model):
+        return add_lora(model, **lora)
 
 
 @contextmanager

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.attention import GROUP_SDPA, HALF, runs_mask
+from rlhf_lightning.models.attention import (
+    GROUP_SDPA,
+    HALF,
+    PATHS,
+    Path,
+    dense_mask,
+    possible_paths,
+    runs_mask,
+    window_of,
+)
+from rlhf_lightning.models.flex import padded_length
 from rlhf_lightning.models.layers import bucketed, not_compiled
 from rlhf_lightning.ops.groups import Group, GroupBatch, Layout, microbatches, pack
 from rlhf_lightning.ops.logprobs import token_logprobs
-from rlhf_lightning.ops.masking import group_attention_mask
 from rlhf_lightning.ops.runs import find_runs
 
+log = logging.getLogger(__name__)
 SHORTEST = 64
+_CHOSEN: dict[tuple[Any, ...], Path] = {}
+"""Attention paths that :func:`choose_layout` found right; a reference takes that of its policy, which has its shape."""
 
 
 @dataclass
@@ -48,12 +64,34 @@ def computes_in(model: nn.Module) -> torch.dtype:
     return inner.dtype
 
 
-def hidden_states(model: nn.Module, batch: GroupBatch, by_runs: bool | None = None) -> Tensor:
+def attention_path(model: nn.Module, batch: GroupBatch) -> Path:
+    """Return how the attention of a packed batch is computed: as :func:`choose_layout` found right for the model.
+
+    Where it was not asked, on this device and in this precision, the first of :func:`possible_paths`. On a CPU the
+    dense mask is faster when a response with its share of the prompt has fewer than 64 tokens.
+    """
+    inner, device = unwrap(model), batch.input_ids.device.type
+    if inner.config._attn_implementation != GROUP_SDPA:
+        return "dense"
+    if device == "cpu" and batch.tokens < SHORTEST * batch.sequences:  # counted on a CPU: elsewhere it would wait
+        return "dense"
+    chosen = _CHOSEN.get(_shape(model, device))
+    return chosen or possible_paths(inner.config.get_text_config(), device, computes_in(model))[0]
+
+
+def _shape(model: nn.Module, device: str) -> tuple[Any, ...]:
+    """Return what decides whether a kernel computes the attention of a model."""
+    inner = unwrap(model)
+    config = inner.config.get_text_config()
+    sizes = (getattr(config, name, None) for name in ("hidden_size", "head_dim", "num_attention_heads"))
+    return type(inner.base_model), *sizes, device, computes_in(model)
+
+
+def hidden_states(model: nn.Module, batch: GroupBatch, path: Path | None = None) -> Tensor:
     """Return the last hidden states (R * L, D) of the decoder below the head of `model`.
 
-    Packed rows are read as one row without padding whose attention is computed by runs (`by_runs`), or with a dense
-    mask. By default by runs, except where that is slower: on a CPU when a response with its share of the prompt has
-    fewer than 64 tokens, on an accelerator in full precision, which varlen attention does not compute.
+    Packed rows are read as one row without padding, or with a dense mask as they are; by default as
+    :func:`attention_path` says. Nothing here waits for the device.
     """
     inner = unwrap(model)
 
@@ -64,16 +102,19 @@ def hidden_states(model: nn.Module, batch: GroupBatch, by_runs: bool | None = No
 
     if batch.padded:
         return read(batch.input_ids, batch.position_ids, bucketed(inner, (batch.group_ids >= 0).long()))
-    if by_runs is None:
-        on_cpu = batch.input_ids.device.type == "cpu"  # checked first: counting tokens would synchronize an accelerator
-        by_runs = batch.tokens >= SHORTEST * batch.sequences if on_cpu else computes_in(model) in HALF
-    if by_runs and inner.config._attn_implementation == GROUP_SDPA:
-        runs = batch.runs or find_runs(batch.group_ids, batch.response_ids)
-        ids, positions = (x.flatten()[runs.real][None] for x in (batch.input_ids, batch.position_ids))
-        hidden = read(ids, positions, runs_mask(runs, ids.device))
-        return hidden.new_zeros(batch.input_ids.numel(), hidden.shape[-1]).index_copy(0, runs.real, hidden)
-    groups, responses = bucketed(inner, batch.group_ids, -1), bucketed(inner, batch.response_ids)
-    return read(batch.input_ids, batch.position_ids, group_attention_mask(groups, responses))
+    path, window = path or attention_path(model, batch), window_of(inner.config.get_text_config())
+    if path == "dense":
+        window = batch.runs.within(window) if batch.runs else window
+        responses, places = (bucketed(inner, x) for x in (batch.response_ids, batch.position_ids))
+        mask = dense_mask(bucketed(inner, batch.group_ids, -1), responses, places, window)
+        return read(batch.input_ids, batch.position_ids, mask)
+    runs = batch.runs or find_runs(batch.group_ids, batch.response_ids)
+    ids, positions = (x.flatten()[runs.real][None] for x in (batch.input_ids, batch.position_ids))
+    if path == "flex":
+        more = (0, padded_length(ids.shape[1]) - ids.shape[1])
+        ids, positions = pad(ids, more), pad(positions, more)
+    hidden = read(ids, positions, runs_mask(runs, ids.device, path, window))[: len(runs.real)]
+    return hidden.new_zeros(batch.input_ids.numel(), hidden.shape[-1]).index_copy(0, runs.real, hidden)
 
 
 def scalars(head: nn.Linear, hidden: Tensor) -> Tensor:
@@ -131,7 +172,7 @@ class CompletionModel(nn.Module):
         if values:
             if self.value_head is None:
                 raise ValueError("values were requested from a model without a value head")
-            value = scalars(self.value_head, hidden)
+            value = scalars(self.value_head, hidden).clone()  # FSDP2 warns of outputs that are views
         return CompletionOutput(logprobs, ent, value)
 
     @property
@@ -142,6 +183,10 @@ class CompletionModel(nn.Module):
     def decode(self, **inputs: Any) -> Any:
         """Return the language model's forward output; a sharded one gathers its weights here."""
         return self.lm(**inputs)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return `function(*args)`; a sharded model gathers its weights here."""
+        return function(*args)
 
 
 class ScalarModel(nn.Module):
@@ -172,6 +217,12 @@ class ScalarModel(nn.Module):
     def decoder(self) -> nn.Module:
         """The Hugging Face model inside."""
         return self.model
+
+    def decode(self, **inputs: Any) -> Any:
+        """Return the classifier's forward output; a sharded one gathers its weights here."""
+        return self.model(**inputs)
+
+    run = CompletionModel.run
 
 
 @torch.no_grad()
@@ -225,49 +276,71 @@ def check_head(model: nn.Module, tokens: list[int]) -> None:
 def choose_layout(model: nn.Module) -> tuple[Layout, str | None]:
     """Return the layout `model` computes correctly, and why not "packed" when it is "padded".
 
-    The check is a run, not a list of architectures: two random groups are read in both layouts and the hidden states
-    that predict their responses must agree. Sliding windows, state spaces and position-free attention fail it.
+    The check is a run, not a list of architectures: two random groups are read in both layouts, under a sliding window
+    that is shorter than they are, and the hidden states that predict their responses must agree. State spaces and
+    position-free attention fail it. Attention takes the first of :func:`possible_paths` that agrees and, of a model in
+    training, has a backward pass; the log says which.
     """
+    layout, reason = _probe(model)
+    log.info("attention of %s: %s", type(unwrap(model)).__name__, describe_attention(model, layout))
+    return layout, reason
+
+
+def _probe(model: nn.Module) -> tuple[Layout, str | None]:
     inner = unwrap(model)
     config = inner.config.get_text_config()
     tokens = [(7 * i + 3) % config.vocab_size for i in range(24)]
     with not_compiled(inner):  # not worth compiling for lengths of a few tokens
         check_head(model, tokens[:8])
-    window = getattr(config, "sliding_window", None)
-    layers = getattr(config, "layer_types", None) or []
-    if window and any("sliding" in str(kind) for kind in layers):
+    ours, window = inner.config._attn_implementation == GROUP_SDPA, window_of(config)
+    if window and not ours:
         return "padded", f"it has sliding-window attention ({window} tokens)"
-    if window and getattr(config, "use_sliding_window", True) and not layers:
-        return "padded", f"it has sliding-window attention ({window} tokens)"
+    if any("chunked" in str(kind) for kind in getattr(config, "layer_types", None) or []):
+        return "padded", "it has chunked attention"
     probes = [
         Group(tokens[:5], [tokens[5:9], tokens[9:12]]),
         Group(tokens[12:15], [tokens[15:20], tokens[20:22], tokens[22:24]]),
     ]
+    tolerance = 6e-2 if computes_in(model) in HALF else 1e-3
+    parameters = list(model.parameters())
+    # a backward pass here, inside a forward pass of a sharded model, would reduce gradients
+    trains = model.training and not any(isinstance(p, DTensor) for p in parameters)
+    learned = next((p for p in parameters if p.requires_grad), None) if trains else None
     training = model.training
     model.eval()
 
-    def states(layout: Layout, by_runs: bool = False) -> Tensor:
-        batch = pack(probes, layout=layout).to(inner.device)
-        return hidden_states(model, batch, by_runs)[batch.source].float()
+    def states(layout: Layout, path: Path = "dense", times: int = 1) -> Tensor:
+        batch = pack(probes * times, layout=layout).to(inner.device)
+        with nullcontext() if path == "flex" else not_compiled(inner):  # which would not compile FlexAttention either
+            return hidden_states(model, batch, path)[batch.source].float()
 
-    def gap(by_runs: bool) -> float:
-        return ((states("packed", by_runs) - padded).abs().max() / padded.abs().max().clamp_min(1e-6)).item()
+    def agrees(path: Path) -> bool:
+        gap = (states("packed", path) - padded).abs().max() / padded.abs().max().clamp_min(1e-6)
+        return gap.item() <= tolerance
 
-    tolerance = 6e-2 if computes_in(model) in HALF else 1e-3
-    failures = (TypeError, ValueError, RuntimeError, NotImplementedError)
     try:
-        with torch.no_grad(), not_compiled(inner):
+        with torch.no_grad(), short_window(model, config):
             padded = states("padded")
-            if not gap(by_runs=False) <= tolerance:
+            if not agrees("dense"):
                 return "padded", "it ignores the group attention mask or the position ids"
-            if inner.config._attn_implementation == GROUP_SDPA:
+            paths = possible_paths(config, inner.device.type, computes_in(model)) if ours else []
+            for path in paths:
                 try:
-                    wrong = not gap(by_runs=True) <= tolerance
-                except failures:
-                    wrong = True
-                if wrong:  # the dense mask is right
-                    inner.set_attn_implementation("sdpa")
-    except failures as error:
+                    if path != "dense" and not agrees(path):
+                        continue
+                    if path in ("varlen", "flex"):  # kernels may be there for the forward pass, or a length, only
+                        with torch.set_grad_enabled(learned is not None):
+                            total = states("packed", path, 16).sum()
+                        if learned is not None and total.requires_grad:
+                            torch.autograd.grad(total, learned, allow_unused=True)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # a compiler may raise anything
+                    log.info("attention of %s is not computed by %s: %s", type(inner).__name__, path, error)
+                    continue
+                _CHOSEN[_shape(model, inner.device.type)] = path
+                break
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         return (
             "padded",
             f"it does not take a group attention mask ({type(error).__name__}: {str(error)[:120]})",
@@ -275,3 +348,31 @@ def choose_layout(model: nn.Module) -> tuple[Layout, str | None]:
     finally:
         model.train(training)
     return "packed", None
+
+
+@contextmanager
+def short_window(model: nn.Module, config: Any, tokens: int = 4) -> Iterator[None]:
+    """Let sliding-window layers see `tokens` tokens, so that short rows tell whether their window is respected."""
+    window = window_of(config)
+    owners: list[Any] = [
+        x for x in (config, *model.modules()) if window and getattr(x, "sliding_window", None) == window
+    ]
+    for owner in owners:
+        owner.sliding_window = tokens
+    try:
+        yield
+    finally:
+        for owner in owners:
+            owner.sliding_window = window
+
+
+def describe_attention(model: nn.Module, layout: Layout = "packed") -> str:
+    """Return how attention is computed in a layout that :func:`choose_layout` found right, for the log."""
+    inner = unwrap(model)
+    if layout == "padded":
+        return f"one padded row per response ({inner.config._attn_implementation})"
+    dtype = computes_in(model)
+    path = _CHOSEN.get(_shape(model, inner.device.type), "dense")
+    window = window_of(inner.config.get_text_config())
+    more = f", in a sliding window of {window} tokens" if window else ""
+    return f"{PATHS[path]} ({str(dtype).removeprefix('torch.')} on {inner.device.type}){more}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +26,7 @@ from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.files import build_once
 from rlhf_lightning.models.adapter_folder import is_classifier_adapter, merge_adapter, saved_modules
 from rlhf_lightning.models.attention import GROUP_SDPA
+from rlhf_lightning.models.deferred import is_wanted, read_weights, without_weights
 from rlhf_lightning.models.folder import ADAPTER_CONFIG, adapter_chain, holder
 from rlhf_lightning.models.layers import compile_layers
 from rlhf_lightning.models.untrusted import check_folder, check_gguf
@@ -158,6 +160,12 @@ def load_scalar_model(
     head = getattr(model, "score", None)
     if not isinstance(head, torch.nn.Linear):
         raise UserError(f"{name}: the architecture {type(model).__name__} has no linear score head")
+    if not is_reward and head.weight.is_meta:
+        head.to_empty(device="cpu")
+        nn.init.normal_(head.weight)  # as a whole load does, which so draws as many random numbers before LoRA does
+        if head.bias is not None:
+            nn.init.zeros_(head.bias)
+    read_weights(head, torch.device("cpu"))  # small, and heads for groups start as copies of it
     if not is_reward:
         with torch.no_grad():
             noise = normal(head.weight.numel(), seed, "reward head").view_as(head.weight)
@@ -221,29 +229,46 @@ def _load_weights(kind: Any, name: str, new: set[str], config: Any, dtype: str, 
     if "/" in attention:  # Hugging Face would load code of that name from the hub
         raise UserError(f"attn_implementation={attention!r} is code from the hub, which is not run")
     *adapters, base = adapter_chain(name)
+    if attention == "sdpa" and _lacks_sdpa(kind, config):
+        attention = GROUP_SDPA
+    options = {"dtype": _dtype(dtype), "attn_implementation": attention}
+    if is_wanted() and not adapters:
+        model = _load(without_weights, base, kind=kind, new=new, config=config, **options)
+        if model is not None:
+            return _named(model, name)
     replaced = {weight for adapter in adapters for weight in saved_modules(adapter)}
     model, info = _load(
         kind.from_pretrained,
         base,
         config=config,
-        dtype=_dtype(dtype),
-        attn_implementation=attention,
         use_safetensors=True,
         output_loading_info=True,
+        **options,
     )
     if missing := sorted(set(info["missing_keys"]) - new - replaced):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(f"{base} is incomplete: its weights lack {', '.join(missing[:3])}{more}")
     for adapter in reversed(adapters):
         model = merge_adapter(model, adapter)
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(GROUP_SDPA)
     place = Path(holder(name, "generation_config.json"))
     if adapters and model.can_generate() and (place / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(place)
+    return _named(model, name)
+
+
+def _named(model: Any, name: str) -> Any:
+    """Return the model with our attention and the name it was loaded by."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(GROUP_SDPA)
     # the base of an adapter that this run exports
     model.name_or_path = model.config._name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
     return model
+
+
+def _lacks_sdpa(kind: Any, config: Any) -> bool:
+    """Return whether Hugging Face refuses sdpa for an architecture, as its sdpa has no soft caps and no sinks."""
+    architecture = kind._model_mapping.get(type(config), None)
+    return getattr(architecture, "_supports_attention_backend", False) and not architecture._supports_sdpa
 
 
 def _load(loader: Any, name: str, **kwargs: Any) -> Any:

@@ -18,9 +18,9 @@ from rlhf_lightning.data.base import RowData
 from rlhf_lightning.data.checks import check_rows
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Engine
-from rlhf_lightning.models.adapters import add_lora, export_lora
-from rlhf_lightning.models.completion import choose_layout, vocabulary_size
-from rlhf_lightning.models.sharding import by_mesh, shard, whole_state
+from rlhf_lightning.models.adapters import export_lora, load_model
+from rlhf_lightning.models.completion import choose_layout, unwrap, vocabulary_size
+from rlhf_lightning.models.sharding import by_mesh, run_inside, shard, whole_state
 from rlhf_lightning.modules.tracking import Tracking
 from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList, Layout
 from rlhf_lightning.ops.transfer import pinned
@@ -61,16 +61,10 @@ class StageModule(Tracking):
         self.layout: Layout = "packed"
         self.phase = ""  # what a long training step is doing now, for the progress bar
 
-    def build(self) -> Any:
-        """Return the loaded model, with LoRA layers where configured, and choose the layout of its batches."""
-        model: Any = self.load()
-        if self.lora is not None:
-            model = add_lora(model, **self.lora)
-        with self.run_precision():
-            self.layout, reason = choose_layout(model)
-        if reason:
-            log.warning("prompts are not shared and rows are padded for this model: %s", reason)
-        return model
+    def build(self, load: Callable[[], nn.Module] | None = None) -> Any:
+        """Return a model for :meth:`split`: that of `load`, else the one to train, with LoRA where configured."""
+        defer = self.device_mesh is not None
+        return load_model(load, None, defer) if load else load_model(self.load, self.lora, defer)
 
     def run_precision(self) -> Any:
         """Return the context in which the Trainer computes, autocast for mixed precision."""
@@ -142,10 +136,23 @@ class StageModule(Tracking):
                 raise UserError(f"{place} the token id {worst}, but the model has {self.vocabulary} ids")
         return batch if ours else GroupList(groups)
 
-    def split(self, model: Any) -> Any:
-        """Return `model`, a CompletionModel or ScalarModel, sharded across devices where the strategy asks for it."""
-        if self.device_mesh is not None:
-            shard(model, self.device_mesh)
+    def split(self, model: Any, frozen: bool = False) -> Any:
+        """Return `model`, a CompletionModel or ScalarModel, sharded across devices where the strategy asks for it.
+
+        Models that are trained choose the layout of the batches: one that all of them compute correctly.
+
+        Args:
+            frozen: it is not trained.
+        """
+        with self.run_precision():
+            if self.device_mesh is not None:
+                if not frozen:  # Lightning does it after the model's first pass, which is too late
+                    self.trainer.precision_plugin.convert_module(model)
+                shard(model, self.device_mesh, frozen)
+            layout, reason = (self.layout, None) if frozen else run_inside(model, choose_layout, model.decoder)
+        if layout == "padded" != self.layout:
+            self.layout = "padded"
+            log.warning("prompts are not shared and rows are padded for this model: %s", reason)
         return model
 
     def export_model(self) -> Any:
@@ -159,8 +166,9 @@ class StageModule(Tracking):
         weights = whole_state(model)
         if not self.trainer.is_global_zero:
             return None
-        whole: Any = self.load() if self.lora is None else add_lora(self.load(), **self.lora)  # type: ignore[arg-type]
-        whole.load_state_dict(weights)
+        whole = self.build()
+        whole.load_state_dict(weights, assign=True)
+        unwrap(whole).tie_weights()
         return export_lora(whole)
 
     def trained_model(self) -> Any:

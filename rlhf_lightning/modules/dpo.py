@@ -96,7 +96,7 @@ class DPO(StageModule):
         if not hasattr(self, "policy"):
             self.policy = self.split(CompletionModel(self.build()))
             if self.reference_kind == "live":
-                self.reference = Frozen(self.split(CompletionModel(self.load())))
+                self.reference = Frozen(self.split(CompletionModel(self.build(self.load)), frozen=True))
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

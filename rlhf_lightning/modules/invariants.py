@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.models.completion import unwrap
+from rlhf_lightning.modules.rollout import Rollout
 
 
 def is_exact(model: nn.Module, precision: Any = "32-true") -> bool:
@@ -41,3 +43,20 @@ def difference(logprobs: Tensor, expected: Tensor, exact: bool) -> Tensor:
 def exceeds_rounding(worst: float, exact: bool) -> bool:
     """Return whether a :func:`difference` is more than rounding; False of NaN, which is reported with the loss."""
     return worst > (1e-3 if exact else 0.05)
+
+
+def engine_difference(rollout: Rollout, reduce: Callable[..., Tensor]) -> dict[str, float]:
+    """Return how far the engine's log-probabilities are from the policy's, over the sampled tokens of all ranks.
+
+    Nothing where the engine gives none. The ratio of PPO is that of the policy to itself before the update, so a
+    difference is off-policy.
+    """
+    if "engine_logprobs" not in rollout.tokens:
+        return {}
+    tokens = rollout.tokens
+    gaps = (tokens["engine_logprobs"] - tokens["old_logprobs"])[rollout.mask].abs()
+    total, count = reduce(torch.stack([gaps.sum(), gaps.new_tensor(float(len(gaps)))])).tolist()
+    return {
+        "rollout/logprob_difference": total / count,
+        "rollout/logprob_difference_max": reduce(gaps.max()[None], "max").item(),
+    }

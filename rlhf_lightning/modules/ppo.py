@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Engine
-from rlhf_lightning.models.completion import CompletionModel, ScalarModel, choose_layout
+from rlhf_lightning.models.completion import CompletionModel, ScalarModel
 from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, decay_groups
 from rlhf_lightning.modules.invariants import difference, exceeds_rounding, is_exact
 from rlhf_lightning.modules.online import Online
@@ -136,10 +136,7 @@ class PPO(Online):
         super().configure_model()
         self.critic = None
         if self.estimator == "gae" and self.load_critic is not None:
-            critic: Any = self.load_critic()
-            if choose_layout(critic)[0] == "padded":  # which the policy computes correctly as well
-                self.layout = "padded"
-            self.critic = self.split(ScalarModel(critic))
+            self.critic = self.split(ScalarModel(self.build(self.load_critic)))
 
     def build_policy(self) -> CompletionModel:
         """Return the policy, with a value head where the critic is not a separate model."""

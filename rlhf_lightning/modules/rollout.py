@@ -18,11 +18,11 @@ class Rollout:
 
     `lengths` (S,) is on the CPU, `mask` (S, T) is True at generated tokens. Whether a response ended with EOS is stored
     in `finished` (S,), never inferred from padding. `tokens` holds named (S, T) tensors: old_logprobs, ref_logprobs,
-    values, kl, rewards, advantages, returns. `rounds` maps a rank's number of microbatches to the number of forward
-    passes it must make. `texts` (S,) are the responses as text. `parts` holds (S,) scores of groups of people beside
-    `scores` and `gold`, as reward_<group> and gold_<group>. `places` (P,) are the places of the prompts among those of
-    all ranks. `value_clip` is how far a value may move from the one in `tokens` without being clipped, None for any
-    distance.
+    values, kl, rewards, advantages, returns, and engine_logprobs of an engine that gives them. `rounds` maps a rank's
+    number of microbatches to the number of forward passes it must make. `texts` (S,) are the responses as text. `parts`
+    holds (S,) scores of groups of people beside `scores` and `gold`, as reward_<group> and gold_<group>. `places` (P,)
+    are the places of the prompts among those of all ranks. `value_clip` is how far a value may move from the one in
+    `tokens` without being clipped, None for any distance.
     """
 
     groups: list[Group]
@@ -72,6 +72,12 @@ class Rollout:
                 dtype = torch.promote_types(flat.dtype, torch.float32)  # whatever the Trainer's precision makes default
                 table = self.tokens.setdefault(name, torch.zeros(self.mask.shape, dtype=dtype, device=self.device))
                 table.view(-1)[cells] = flat.to(dtype)
+
+    def keep(self, name: str, rows: Sequence[Sequence[float]]) -> None:
+        """Store S lists, of a number for each token of a response, as an (S, T) tensor."""
+        table = torch.zeros(self.mask.shape, device=self.device)
+        table[self.mask] = torch.tensor([value for row in rows for value in row], device=self.device)
+        self.tokens[name] = table
 
     def flat(self, name: str, cells: Tensor) -> Tensor:
         """Return the values (N,) of `name` at the tokens `cells` of :meth:`microbatches`."""

@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 
 from rlhf_lightning.data.base import RowData
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.shards import in_one_file
 from rlhf_lightning.ops.groups import GroupBatch
 from rlhf_lightning.ops.transfer import send
 
@@ -56,6 +57,8 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
                 f"{spelled} is not supported: strategy=fsdp2 (ShardedStrategy) shards weights, gradients and optimizer "
                 "states, and its checkpoints continue on any number of devices"
             )
+    if getattr(trainer.strategy, "gather_sampling", False) and not getattr(module, "samples", False):
+        raise UserError(f"strategy.gather_sampling=true is for stages that sample in this process; {name} does not")
     check_precision(trainer.precision)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         kind = type(callback).__name__
@@ -154,7 +157,7 @@ class TrainerHooks(LightningModule):
             UserError: an argument of the constructor is missing; a checkpoint holds no functions.
         """
         try:
-            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs | {"weights_only": True})
+            return super().load_from_checkpoint(in_one_file(checkpoint_path), *args, **kwargs | {"weights_only": True})
         except TypeError as error:
             if "argument" not in str(error):
                 raise

@@ -7,8 +7,9 @@ causal run, every further response attends to the prompt and itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,8 @@ class Runs:
     needs: those of the first response include the prompt's. The queries of the segments are the T tokens in order,
     `key_tokens` (K,) names among the T tokens the keys of one segment after the other; `query_ends` and `key_ends`
     (segments + 1,), int32, are where the segments end in both, from 0 on. `longest` holds the most queries and keys of
-    a segment. The last query of a segment attends to its last key (bottom-right alignment).
+    a segment. The last query of a segment attends to its last key (bottom-right alignment). `masks` keeps what
+    attention made of the runs, by window, for the next forward pass on the same device.
     """
 
     runs: Sequence[Run]
@@ -48,15 +50,20 @@ class Runs:
     query_ends: Tensor
     key_ends: Tensor
     longest: tuple[int, int]
+    masks: dict[int | None, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def shared(self) -> bool:
         """Whether several responses attend to one prompt; else the keys are the T tokens in order."""
         return len(self.key_tokens) > len(self.real)
 
+    def within(self, window: int | None) -> int | None:
+        """Return a sliding window of attention, None where no segment is longer, so that it restricts nothing."""
+        return window if window is not None and window < self.longest[1] else None
+
     def to(self, device: torch.device | str, **kwargs: bool) -> Runs:
         """Return the runs with their indices on `device`."""
-        return replace(self, **{name: getattr(self, name).to(device, **kwargs) for name in INDICES})
+        return replace(self, masks={}, **{name: getattr(self, name).to(device, **kwargs) for name in INDICES})
 
     def pin_memory(self) -> Runs:
         """Return the runs with their indices in pinned memory."""

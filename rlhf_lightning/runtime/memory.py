@@ -44,6 +44,7 @@ class Job:
     references: int = 0  # frozen copies of the policy
     rewards: int = 0  # reward models, about as large
     critic: bool = False
+    gathered: bool = False  # whole weights on every device while it samples
 
 
 def bytes_per_token(shape: Shape, job: Job) -> float:
@@ -78,6 +79,7 @@ def estimate(shape: Shape, job: Job) -> dict[str, float]:
     chunk = min(job.loss_tokens, max(MAX_LOGITS // shape.vocabulary, 1)) if job.loss_tokens else 0
     return {
         "weights": models * (shape.parameters + copies) * (job.weight_bytes / job.shards + converted),
+        "gathered weights": job.gathered * shape.parameters * job.activation_bytes,
         "gradients": models * trained * job.weight_bytes / job.shards,
         "optimizer": models * trained * job.weight_bytes * job.moments / job.shards,
         "frozen models": (job.references / job.shards + job.rewards) * shape.parameters * job.weight_bytes,

@@ -26,6 +26,8 @@ OPTIONAL = ("adapter", "callbacks", "hardware", "judge", "logger", "schedule")
 """Groups that may be null: `logger=null` and `~logger` are the same."""
 HOW_TO_ASK = ("batch_tokens", "cache", "concurrency", "price_per_million", "retries", "timeout")
 """Settings of a judge that decide how it is asked, not what it says."""
+HOW_TO_SAMPLE = ("base_url", "concurrency", "folder", "retries", "sleep", "timeout", "tolerance")
+"""Settings of a sampler that decide how a server is asked, not what it says."""
 BUILT = ("optimizer", "sampler", "trainer")
 TRAINER_KEYS = {
     "callbacks": "callbacks.<name>._target_=<class>",
@@ -68,8 +70,9 @@ def identity(settings: dict[str, Any]) -> dict[str, Any]:
         if node and str(node.get("_target_")).rpartition(".")[2] in kinds:
             deciding[f"callbacks.{name}"] = node
     data = {key: value for key, value in settings["data"].items() if key not in ("cache_dir", "num_workers")}
+    sampler = {key: value for key, value in settings["sampler"].items() if key not in HOW_TO_SAMPLE}
     judge = deciding.pop("judge", None)
-    return deciding | {"data": data} | ({"judge": deciding_judge(judge)} if judge else {})
+    return deciding | {"data": data, "sampler": sampler} | ({"judge": deciding_judge(judge)} if judge else {})
 
 
 def deciding_judge(settings: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ from rlhf_lightning.models.loading import (
     resolve_model,
 )
 from rlhf_lightning.ops.statistics import Interval, as_metrics
-from rlhf_lightning.runtime.run import Run
+from rlhf_lightning.runtime.run import ROW_TOKENS, Run
 from rlhf_lightning.stages.comparing import Plan, attempted, check_distinct, compare_all, plan, unrated, with_given
 from rlhf_lightning.stages.reward_models import evaluate_reward_models
 
@@ -175,11 +175,13 @@ def figures(
     for name, row in chain((table | gaps | beaten).items(), comparison.figures.items()):
         for metric, value in row.items():
             metrics |= as_metrics(f"{name}/{metric}", value)
-    tables: dict[str, Shown] = {"evaluation": (HELD_OUT, table, COLUMNS | attempt_columns(table))}
+    tables: dict[str, Shown] = {}
+    if answers := {name: table[name] for name in answered}:
+        tables["evaluation"] = (HELD_OUT, answers, COLUMNS | attempt_columns(answers))
     if gaps:
         tables["differences"] = (DIFFERENCES.format(compared_to), gaps, COLUMNS)
     if beaten:
-        reward_models = {name: row for name, row in table.items() if "accuracy" in row}
+        reward_models = {name: row for name, row in table.items() if name not in answered}
         tables["pairs"] = (HELD_OUT_PAIRS, reward_models | beaten, PAIR_COLUMNS)
     if groups := groups_in(table, answered):
         tables["groups"] = (BY_GROUP, table | gaps, group_columns(groups))
@@ -241,6 +243,7 @@ def preferences(run: Run, folder: str, source: Source | None = None) -> Preferen
     if source is None:
         raise UserError(f"{folder} is a reward model; give held-out pairs with evaluate.preferences=<file or world>")
     options = {k: v for k, v in run.settings["data"].items() if k not in NOT_OF_PAIRS}
+    options["row_tokens"] = options["row_tokens"] or ROW_TOKENS[run.device]
     data = PreferenceData(load_tokenizer(folder), **options | {"train": None, "val": source, "keep_rows": True})
     data.setup()
     return data

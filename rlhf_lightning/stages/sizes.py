@@ -35,7 +35,8 @@ MOMENTS: dict[str, Callable[[dict[str, Any], int], float]] = {
 def read_config(settings: dict[str, Any]) -> Any:
     """Return the decoder's config of a configuration's model, from its config file or GGUF header."""
     name = starting_point(settings, convert=False)
-    return load_config(name).get_text_config() if name else tiny_config(**settings["model"]["build"])
+    dropout = settings["model"]["load"]["dropout"]
+    return load_config(name, dropout).get_text_config() if name else tiny_config(**settings["model"]["build"])
 
 
 def has_experts(settings: dict[str, Any]) -> bool:
@@ -101,7 +102,7 @@ def read_job(settings: dict[str, Any]) -> Job:
     if stage.online:
         responses = data["batch_size"] // readers * options["num_generations"]
         longest = data["max_length"] + options["max_new_tokens"]
-        cached = min(responses * longest, settings["sampler"]["batch_tokens"])
+        cached = min(responses * longest, settings["sampler"].get("batch_tokens", 0))  # 0: it samples elsewhere
     return Job(
         weight_bytes=weight,
         activation_bytes=2 if "16" in str(trainer["precision"]) else weight,
@@ -115,14 +116,23 @@ def read_job(settings: dict[str, Any]) -> Job:
         references=int((stage.online or live) and not lora),
         rewards=len(models),
         critic=stage.online and critic_candidate(settings) is not None,
+        gathered=stage.online and sharded(settings) and bool(settings["strategy"].get("gather_sampling")),
     )
 
 
 def read_step(settings: dict[str, Any], job: Job) -> Step:
-    """Return what a device computes in a step, with rows, prompts and responses of the maximum lengths."""
+    """Return what a device computes in a step, with rows, prompts and responses of the maximum lengths.
+
+    Raises:
+        UserError: a number of devices that depends on the machine, or that tensor parallelism does not divide.
+    """
     stage, data, trainer = STAGES[settings["stage"]], settings["data"], settings["trainer"]
     options, size = settings[stage.name], tensor_parallel_size(settings)
-    ranks, longest = ranks_asked(trainer) or 1, data["max_length"]
+    ranks, longest = ranks_asked(trainer), data["max_length"]
+    if ranks is None:
+        raise UserError(f"trainer.devices={trainer['devices']} depends on the machine; hardware= plans for a number")
+    if ranks % size:
+        raise UserError(f"strategy.tensor_parallel_size={size} does not divide {ranks} devices")
     rows = math.ceil(data["batch_size"] * size / ranks)
     where = {"devices": ranks // trainer["num_nodes"], "nodes": trainer["num_nodes"], "tensor_parallel": size}
     if not stage.online:
@@ -144,7 +154,7 @@ def read_step(settings: dict[str, Any], job: Job) -> Step:
         updates=epochs * options.get("num_minibatches", 1),
         forwards=2 + job.critic + job.rewards,  # log-probs of the rollout and of the reference
         sequences=rows * n if batch_tokens else 0,
-        prompts=rows,
+        prompts=rows if batch_tokens else 0,
         prompt_tokens=longest,
         new_tokens=new,
         decode_batches=math.ceil(rows * n * (longest + new) / batch_tokens) if batch_tokens else 1,

@@ -9,17 +9,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from rlhf_lightning.models.attention import GROUP_SDPA, group_sdpa, runs_mask, varlen
-from rlhf_lightning.models.completion import CompletionModel, choose_layout, hidden_states
+from rlhf_lightning.models.completion import (
+    CompletionModel,
+    attention_path,
+    choose_layout,
+    describe_attention,
+    hidden_states,
+)
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.ops.groups import Group, pack
 from rlhf_lightning.ops.masking import group_attention_mask
 from rlhf_lightning.ops.runs import Run, find_runs
 from tests.helpers.models import tiny_config
+from tests.helpers.plain import bottom_right
 
 tokens = st.lists(st.integers(3, 63), min_size=1, max_size=5)
 some_groups = st.lists(st.builds(Group, tokens, st.lists(tokens, min_size=1, max_size=4)), min_size=1, max_size=5)
@@ -92,7 +98,7 @@ def test_loaded_models_use_it_and_are_saved_without_it(tmp_path: Path, monkeypat
     monkeypatch.setattr("rlhf_lightning.models.attention.scaled_dot_product_attention", counting)
     batch = pack([Group([1, 2, 3], [[4, 5], [6], [7, 8]]), Group([9], [[10, 11, 12]])], 64)
     assert batch.input_ids.shape == (1, 12)
-    found = hidden_states(model, batch, by_runs=True)
+    found = hidden_states(model, batch, path="runs")
     assert seen == [(5, 5), (1, 4), (2, 5), (4, 4)] * 2  # of 12 x 12 pairs of tokens, in each of two layers
     model.set_attn_implementation("sdpa")
     torch.testing.assert_close(hidden_states(model, batch), found, rtol=1e-5, atol=1e-6)
@@ -115,37 +121,21 @@ def test_another_attention_may_be_asked_for(tmp_path: Path) -> None:
 
 
 def test_the_probe_reads_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model whose attention by runs is wrong is read with the dense mask, which is right."""
+    """A model whose attention by runs is wrong is read with the dense mask, which is right; so is its reference."""
+    monkeypatch.setattr("rlhf_lightning.models.completion._CHOSEN", {})
     LlamaForCausalLM(tiny_config()).save_pretrained(tmp_path)
     model = load_causal_lm(str(tmp_path))
+    batch = pack([Group([1] * 90, [[2] * 50])])
     assert choose_layout(model) == ("packed", None)
-    assert model.config._attn_implementation == GROUP_SDPA
+    assert attention_path(model, batch) == "runs"
+    assert describe_attention(model).startswith("one call of scaled dot product attention per response")
     monkeypatch.setattr(
         "rlhf_lightning.models.attention.scaled_dot_product_attention",
         lambda q, k, v, **options: 1.5 * scaled_dot_product_attention(q, k, v, **options),
     )
     assert choose_layout(model) == ("packed", None)
-    assert model.config._attn_implementation == "sdpa"
-
-
-def bottom_right(
-    query: Tensor, key: Tensor, value: Tensor, query_ends: Tensor, key_ends: Tensor, *longest: int, **options: Any
-) -> Tensor:
-    """What `varlen_attn` computes on an accelerator, segment by segment in the precision given."""
-    assert options["window_size"] == (-1, 0)
-    outputs = []
-    for q, k, v in zip(
-        query.tensor_split(query_ends[1:-1].long()),
-        *(x.tensor_split(key_ends[1:-1].long()) for x in (key, value)),
-        strict=True,
-    ):
-        assert len(q) <= longest[0]
-        assert len(k) <= longest[1]
-        mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
-        parts = (x.transpose(0, 1)[None] for x in (q, k, v))
-        found = scaled_dot_product_attention(*parts, attn_mask=mask, scale=options["scale"])
-        outputs.append(found[0].transpose(0, 1))
-    return torch.cat(outputs)
+    assert attention_path(load_causal_lm(str(tmp_path)), batch) == "dense"
+    assert describe_attention(model).startswith("a dense attention mask (float32 on cpu)")
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from random import Random
-from types import MethodType
 from typing import Any
 
 import pytest
@@ -34,6 +33,7 @@ from rlhf_lightning.models.completion import CompletionModel, ScalarModel, choos
 from rlhf_lightning.ops.groups import Group, GroupBatch, pack
 from rlhf_lightning.ops.logprobs import sequence_sum
 from rlhf_lightning.ops.ranking import pairwise_ranking
+from tests.helpers.plain import exact, gradients, plain_logprobs, same
 
 SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "num_labels": 1}
@@ -45,7 +45,7 @@ PACKED: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, **NO_DROPOUT),
     "mistral": MistralConfig(**SMALL, sliding_window=None),
 }
-PADDED: dict[str, PretrainedConfig] = {  # their windows cannot be told apart from other groups in a row
+PADDED: dict[str, PretrainedConfig] = {  # Hugging Face's sdpa does not apply their windows to a mask of ours
     "gemma3 window": Gemma3TextConfig(**SMALL, sliding_window=4),
     "mistral window": MistralConfig(**SMALL, sliding_window=4),
 }
@@ -60,26 +60,6 @@ CASES = [
 ]
 
 
-def exact(model: nn.Module) -> nn.Module:
-    """Let every RMSNorm compute in the dtype of its input, after showing that it is the same function."""
-    module: Any
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            gemma = "Gemma" in type(module).__name__
-            scale = 1 + module.weight if gemma else module.weight
-            eps = module.eps if gemma else module.variance_epsilon
-            example = torch.randn(3, len(module.weight))
-            expected = module(example.to(module.weight.dtype))
-
-            def forward(self: Any, x: Tensor, gemma: bool = gemma, eps: float = eps) -> Tensor:
-                weight = 1 + self.weight if gemma else self.weight
-                return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-
-            module.forward = MethodType(forward, module)
-            torch.testing.assert_close(module(example.to(scale.dtype)), expected, rtol=1e-5, atol=1e-5)
-    return model
-
-
 def groups_of(k: int) -> list[Group]:
     """Three groups with k responses each, all lengths unequal, and one token that does not count."""
     made, token = [], 3
@@ -92,17 +72,6 @@ def groups_of(k: int) -> list[Group]:
         counted = [[i > 0 or len(y) == 1 for i in range(len(y))] for y in runs[1:]] if g == 1 else None
         made.append(Group(runs[0], runs[1:], counted, label=0.8 if g == 0 else 1.0, margin=0.3 * g))
     return made
-
-
-def plain_logprobs(lm: nn.Module, groups: list[Group]) -> Tensor:
-    """Log-probabilities of the counted tokens, response by response."""
-    found = []
-    for group in groups:
-        for k, response in enumerate(group.responses):
-            logits = lm(input_ids=torch.tensor([[*group.prompt, *response]])).logits[0, len(group.prompt) - 1 : -1]
-            chosen = logits.log_softmax(-1)[range(len(response)), torch.tensor(response)]
-            found.append(chosen[torch.tensor(group.loss_mask[k])] if group.loss_mask else chosen)
-    return torch.cat(found)
 
 
 def plain_scores(model: nn.Module, groups: list[Group]) -> Tensor:
@@ -122,20 +91,6 @@ def ranking_loss(scores: Tensor, groups: list[Group]) -> Tensor:
         losses = [-p * logsigmoid(gap - m) - (1 - p) * logsigmoid(-gap - m) for gap in gaps]
         total = total + sum(losses, scores.new_zeros(())) / max(len(losses), 1)
     return total / len(groups)
-
-
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Compare every entry of every gradient, relative to the largest one of its weight where that is above 1."""
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        scale = max(gradient.abs().max().item(), 1.0)
-        assert (found[name] - gradient).abs().max().item() < tolerance * scale, name
 
 
 def adapted(model: Any, lora: bool) -> Any:
