@@ -10,6 +10,7 @@ import logging
 import math
 import secrets
 import shutil
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -118,6 +119,7 @@ class VLLMEngine(Engine):
         self.context = math.inf if context is None else context
         self.probe = Probe(lm, self.tolerance)
         self.mark, self.sent = "", None
+        self.asleep = self.sleeps  # another engine of this run may have let it sleep
         self.versioned = self.weights == "folder"  # until the server says that it knows no versions
 
     def sync(self) -> None:
@@ -146,6 +148,7 @@ class VLLMEngine(Engine):
         self._forget(retry=True)
         name = f"rlhf-{mark}-{secrets.token_hex(4)}"  # another run may send the same weights
         path = self.folder / name
+        self._remove = weakref.finalize(self, shutil.rmtree, path, ignore_errors=True)  # also when a run fails
         with atomic_folder(path) as temporary:
             if self.weights == "lora":
                 Adapter(self.lm).save_pretrained(temporary)
@@ -185,7 +188,7 @@ class VLLMEngine(Engine):
                 self.server.post("/unload_lora_adapter", retry=retry, lora_name=self.sent)
             except ServerError as error:  # a server that began again has none
                 log.debug("%s was not unloaded: %s", self.sent, error)
-        shutil.rmtree(self.folder / self.sent, ignore_errors=True)
+        self._remove()
         self.sent = None
 
     def _problem(self) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,8 @@ def test_a_server_sleeps_between_rollouts(base: Any, tmp_path: Path) -> None:
         one.sleep()
         one.sync()
         assert not double.asleep
-        assert paths(server)[1:] == ["/sleep?level=1", "/wake_up"]
+        # it wakes first: another engine of the run may have let it sleep
+        assert paths(server)[1:] == ["/wake_up", "/sleep?level=1", "/wake_up"]
         awake = started(server, tmp_path, base, weights="served")
         awake.sleep()
         assert not double.asleep
@@ -343,6 +345,15 @@ def test_impossible_settings(options: dict[str, Any], message: str) -> None:
 def test_only_an_adapter_is_sent_as_one(base: Any) -> None:
     with pytest.raises(UserError, match=r"^sampler\.weights=lora sends the LoRA adapter, and the model has none: "):
         VLLMEngine("http://127.0.0.1:9/v1", weights="lora").start(base, EOS)
+
+
+def test_a_failed_run_leaves_no_weights(tmp_path: Path) -> None:
+    with vllm_double(model()) as (_, server):
+        one = started(server, tmp_path, model())
+        assert len(list(tmp_path.iterdir())) == 1
+        del one  # no close
+        gc.collect()
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_copy_for_another_process_has_no_connection() -> None:
