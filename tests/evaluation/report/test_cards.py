@@ -34,6 +34,7 @@ def test_each_model_has_the_figures_of_its_own_name(pipeline: Path) -> None:
     written = write_evaluations(pipeline)
     assert sorted(card.parts[-3] for card in written) == ["0_base", "1_sft", "2_reward", "3_ppo"]
     ppo = rows(pipeline, "3_ppo")
+    assert ppo.keys() - {"metric", "---"} == {"gold", "kl", "length", "reward"}  # no differences to other models
     assert ppo["gold"] == "0.12 | 0 to 0.24"
     assert ppo["length"] == "28 | 27 to 29"
     assert rows(pipeline, "1_sft")["gold"] == "0.1 | 0 to 0.2"
