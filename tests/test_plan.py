@@ -217,7 +217,9 @@ def test_out_of_device_memory_is_one_line_with_the_keys_that_help(monkeypatch: p
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 390 MiB. Of the allocated memory ...")
 
     monkeypatch.setattr(Stage, "load", too_large)
-    hydra = SimpleNamespace(runtime=SimpleNamespace(output_dir="."), overrides=SimpleNamespace(task=OmegaConf.create([])))
+    hydra = SimpleNamespace(
+        runtime=SimpleNamespace(output_dir="."), overrides=SimpleNamespace(task=OmegaConf.create([]))
+    )
     monkeypatch.setattr(run.HydraConfig, "get", lambda: hydra)
     expected = {
         "dpo": "trainer.accumulate_grad_batches=2 (now 1)",
