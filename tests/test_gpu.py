@@ -205,7 +205,7 @@ def test_static_shapes_hold_under_autocast() -> None:
 
 def test_continuous_batching_is_the_model() -> None:
     """The probe of the log-probabilities passes, and greedy responses are those of the plain loop."""
-    lm = model().cuda().eval()
+    lm = model().to(DEVICE).eval()
     local, paged = LocalEngine(static=False), ContinuousEngine(batch_tokens=8192)
     for engine in (local, paged):
         engine.start(lm, {2})
@@ -218,7 +218,7 @@ def test_continuous_batching_is_the_model() -> None:
 
 
 def test_the_fingerprint_is_that_of_the_cpu() -> None:
-    assert fingerprint(model().cuda()) == fingerprint(model())
+    assert fingerprint(model().to(DEVICE)) == fingerprint(model())
 
 
 class Ids:
