@@ -1,10 +1,14 @@
-"""LoRA through peft: add, switch off (the reference policy), and what is exported, merged weights or the adapter."""
+"""LoRA through peft: add, switch off (the reference policy), and what is exported, merged weights or the adapter.
+
+With `quantization` the weights under it have 4 bits (QLoRA), see :mod:`rlhf_lightning.models.four_bit`.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +27,9 @@ from rlhf_lightning.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 log = logging.getLogger(__name__)
 EXPORTS = ("merged", "adapter")
+QUANTIZATIONS = ("nf4",)
+BASE_QUANTIZATION = "base_quantization"
+"""Key in the config.json of an adapter whose model was quantized."""
 EXACT = (torch.float32, torch.float64)
 
 
@@ -35,6 +42,7 @@ def add_lora(
     use_rslora: bool = False,
     modules_to_save: Sequence[str] | None = None,
     export: str = "merged",
+    quantization: str | None = None,
 ) -> PeftModel:
     """Return `model` with LoRA layers (arXiv 2106.09685); a `score` head stays fully trainable.
 
@@ -44,18 +52,23 @@ def add_lora(
         target_modules: names of linear or embedding layers, or "all-linear" for all linear ones but the head.
         modules_to_save: names of layers that are trained whole, in copies beside LoRA.
         export: what :func:`export_lora` makes of it: "merged" or "adapter".
+        quantization: "nf4" puts the weights of the linear layers but the head into 4 bits (QLoRA, arXiv 2305.14314).
 
     Raises:
         UserError: a rank below one, or no layer of the names in `target_modules` or `modules_to_save`.
     """
     if export not in EXPORTS:
         raise UserError(f"adapter.export={export!r} is not one of {', '.join(EXPORTS)}.{nearest(export, EXPORTS)}")
+    if quantization is not None:
+        check_quantization("adapter.quantization", quantization)
     has_score = isinstance(getattr(model, "score", None), nn.Linear)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     layers = {part for name, _ in model.named_modules() for part in (name, name.rpartition(".")[2])}
     for name in modules_to_save or ():
         if name not in layers:
             raise UserError(f"adapter.modules_to_save: the model has no layer {name}.{nearest(name, layers)}")
+    if quantization:
+        four_bit().quantize(model, modules_to_save or ())
     try:
         config = LoraConfig(
             # not SEQ_CLS: peft would train a copy of the head, which is lost on save and merge
@@ -78,10 +91,56 @@ def add_lora(
     return wrapped  # type: ignore[return-value]
 
 
+def check_quantization(key: str, value: Any) -> None:
+    """Raise a UserError for another value of `key` than a format of quantized weights."""
+    if value not in QUANTIZATIONS:
+        raise UserError(f"{key}={value!r} is not one of {', '.join(QUANTIZATIONS)}.{nearest(value, QUANTIZATIONS)}")
+
+
+def four_bit() -> Any:
+    """Import and return :mod:`rlhf_lightning.models.four_bit`, which needs the extra `qlora`."""
+    from rlhf_lightning.models import four_bit
+
+    return four_bit
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Return whether a model, or that under its LoRA, has weights of 4 bits."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return bool(getattr(inner, "is_loaded_in_4bit", False))
+
+
+def quantizable(model: Any, keep: Sequence[str] = ()) -> dict[str, nn.Linear]:
+    """Return name -> layer of the linear layers below the head of a model, without those that `keep` names."""
+    decoder, head = model.base_model, model.get_output_embeddings()
+    within = {id(module) for module in decoder.modules() if module is not head}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) in within and not {name, name.rpartition(".")[2]} & {*keep}
+    }
+
+
+@contextmanager
+def without_hub_kernels() -> Iterator[None]:
+    """Import bitsandbytes, as peft does where it is installed, without the code that it would get from the hub."""
+    kernels, logger = sys.modules.get("kernels"), logging.getLogger("bitsandbytes")
+    level = logger.level
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        del sys.modules["kernels"]
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
+
+
 @contextmanager
 def quiet_peft() -> Iterator[None]:
     """Silence peft's advice: tied weights are handled here, and it reads a property that transformers 5.24 renamed."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), without_hub_kernels():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         warnings.filterwarnings("ignore", ".*tie_word_embeddings.*|.*embeddings are no longer tied.*")
         yield
@@ -111,6 +170,8 @@ def export_lora(model: nn.Module) -> Any:
     if dtype not in EXACT:
         reason = f"merging into weights of {str(dtype).removeprefix('torch.')} would round the update"
     else:
+        if is_quantized(model):  # the weights of the merged model may not fit where those of 4 bits do
+            model = copy.deepcopy(model).cpu()
         expected, merged = probe(model), merge_lora(model)
         gap = (probe(merged) - expected).abs().max().item()
         if gap <= 1e-4 * max(1.0, expected.abs().max().item()):
@@ -154,6 +215,8 @@ class Adapter:
         (folder / ADAPTER_CONFIG).write_text(json.dumps(settings | lists, indent=2, default=str), encoding="utf-8")
         config = copy.deepcopy(self.config)
         config.architectures = [type(self.inner).__name__]
+        if is_quantized(self.model):
+            setattr(config, BASE_QUANTIZATION, QUANTIZATIONS[0])
         config.save_pretrained(folder)
         if self.generation_config is not None:
             self.generation_config.save_pretrained(folder)
@@ -168,8 +231,10 @@ def merge_in_place(model: PeftModel) -> Any:
     """Return the plain model that a LoRA model becomes; `model` is used up.
 
     Embedding and head that share their weights get weights of their own where LoRA changes one of them: in training
-    only the layer with LoRA changes.
+    only the layer with LoRA changes. Weights of 4 bits are de-quantized, not rounded again with the update.
     """
+    if is_quantized(model):
+        four_bit().dequantize(model)
     adapted = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     bases: list[Any] = [layer.get_base_layer() for layer in adapted]
     places: dict[int, int] = {}

@@ -230,6 +230,12 @@ def _load_weights(kind: Any, name: str, new: set[str], config: Any, dtype: str, 
     if "/" in attention:  # Hugging Face would load code of that name from the hub
         raise UserError(f"attn_implementation={attention!r} is code from the hub, which is not run")
     *adapters, base = adapter_chain(name)
+    if given := getattr(config, "quantization_config", None):
+        method = given.get("quant_method") if isinstance(given, dict) else given.quant_method
+        raise UserError(
+            f"{name} holds quantized weights (quant_method={getattr(method, 'value', method)}); give the model in full "
+            "precision, adapter=qlora quantizes it"
+        )
     replaced = {weight for adapter in adapters for weight in saved_modules(adapter)}
     model, info = _load(
         kind.from_pretrained,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.adapters import is_quantized
 from rlhf_lightning.models.completion import unwrap
 from rlhf_lightning.models.loading import decoder_layers
 
@@ -26,6 +27,8 @@ def shard(root: Any, mesh: Any) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     lm = root.decoder
+    if is_quantized(lm):
+        raise UserError("adapter=qlora cannot be sharded; use strategy=ddp, or adapter=lora")
     if mesh["tensor_parallel"].size() > 1:
         parallelize(lm, mesh["tensor_parallel"])
     data = mesh["data_parallel"]

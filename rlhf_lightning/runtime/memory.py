@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from rlhf_lightning.ops.logprobs import MAX_LOGITS
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+BYTES_OF_4_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+"""Of a weight: its code, a scale of 8 bits per block of 64, and a scale of these per 256 (arXiv 2305.14314)."""
 GB = 1e9
 AUTO = "auto"
 """The value of `trainer.accumulate_grad_batches` with which a run splits its steps itself."""
