@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -110,9 +111,13 @@ class Generating(StageModule):
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed_parts=(self.seed, *seed_parts),
-            scorers={name: partial(score_groups, reward) for name, reward in scorers.items() if reward is not None},
+            scorers={name: partial(self.scores, reward) for name, reward in scorers.items() if reward is not None},
             mesh=self.device_mesh,
         )
+
+    def scores(self, reward: Reward, *texts: Any) -> dict[str, Tensor]:
+        """Return the scores of responses, see :func:`score_groups`."""
+        return score_groups(reward, *texts)
 
     def teardown(self, stage: str) -> None:
         if self.started:
@@ -131,6 +136,7 @@ class Online(Generating):
         missing_eos_score: the score of such a response, in place of the reward's opinion of a cut text less the
             penalty (-1 in arXiv 2403.17031); None is off.
         reward_clip: clip scores to +- this; reward_scale: divide scores by their running standard deviation.
+        offload: keep reference and reward model on the CPU but for the phase of an iteration that needs them.
         Others: see :class:`Generating`.
     """
 
@@ -155,6 +161,7 @@ class Online(Generating):
         missing_eos_score: float | None = None,
         reward_clip: float | None = None,
         reward_scale: bool = False,
+        offload: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -169,6 +176,12 @@ class Online(Generating):
             )
         self.missing_eos_penalty, self.missing_eos_score = missing_eos_penalty, missing_eos_score
         self.reward_clip, self.reward_scale = reward_clip, reward_scale
+        if offload and lora is not None and not hasattr(reward, "to"):
+            raise UserError(
+                "offload=true has nothing to move: with an adapter the reference is the policy with it switched off, and "
+                "the reward is no model"
+            )
+        self.offload = offload
         self.iteration, self.episodes = 0, 0
         self.reward_moments = RunningMoments()
         self.samples_seen: list[dict[str, Any]] = []  # the last rollout as text
@@ -189,8 +202,25 @@ class Online(Generating):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        for part in (self.reference, self.reward):
+        if self.offload and self.device_mesh is not None:
+            raise UserError("offload=true keeps whole models on the CPU, and this strategy shards them; use strategy=ddp")
+        for part in () if self.offload else (self.reference, self.reward):
             to_device(part, self.device)
+
+    @contextmanager
+    def needed(self, part: Any) -> Iterator[None]:
+        """Have a frozen model on the device of the module for a while, where `offload` keeps it on the CPU."""
+        try:
+            if self.offload:
+                to_device(part, self.device)
+            yield
+        finally:
+            if self.offload:
+                to_device(part, "cpu")
+
+    def scores(self, reward: Reward, *texts: Any) -> dict[str, Tensor]:
+        with self.needed(None if reward is self.gold else self.reward):
+            return super().scores(reward, *texts)
 
     def trained_model(self) -> Any:
         return self.policy.lm
@@ -206,6 +236,7 @@ class Online(Generating):
     def rollout(self, prompts: GroupList, split: str = "train") -> Rollout:
         """Generate `num_generations` responses to every prompt (one in validation) and score them."""
         self.phase = "generating responses"
+        self.zero_grad()  # those of the last update: memory that sampling can use
         n = self.num_generations if split == "train" else 1
         parts = (split, self.iteration if split == "train" else 0)
         answers = self.generate(prompts, n, parts, reward=self.scorer(n), gold=self.gold)
@@ -238,7 +269,8 @@ class Online(Generating):
         self.phase = "computing log-probabilities"
         training = self.training
         self.eval()
-        rollout.fill(self.forward_logprobs)
+        with self.needed(self.reference):
+            rollout.fill(self.forward_logprobs)
         self.train(training)
         if self.iteration == 0:
             self.check_reference(rollout)

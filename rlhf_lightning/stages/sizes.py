@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf_lightning.models.adapters import add_lora
+from rlhf_lightning.models.adapters import add_lora, quantizable
 from rlhf_lightning.models.loading import load_config
 from rlhf_lightning.models.tiny import tiny_config
 from rlhf_lightning.rewards.spec import parse
@@ -42,6 +42,7 @@ def read_shape(settings: dict[str, Any]) -> Shape:
         lm = AutoModelForCausalLM.from_config(config)
         parameters = sum(p.numel() for p in lm.parameters())
         adapter = settings["adapter"] or {}
+        linear = sum(layer.weight.numel() for layer in quantizable(lm, adapter.get("modules_to_save") or ()).values())
         given = {key: adapter[key] for key in ("target_modules", "modules_to_save") if key in adapter}
         adapted = list(add_lora(lm, r=1, **given).named_parameters())
     return replace(
@@ -49,6 +50,7 @@ def read_shape(settings: dict[str, Any]) -> Shape:
         parameters=parameters,
         lora=sum(p.numel() for name, p in adapted if ".lora_" in name),
         whole=sum(p.numel() for name, p in adapted if ".modules_to_save." in name),
+        linear=linear,
     )
 
 
@@ -103,6 +105,8 @@ def read_job(settings: dict[str, Any]) -> Job:
         references=int((stage.online or live) and not lora),
         rewards=len(models),
         critic=stage.online and critic_candidate(settings) is not None,
+        four_bit=bool(settings["adapter"] and settings["adapter"]["quantization"]),
+        offload=stage.online and options["offload"],
     )
 
 
