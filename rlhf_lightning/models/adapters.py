@@ -8,9 +8,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,6 +90,20 @@ def add_lora(
     return wrapped  # type: ignore[return-value]
 
 
+def load_with_lora(load: Callable[[], Any], lora: dict[str, Any] | None) -> Any:
+    """Return the model of `load`, with LoRA layers where `lora`, arguments of :func:`add_lora`, is given.
+
+    Weights are quantized on the CPU: on an accelerator, the default device of Lightning, they may not fit before.
+    """
+    if lora is None:
+        return load()
+    if not lora.get("quantization"):
+        return add_lora(load(), **lora)
+    with torch.device("cpu"):
+        model = add_lora(load(), **lora)
+    return model.to(torch.get_default_device())
+
+
 def check_quantization(key: str, value: Any) -> None:
     """Raise a UserError for another value of `key` than a format of quantized weights."""
     if value not in QUANTIZATIONS:
@@ -122,25 +135,9 @@ def quantizable(model: Any, keep: Sequence[str] = ()) -> dict[str, nn.Linear]:
 
 
 @contextmanager
-def without_hub_kernels() -> Iterator[None]:
-    """Import bitsandbytes, as peft does where it is installed, without the code that it would get from the hub."""
-    kernels, logger = sys.modules.get("kernels"), logging.getLogger("bitsandbytes")
-    level = logger.level
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        del sys.modules["kernels"]
-        if kernels is not None:
-            sys.modules["kernels"] = kernels
-
-
-@contextmanager
 def quiet_peft() -> Iterator[None]:
     """Silence peft's advice: tied weights are handled here, and it reads a property that transformers 5.24 renamed."""
-    with warnings.catch_warnings(), without_hub_kernels():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         warnings.filterwarnings("ignore", ".*tie_word_embeddings.*|.*embeddings are no longer tied.*")
         yield

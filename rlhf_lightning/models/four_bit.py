@@ -9,11 +9,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import UserError, needs
-from rlhf_lightning.models.adapters import quantizable, without_hub_kernels
+from rlhf_lightning.models.adapters import quantizable
 from rlhf_lightning.models.completion import unwrap
 
-with without_hub_kernels():
-    bnb: Any = needs("bitsandbytes", "qlora")
+bnb: Any = needs("bitsandbytes", "qlora")
 
 
 class Linear4bit(bnb.nn.Linear4bit):

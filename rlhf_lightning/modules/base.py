@@ -20,7 +20,7 @@ from rlhf_lightning.data.checks import check_rows
 from rlhf_lightning.distributed import data_ranks
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Engine
-from rlhf_lightning.models.adapters import add_lora, export_lora
+from rlhf_lightning.models.adapters import export_lora, load_with_lora
 from rlhf_lightning.models.completion import choose_layout, vocabulary_size
 from rlhf_lightning.models.sharding import by_mesh, shard, total_norm, whole_state
 from rlhf_lightning.modules.trainer import TrainerHooks
@@ -70,9 +70,7 @@ class StageModule(TrainerHooks):
 
     def build(self) -> Any:
         """Return the loaded model, with LoRA layers where configured, and choose the layout of its batches."""
-        model: Any = self.load()
-        if self.lora is not None:
-            model = add_lora(model, **self.lora)
+        model = load_with_lora(self.load, self.lora)
         with self.run_precision():
             self.layout, reason = choose_layout(model)
         if reason:
@@ -166,7 +164,7 @@ class StageModule(TrainerHooks):
         weights = whole_state(model)
         if not self.trainer.is_global_zero:
             return None
-        whole: Any = self.load() if self.lora is None else add_lora(self.load(), **self.lora)  # type: ignore[arg-type]
+        whole = load_with_lora(self.load, self.lora)
         whole.load_state_dict(weights)
         return export_lora(whole)
 

@@ -178,8 +178,8 @@ class Online(Generating):
         self.reward_clip, self.reward_scale = reward_clip, reward_scale
         if offload and lora is not None and not hasattr(reward, "to"):
             raise UserError(
-                "offload=true has nothing to move: with an adapter the reference is the policy with it switched off, and "
-                "the reward is no model"
+                "offload=true has nothing to move: with an adapter the reference is the policy with it switched off, "
+                "and the reward is no model"
             )
         self.offload = offload
         self.iteration, self.episodes = 0, 0
@@ -203,9 +203,11 @@ class Online(Generating):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if self.offload and self.device_mesh is not None:
-            raise UserError("offload=true keeps whole models on the CPU, and this strategy shards them; use strategy=ddp")
-        for part in () if self.offload else (self.reference, self.reward):
-            to_device(part, self.device)
+            raise UserError(
+                "offload=true keeps whole models on the CPU, and this strategy shards them; use strategy=ddp"
+            )
+        for part in (self.reference, self.reward):
+            to_device(part, "cpu" if self.offload else self.device)
 
     @contextmanager
     def needed(self, part: Any) -> Iterator[None]:

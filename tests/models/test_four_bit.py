@@ -17,7 +17,7 @@ from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaC
 
 from rlhf_lightning import DPO, PPO, SFT, DemonstrationData, PreferenceData, RewardModel
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.adapters import Adapter, add_lora, export_lora, is_quantized, quantizable
+from rlhf_lightning.models.adapters import Adapter, add_lora, export_lora, is_quantized, load_with_lora, quantizable
 from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.models.folder import write_model
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
@@ -91,14 +91,19 @@ def test_it_computes_with_these_weights_whatever_was_called_before(tiny_lm: Llam
         for training in (False, True):
             mine, theirs = x.clone().requires_grad_(training), x.clone().requires_grad_(training)
             layer.train(training)
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), torch.set_grad_enabled(training):
+            with (
+                torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+                torch.set_grad_enabled(training),
+            ):
                 found, right = layer(mine), linear(theirs)
             assert found.dtype == right.dtype == dtype
             torch.testing.assert_close(found, right, rtol=0, atol=1e-6 if dtype == torch.float32 else 2e-2)
             if training:
                 found.float().sum().backward()
                 right.float().sum().backward()
-                torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-6 if dtype == torch.float32 else 5e-2)
+                torch.testing.assert_close(
+                    mine.grad, theirs.grad, rtol=0, atol=1e-6 if dtype == torch.float32 else 5e-2
+                )
 
 
 def test_the_model_is_the_plain_one_with_rounded_weights(tiny_lm: LlamaForCausalLM) -> None:
@@ -236,6 +241,21 @@ def test_a_packed_batch_under_autocast_is_near_float32(tiny_lm: LlamaForCausalLM
             found = model(batch).logprobs
     assert found.dtype == torch.float32
     assert 0 < (found - exact).abs().mean() < 0.05
+
+
+def test_weights_are_quantized_on_the_cpu_whatever_the_default_device() -> None:
+    """Lightning builds with the accelerator as default device, where full weights may not fit; `meta` stands for it."""
+    devices: list[str] = []
+
+    def load() -> Any:
+        devices.append(torch.empty(1).device.type)
+        return LlamaForCausalLM(tiny_config())
+
+    with torch.device("meta"):
+        model = load_with_lora(load, NF4)
+        load_with_lora(load, None)
+    assert devices == ["cpu", "meta"]
+    assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
 class Mesh:
