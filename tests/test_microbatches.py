@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_lightning.data.datamodules import DemonstrationData
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.runtime.memory import Job, Shape, bytes_per_token, estimate
+from rlhf_lightning.runtime.memory import Job, Shape, estimate
 from rlhf_lightning.stages import STAGES, microbatches, sizes
 from rlhf_lightning.stages.microbatches import choose, split_steps, tokens_that_fit
 from rlhf_lightning.stages.training import check_arguments
@@ -74,11 +74,14 @@ def test_an_accelerator_reads_as_many_of_the_longest_rows_as_fit(
     assert parts == 1 or needed(parts - 1) > sizes.room(gigabytes)
 
 
-def test_tokens_that_fit_fill_the_room() -> None:
-    given = settings("stage=dpo", "trainer=gpu")
-    job, tokens = sizes.read_job(given), tokens_that_fit(given, 80)
-    rest = sum(estimate(LARGE, Job(**{**vars(job), "tokens": 0})).values())
-    assert rest + tokens * bytes_per_token(LARGE, job) == pytest.approx(sizes.room(80) * 1e9)
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("gigabytes", [22, 80])
+def test_tokens_that_fit_fill_the_room(gigabytes: int, checkpointing: str) -> None:
+    """With little room and gradient checkpointing the logits decide, with much the layer that is computed again."""
+    given = settings("stage=sft", "trainer=gpu", f"model.load.gradient_checkpointing={checkpointing}")
+    job = Job(**{**vars(sizes.read_job(given)), "tokens": tokens_that_fit(given, gigabytes)})
+    assert job.tokens > 0
+    assert sum(estimate(LARGE, job).values()) == pytest.approx(sizes.room(gigabytes) * 1e9)
 
 
 @pytest.mark.parametrize(

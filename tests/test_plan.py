@@ -108,7 +108,7 @@ def test_weights_of_4_bits_are_counted_layer_by_layer(folder: str) -> None:
     shape, job = sizes.read_shape(settings(*given)), sizes.read_job(settings(*given))
     assert shape.linear == 3 * (4 * 64 * 64 + 3 * 64 * 160)
     kept = 4 * (shape.parameters - shape.linear)
-    assert memory.estimate(shape, job)["weights"] == pytest.approx(kept + shape.linear * (0.5 + 4.064 / 256))
+    assert memory.estimate(shape, job)["weights"] == pytest.approx(kept + shape.linear * (0.5 + 4.0625 / 256))
     part = sizes.read_shape(settings(*given, "adapter.modules_to_save=[o_proj]"))
     assert shape.linear - part.linear == part.whole == 3 * 64 * 64
     critic = memory.estimate(shape, sizes.read_job(settings(*given, "ppo.critic=reward")))

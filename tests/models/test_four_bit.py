@@ -12,8 +12,16 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from rlhf_lightning import DPO, PPO, SFT, DemonstrationData, PreferenceData, RewardModel
 from rlhf_lightning.errors import UserError
@@ -130,6 +138,14 @@ def test_gradients_reach_the_adapter_alone(tiny_lm: LlamaForCausalLM) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_heads_and_named_layers_keep_their_precision() -> None:
+    lm, scorer = LlamaForCausalLM(tiny_config()), LlamaForSequenceClassification(tiny_config(num_labels=1))
+    kinds = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {name.rpartition(".")[2] for name in quantizable(lm)} == kinds
+    assert {name.rpartition(".")[2] for name in quantizable(scorer)} == kinds
+    assert len(quantizable(lm, ["o_proj", "model.layers.1.mlp.up_proj"])) == 2 * 7 - 2 - 1
+
+
 def test_weights_need_the_bytes_that_the_plan_says() -> None:
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(LlamaConfig(
@@ -243,9 +259,10 @@ def test_a_packed_batch_under_autocast_is_near_float32(tiny_lm: LlamaForCausalLM
     assert 0 < (found - exact).abs().mean() < 0.05
 
 
-def test_weights_are_quantized_on_the_cpu_whatever_the_default_device() -> None:
+def test_weights_are_quantized_on_the_cpu_whatever_the_default_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning builds with the accelerator as default device, where full weights may not fit; `meta` stands for it."""
     devices: list[str] = []
+    monkeypatch.setattr(PeftModel, "to", lambda self, device: devices.append(device.type) or self)
 
     def load() -> Any:
         devices.append(torch.empty(1).device.type)
@@ -254,8 +271,8 @@ def test_weights_are_quantized_on_the_cpu_whatever_the_default_device() -> None:
     with torch.device("meta"):
         model = load_with_lora(load, NF4)
         load_with_lora(load, None)
-    assert devices == ["cpu", "meta"]
-    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert devices == ["cpu", "meta", "meta"]  # loaded, moved; loaded
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
 
 
 class Mesh:
