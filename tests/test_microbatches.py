@@ -75,7 +75,7 @@ def test_an_accelerator_reads_as_many_of_the_longest_rows_as_fit(
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
-@pytest.mark.parametrize("gigabytes", [22, 80])
+@pytest.mark.parametrize("gigabytes", [24, 80])
 def test_tokens_that_fit_fill_the_room(gigabytes: int, checkpointing: str) -> None:
     """With little room and gradient checkpointing the logits decide, with much the layer that is computed again."""
     given = settings("stage=sft", "trainer=gpu", f"model.load.gradient_checkpointing={checkpointing}")

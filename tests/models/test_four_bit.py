@@ -37,7 +37,9 @@ from tests.helpers.models import tiny_config
 from tests.modules import bandit
 from tests.modules.offline import adam, demonstrations, fit, preferences, start
 
-pytest.importorskip("bitsandbytes", reason="the package bitsandbytes is absent: pip install 'rlhf-lightning[qlora]'")
+bitsandbytes = pytest.importorskip(
+    "bitsandbytes", reason="the package bitsandbytes is absent: pip install 'rlhf-lightning[qlora]'"
+)
 from rlhf_lightning.models.four_bit import Linear4bit, dequantize, quantize
 
 NF4: dict[str, Any] = {"r": 4, "quantization": "nf4"}
@@ -90,8 +92,15 @@ def test_weights_are_the_nearest_values_of_nf4(bias: bool) -> None:
     assert found.bias is layer.bias
 
 
-def test_it_computes_with_these_weights_whatever_was_called_before(tiny_lm: LlamaForCausalLM) -> None:
+def test_it_computes_with_these_weights_whatever_was_called_before(
+    tiny_lm: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Outputs and gradients of a plain model with the de-quantized weights, in the precision of the call."""
+    computed: list[torch.dtype] = []
+    matmul = bitsandbytes.matmul_4bit
+    monkeypatch.setattr(
+        bitsandbytes, "matmul_4bit", lambda x, *args, **kwargs: computed.append(x.dtype) or matmul(x, *args, **kwargs)
+    )
     expected = plain(tiny_lm)
     layer, linear = Linear4bit(tiny_lm.model.layers[0].mlp.up_proj), expected.model.layers[0].mlp.up_proj
     x = torch.randn(7, 32)
@@ -104,7 +113,7 @@ def test_it_computes_with_these_weights_whatever_was_called_before(tiny_lm: Llam
                 torch.set_grad_enabled(training),
             ):
                 found, right = layer(mine), linear(theirs)
-            assert found.dtype == right.dtype == dtype
+            assert found.dtype == right.dtype == computed[-1] == dtype
             torch.testing.assert_close(found, right, rtol=0, atol=1e-6 if dtype == torch.float32 else 2e-2)
             if training:
                 found.float().sum().backward()
