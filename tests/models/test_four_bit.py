@@ -37,9 +37,9 @@ from tests.helpers.models import tiny_config
 from tests.modules import bandit
 from tests.modules.offline import adam, demonstrations, fit, preferences, start
 
-bitsandbytes = pytest.importorskip(
-    "bitsandbytes", reason="the package bitsandbytes is absent: pip install 'rlhf-lightning[qlora]'"
-)
+pytest.importorskip("bitsandbytes", reason="the package bitsandbytes is absent: pip install 'rlhf-lightning[qlora]'")
+import bitsandbytes
+
 from rlhf_lightning.models.four_bit import Linear4bit, dequantize, quantize
 
 NF4: dict[str, Any] = {"r": 4, "quantization": "nf4"}
