@@ -6,7 +6,7 @@ PYTEST := -n 3 --dist loadgroup -q --hypothesis-profile=ci # workers wait for pr
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 unexport PYTHONDONTWRITEBYTECODE # without cached bytecode every process of the tests compiles this package and its tests
 
-.PHONY: help setup setup-test demo check test test-fast nightly mutants bench gpu clean
+.PHONY: help setup setup-test demo check docs test test-fast nightly mutants bench gpu clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,6 +34,14 @@ check: $(VENV)/.test ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+$(VENV)/.docs: $(VENV)/.base
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs ## the documentation as a site in build/site; a broken link, anchor or formula fails
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs/site -d build/doctrees . build/site
+	@echo "site        $(CURDIR)/build/site/index.html"
+
 test: $(VENV)/.test ## every tier this machine can run except nightly
 	$(BIN)/pytest $(PYTEST) -m "not nightly" --must-run slow,dist,oracle,browser
 
@@ -57,7 +65,7 @@ bench: $(VENV)/.bench ## benchmarks against TRL and alone (two hours): make benc
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/bigdata.py
 
-gpu: $(VENV)/.test ## what a GPU computes right and how fast, in one call of five minutes
+gpu: $(VENV)/.test ## what a GPU computes right and how fast, in one call of at most eight minutes
 	cd benchmarks && ../$(BIN)/python gpu.py
 
 clean: ## remove the environment and caches, keep outputs/

@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from rlhf_lightning.data.template import Template
     from rlhf_lightning.feedback.aggregation import aggregate
     from rlhf_lightning.feedback.agreement import agreement
+    from rlhf_lightning.generation.continuous import ContinuousEngine
     from rlhf_lightning.generation.engine import Engine, Generations
     from rlhf_lightning.generation.local import LocalEngine
+    from rlhf_lightning.generation.vllm import VLLMEngine
     from rlhf_lightning.modules.dpo import DPO
     from rlhf_lightning.modules.online_dpo import OnlineDPO
     from rlhf_lightning.modules.ppo import PPO
@@ -24,6 +26,7 @@ __all__ = [
     "DPO",
     "PPO",
     "SFT",
+    "ContinuousEngine",
     "DemonstrationData",
     "Engine",
     "Generations",
@@ -36,6 +39,7 @@ __all__ = [
     "PromptData",
     "RewardModel",
     "Template",
+    "VLLMEngine",
     "__version__",
     "aggregate",
     "agreement",
@@ -47,8 +51,10 @@ _MODULES = {
     "data.template": ("Template",),
     "feedback.aggregation": ("aggregate",),
     "feedback.agreement": ("agreement",),
+    "generation.continuous": ("ContinuousEngine",),
     "generation.engine": ("Engine", "Generations"),
     "generation.local": ("LocalEngine",),
+    "generation.vllm": ("VLLMEngine",),
     "modules.dpo": ("DPO",),
     "modules.online_dpo": ("OnlineDPO",),
     "modules.ppo": ("PPO",),

@@ -86,6 +86,38 @@ def agreed(key: str, decide: Callable[[], str]) -> str:
     return decision["value"]
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """Return `value` of every rank of the process group, without one this process's; ranks wait for each other."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def on_first_rank(call: Callable[[], Any]) -> Any:
+    """Return what a call on the first rank of the process group returns, on every rank, once all have come here.
+
+    Raises:
+        UserError: on every rank, when the call raised one.
+    """
+    from torch import distributed
+
+    gather_objects(None)
+    outcome: tuple[Any, str | None] = None, None
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank()):
+        try:
+            outcome = call(), None
+        except UserError as error:
+            outcome = None, str(error)
+    result, problem = gather_objects(outcome)[0]
+    if problem is not None:
+        raise UserError(problem)
+    return result
+
+
 def is_lost_peer(error: Exception) -> bool:
     """Return whether `error` is what a rank raises when another rank has exited or cannot be reached."""
     messages = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")

@@ -63,6 +63,14 @@ def _leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
+def one_rank() -> Iterator[None]:
+    """End the process group that a strategy of several ranks starts in this process alone."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
 def tiny_lm() -> LlamaForCausalLM:
     """A random Llama of two layers, float32, the same for every test."""
     torch.manual_seed(0)

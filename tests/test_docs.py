@@ -43,7 +43,9 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def commands() -> list[str]:
     found = []
     for page in PAGES:
-        for language, body in BLOCK.findall(page.read_text()):
+        text = page.read_text()
+        found += re.findall(r"^\|.*`(rlhf (?:-m )?\w+=\w[^`]*)`", text, re.M)  # of tables
+        for language, body in BLOCK.findall(text):
             if language in ("bash", "sh", ""):
                 lines = body.replace("\\\n", " ").splitlines()
                 found += [line.split("  #")[0].strip() for line in lines if line.strip().startswith("rlhf ")]

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_lightning.data.datamodules import DemonstrationData
 from rlhf_lightning.errors import UserError
@@ -72,6 +74,33 @@ def test_an_accelerator_reads_as_many_of_the_longest_rows_as_fit(
 
     assert needed(parts) <= sizes.room(gigabytes) or parts == 16
     assert parts == 1 or needed(parts - 1) > sizes.room(gigabytes)
+
+
+def test_free_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the device of this rank, 30 of 80 GB free."""
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (30e9, 80e9))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert sizes.device_gb() == 30
+    assert asked == [1]
+
+
+def test_ranks_take_the_number_of_the_first() -> None:
+    """Whose device has less free memory than this one's."""
+    run = made("trainer=gpu", "trainer.devices=2", "data.batch_size=16", device="cuda")
+    data = of_lengths(2048, 1024, *[100] * 30, batch_size=16)
+
+    def chosen(rank: int, gigabytes: float) -> int:
+        patch.setattr(rank_zero_only, "rank", rank)
+        patch.setattr(microbatches, "device_gb", lambda: gigabytes)
+        return choose(run, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLHF_MICROBATCHES", "")  # undone after the test
+        first = chosen(0, 25.0)
+        assert first == chosen(1, 80.0) > 1
+        assert chosen(0, 80.0) == 1
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])

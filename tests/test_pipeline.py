@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_lightning.models.card import text
+from rlhf_lightning.runtime.pipeline import of_stage
 from tests.helpers.cli import SMALL, rlhf
 
 pytestmark = pytest.mark.slow
@@ -44,12 +46,24 @@ def test_the_demo_runs_is_skipped_when_done_and_goes_on_where_something_changed(
     assert report["results"]["evaluate"]["ppo"]["gold"][0] == metrics["ppo/gold"]
     assert {"Gold reward against KL", "Lengths of the answers"} <= {figure["title"] for figure in report["figures"]}
     assert [figure["title"] for figure in report["training"]] == [f"Training: {name}" for name in STAGES[:5]]
+    card = (run / "3_ppo" / "model" / "README.md").read_text()
+    assert f"by the run {text(f'demo/{run.name}/5_evaluate')}." in card
+    assert f"| gold | {metrics['ppo/gold']:.4g} |" in card
     again = rlhf(tmp_path, *QUICK, "resume=auto").stdout
     assert again.count("is done") == len(STAGES)
+    assert (run / "3_ppo" / "model" / "README.md").read_text() == card
     (run / "5_evaluate" / "metrics.json").unlink()  # as if it had been killed there
     resumed = rlhf(tmp_path, *QUICK, "resume=auto").stdout
     assert resumed.count("is done") == len(STAGES) - 1
     assert (run / "5_evaluate" / "metrics.json").is_file()
+
+
+def test_what_the_pipeline_starts_from_reaches_stages_that_do_not_name_their_models() -> None:
+    given = ["init_from=mine", "+init_from=mine", "seed=1", "evaluate.rows=8"]
+    assert of_stage(given, {"stage": "sft", "max_steps": 3}) == given
+    assert of_stage(given, {"stage": "evaluate", "evaluate.rows": 4, "evaluate.reference": "x"}) == given
+    for value in ({"init_from": "x"}, {"evaluate.models.sft": "x"}, {"probe.models.a": "x"}):
+        assert of_stage(given, {"stage": "evaluate", **value}) == ["seed=1", "evaluate.rows=8"]
 
 
 def test_an_experiment_that_chooses_a_pipeline_does_not_start_it_again_in_each_stage(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from rlhf_lightning import DPO, PPO, SFT, DemonstrationData, OnlineDPO, PreferenceData, PromptData, RewardModel
 from rlhf_lightning.callbacks.checkpoints import AtomicCheckpointIO, RandomState, StepCheckpoint
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
+from rlhf_lightning.models.sharding import whole_state
 from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.modules.schedules import schedule
+from rlhf_lightning.runtime.strategies import ShardedStrategy
 from rlhf_lightning.world import gold_reward, rows
 from tests.helpers.lightning import quiet_lightning
 
@@ -45,11 +48,14 @@ class Kill(Callback):
             raise Killed
 
 
+def build_start(folder: Path) -> str:
+    texts = (message["content"] for row in rows("demonstrations", 200) for message in row["messages"])
+    return build_tiny(folder, texts, vocab_size=300, hidden_size=32, layers=2, heads=2)
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> str:
-    texts = (message["content"] for row in rows("demonstrations", 200) for message in row["messages"])
-    folder = tmp_path_factory.mktemp("start") / "model"
-    return build_tiny(folder, texts, vocab_size=300, hidden_size=32, layers=2, heads=2)
+    return build_start(tmp_path_factory.mktemp("start") / "model")
 
 
 def build(stage: str, start: str, cache: Path) -> tuple[LightningModule, Any]:
@@ -79,7 +85,16 @@ def build(stage: str, start: str, cache: Path) -> tuple[LightningModule, Any]:
     return build_module[stage](), data
 
 
-def run(stage: str, start: str, folder: Path, kill: int | None, accumulate: int, resume: bool) -> LightningModule:
+def run(
+    stage: str,
+    start: str,
+    folder: Path,
+    kill: int | None,
+    accumulate: int,
+    resume: bool,
+    strategy: Any = "auto",
+    device: str = "cpu",
+) -> LightningModule:
     seed_everything(5, verbose=False)
     if resume:
         torch.rand(17)  # another process would not be at the same random state
@@ -87,9 +102,9 @@ def run(stage: str, start: str, folder: Path, kill: int | None, accumulate: int,
     callbacks: list[Callback] = [StepCheckpoint(folder, every_n_steps=1), RandomState()]
     callbacks += [Kill(kill)] if kill is not None else []
     trainer = Trainer(
-        max_steps=8, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=callbacks,
+        max_steps=8, max_epochs=-1, accelerator=device, logger=False, enable_checkpointing=False, callbacks=callbacks,
         enable_progress_bar=False, enable_model_summary=False, plugins=[AtomicCheckpointIO()],
-        use_distributed_sampler=False, accumulate_grad_batches=accumulate,
+        use_distributed_sampler=False, accumulate_grad_batches=accumulate, strategy=strategy, devices=1,
     )  # fmt: skip
     last = folder / "last.ckpt"
     trainer.fit(module, data, ckpt_path=str(last) if resume else None)
@@ -143,3 +158,36 @@ def test_checkpoint_holds_tensors_and_primitives_only(start: str, tmp_path: Path
     policy = {name for name in checkpoint["state_dict"] if name.startswith("policy.")}
     assert policy == set(checkpoint["state_dict"])  # no reference, nothing frozen
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.slow
+@quiet_lightning
+@pytest.mark.parametrize("stage", ["dpo", pytest.param("ppo", marks=pytest.mark.nightly)])
+def test_shards_resume_bit_equal_and_go_on_under_another_strategy(
+    stage: str, start: str, tmp_path: Path, one_rank: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = run(stage, start, tmp_path / "one", None, 1, resume=False).state_dict()
+    for name, strategy in (("sharded", ShardedStrategy), ("auto", lambda: "auto")):
+        with pytest.raises(Killed):
+            run(stage, start, tmp_path / name, 3, 1, resume=False, strategy=strategy())
+    files = {path.name for path in (tmp_path / "sharded").iterdir()}
+    (shards,) = files - {"last.ckpt", "cache"}
+    assert shards.endswith(".shards")
+    shutil.copytree(tmp_path / "sharded", tmp_path / "single")
+    for name, strategy in (("sharded", ShardedStrategy()), ("auto", ShardedStrategy()), ("single", "auto")):
+        found = run(stage, start, tmp_path / name, None, 1, resume=True, strategy=strategy)
+        weights = found.state_dict() if strategy == "auto" else whole_state(found)
+        assert weights.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(weights[key], value), (name, key)
+        exported = found.export_model().state_dict()
+        prefix = "policy.lm."
+        assert all(torch.equal(exported[key.removeprefix(prefix)], weights[key]) for key in weights if prefix in key)
+    assert {path.name for path in (tmp_path / "single").iterdir()} == {"last.ckpt", "cache"}  # no shards are left
+    assert len(list((tmp_path / "sharded").glob("*.shards"))) == 1
+    whole = type(found).load_from_checkpoint(
+        tmp_path / "sharded" / "last.ckpt", load=found.load, optimizer=found.make_optimizer,
+        **({"reward": gold_reward} if stage == "ppo" else {}),
+    )  # fmt: skip
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, expected[key]), key

@@ -33,14 +33,21 @@ STAGES = {
     "ppo": [
         "ppo.max_new_tokens=6",
         "ppo.ppo_epochs=2",
+        "ppo.num_minibatches=2",
         "ppo.microbatch_tokens=48",
         "sampler.batch_tokens=48",
         "ppo.critic_warmup=1",
     ],
     "rloo": ["rloo.max_new_tokens=6", "rloo.num_generations=2"],
     "grpo": ["grpo.max_new_tokens=6", "grpo.num_generations=2", "adapter=lora"],
-    "online_dpo": ["online_dpo.max_new_tokens=6", "online_dpo.microbatch_tokens=48", "online_dpo.beta=0.5"],
+    "online_dpo": [
+        "online_dpo.max_new_tokens=6",
+        "online_dpo.microbatch_tokens=48",
+        "online_dpo.num_minibatches=3",
+        "online_dpo.beta=0.5",
+    ],
 }
+UPDATES = {"ppo": 8, "online_dpo": 6}  # two iterations; of the others four
 STAGE_OF = {"groups": "reward"}  # the others are called like the stage
 ONLINE = ("ppo", "rloo", "grpo", "online_dpo")
 PER_COMMIT = {("dpo", "ddp"), ("dpo", "fsdp2"), ("ppo", "fsdp2"), ("ppo", "tensor_parallel")}  # the rest at night
@@ -95,7 +102,7 @@ def run(folder: Path, stage: str, name: str, *more: str) -> Path:
         more = ("reward_from=rewards:length", f"{stage}.missing_eos_penalty=0", *more)
     rlhf(
         folder, f"stage={STAGE_OF.get(stage, stage)}", f"init_from={start(folder)}", f"data={data}",
-        "data.train=pairs.jsonl", "data.val=pairs.jsonl", "data.batch_size=8", "max_epochs=9", "max_steps=4",
+        "data.train=pairs.jsonl", "data.val=pairs.jsonl", "data.batch_size=8", "max_epochs=9", f"max_steps={UPDATES.get(stage, 4)}",
         "optimizer.lr=1e-3", f"name={stage}-{name}", *STAGES[stage], *more,
     )  # fmt: skip
     return next((folder / "outputs" / STAGE_OF.get(stage, stage) / f"{stage}-{name}").iterdir())
@@ -123,7 +130,8 @@ def alone(folder: Path) -> Callable[[str], Path]:
     ],
 )
 def test_two_ranks_learn_what_one_learns(stage: str, strategy: str, folder: Path, alone: Callable[[str], Path]) -> None:
-    one, two = alone(stage), run(folder, stage, strategy, f"strategy={strategy}", "trainer.devices=2")
+    more = ["strategy.gather_sampling=true"] if (stage, strategy) == ("rloo", "fsdp2") else []
+    one, two = alone(stage), run(folder, stage, strategy, f"strategy={strategy}", "trainer.devices=2", *more)
     tags = ["policy/loss", "reward/proxy", "kl/reference"] if stage in ONLINE else ["train/loss", "val/loss"]
     for tag in [*tags, "optim/grad_norm"]:
         assert series(two, tag) == pytest.approx(series(one, tag), rel=1e-4, abs=1e-5), tag
@@ -134,7 +142,7 @@ def test_two_ranks_learn_what_one_learns(stage: str, strategy: str, folder: Path
         torch.testing.assert_close(second[name], weight, rtol=1e-5, atol=2e-5, msg=name)
     assert len(list(two.glob("*.log"))) == 2  # one a rank
     metrics = [json.loads((r / "metrics.json").read_text()) for r in (one, two)]
-    assert metrics[1]["global_step"] == metrics[0]["global_step"] == 4
+    assert metrics[1]["global_step"] == metrics[0]["global_step"] == UPDATES.get(stage, 4)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +192,8 @@ def test_resume_on_as_many_ranks_is_exact_and_on_others_is_not(
     for other in (one, back):
         for name, weight in load_file(other / "model" / "model.safetensors").items():
             torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=2e-5, msg=name)
+    (shards,) = (half / "checkpoints").glob("last.ckpt.*.shards") if strategy == "fsdp2" else [None]
+    assert shards is None or len(list(shards.glob("*.safetensors"))) == 2  # one a rank
     assert "not bit-exact" in (one / "run.log").read_text()
     assert "not bit-exact" not in (again / "run.log").read_text()
 

@@ -17,6 +17,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from rlhf_lightning.callbacks.stop import Stop
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import atomic_path, regular
+from rlhf_lightning.models.shards import SHARDS, read_whole, remove_shards
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +29,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         # through a Python file, whose OSError tells a full disk from other failures
         with atomic_path(path) as temporary, temporary.open("wb") as opened:
             torch.save(checkpoint, opened)
+        remove_shards(Path(path), keep=checkpoint.get(SHARDS, {}).get("folder"))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return read_checkpoint(path, map_location)
+        return read_whole(path, read_checkpoint(path, map_location))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        super().remove_checkpoint(path)
+        remove_shards(Path(path))
 
 
 def read_checkpoint(path: str | Path, map_location: Any = None, mmap: bool = False) -> dict[str, Any]:
-    """Return the content of a checkpoint: tensors and primitives, nothing in it is executed.
+    """Return the content of a checkpoint's file: tensors and primitives, nothing in it is executed.
 
     Raises:
         UserError: it is damaged, or compressed: a small file may then hold more than the memory.

@@ -69,6 +69,8 @@ class RowData(LightningDataModule):
 
     kind = ""
     keeps_rows = False
+    prefetch: bool | None = None
+    """Whether a thread packs the next batch while this one is trained on; None is on an accelerator."""
 
     def __init__(
         self,
@@ -251,7 +253,17 @@ class RowData(LightningDataModule):
             return WindowLoader(self.windows, self._plan, self._collate_window, self._window_batches())
         if self.trainer is not None:  # not 0 where Lightning reloads, or fits once more
             plan.epoch = self.trainer.current_epoch
-        return PlannedLoader(_Batches(lambda micro: self.collate("train", micro)), plan, self.num_workers)
+        dataset = _Batches(lambda micro: self.collate("train", micro))
+        return PlannedLoader(dataset, plan, self.num_workers, self._pack_ahead())
+
+    def _pack_ahead(self) -> Callable[[Any], Any] | None:
+        """Return what prepares the next batch in a thread, None where that saves no time."""
+        trainer = self.trainer
+        module = getattr(trainer, "lightning_module", None)
+        if trainer is None or module is None or not module.automatic_optimization:  # else it packs what it samples
+            return None
+        wanted = trainer.strategy.root_device.type != "cpu" if self.prefetch is None else self.prefetch
+        return getattr(module, "pack_ahead", None) if wanted else None
 
     def _collate_window(self, rows: TokenizedRows, micro: MicroBatch) -> Any:
         self.rows["train"] = rows  # the window that row numbers belong to
@@ -293,7 +305,7 @@ class RowData(LightningDataModule):
     def collate(self, split: str, micro: MicroBatch) -> GroupList:
         """Return the groups of a planned microbatch with its weights."""
         groups = [self.group(split, row) for row in micro.rows]
-        return GroupList(groups, self.row_tokens, micro.per_token, micro.per_group)
+        return GroupList(groups, self.row_tokens, micro.per_token, micro.per_group, places=micro.places)
 
 
 class _Listed(_Batches):

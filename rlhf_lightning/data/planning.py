@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from rlhf_lightning.data.prefetch import prefetched
 from rlhf_lightning.ops.seeding import generator, permutation
 
 
@@ -17,13 +18,14 @@ from rlhf_lightning.ops.seeding import generator, permutation
 class MicroBatch:
     """The rows one rank reads in one forward pass, with the weights that make the step's loss a mean.
 
-    `step` counts the steps of all epochs.
+    `places` are the places of the rows among all rows of the step; `step` counts the steps of all epochs.
     """
 
     rows: tuple[int, ...]
     per_token: float | None
     per_group: float | None
     step: int
+    places: tuple[int, ...] | None = None
 
 
 class StepPlan(Sampler[MicroBatch]):
@@ -84,25 +86,26 @@ class StepPlan(Sampler[MicroBatch]):
         for step in range(self.start // self.accumulate, self.steps):
             step_rows = order[step * self.batch_size : (step + 1) * self.batch_size]
             split, read = self._split(step_rows), min(self.accumulate, self.batches - step * self.accumulate)
-            if read < self.accumulate:
-                kept = [part for number, part in enumerate(split) if number % self.accumulate < read]
-                step_rows = np.concatenate([np.asarray(part, dtype=np.int64) for part in kept])
-            loss_tokens = max(float(self.loss_tokens[step_rows].sum()), 1.0)
+            kept = [place for number, part in enumerate(split) if number % self.accumulate < read for place in part]
+            weights = self.parts / max(float(self.loss_tokens[step_rows[kept]].sum()), 1.0), self.parts / len(kept)
             for number, part in enumerate(split[self.rank * self.accumulate :][:read]):
                 if step * self.accumulate + number >= self.start:
-                    weights = (self.parts / loss_tokens, self.parts / len(step_rows))
-                    yield MicroBatch(tuple(int(row) for row in part), *weights, step=self.epoch * self.steps + step)
+                    numbered = self.epoch * self.steps + step
+                    yield MicroBatch(tuple(step_rows[part].tolist()), *weights, step=numbered, places=tuple(part))
 
     def _split(self, rows: np.ndarray) -> list[list[int]]:
-        """Split a step into parts of about equal tokens, longest first into the lightest; none is empty."""
+        """Return the places of a step's rows in parts of about equal tokens, longest first into the lightest.
+
+        None is empty.
+        """
         if self.parts == 1:
-            return [rows.tolist()]
+            return [list(range(len(rows)))]
         parts: list[list[int]] = [[] for _ in range(self.parts)]
         load = np.zeros(self.parts)
-        for row in sorted(rows.tolist(), key=lambda row: (-self.tokens[row], row)):
+        for place in sorted(range(len(rows)), key=lambda place: (-self.tokens[rows[place]], rows[place])):
             lightest = min(range(self.parts), key=lambda p: (bool(parts[p]) and load[p] > 0, load[p], p))
-            parts[lightest].append(row)
-            load[lightest] += max(self.tokens[row], 1)
+            parts[lightest].append(place)
+            load[lightest] += max(self.tokens[rows[place]], 1)
         return parts
 
 
@@ -137,11 +140,21 @@ class PlannedLoader(Loader):
     Each pass over it is one epoch further. Lightning saves and restores it through `state_dict`, which makes a
     resume continue with the next row. It counts epochs itself, because Lightning's counter lags by one when a
     checkpoint was written after the last batch of an epoch.
+
+    Args:
+        prepare: called on each batch in a thread while the one before it is trained on, see :func:`prefetched`; a batch
+            counts as taken when the training loop has it.
     """
 
-    def __init__(self, dataset: Dataset[Any], plan: StepPlan, workers: int = 0) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        plan: StepPlan,
+        workers: int = 0,
+        prepare: Callable[[Any], Any] | None = None,
+    ) -> None:
         super().__init__(dataset, plan, workers)
-        self.plan = plan
+        self.plan, self.prepare = plan, prepare
         self.taken = 0
         self.began = False
 
@@ -150,7 +163,8 @@ class PlannedLoader(Loader):
             self.plan.epoch, self.plan.start = self.plan.epoch + 1, 0
         self.began = True
         self.taken = self.plan.start
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        for batch in batches if self.prepare is None else prefetched(batches, self.prepare):
             self.taken += 1
             yield batch
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_lightning.data.template import Template
-from rlhf_lightning.generation.engine import Engine
+from rlhf_lightning.generation.engine import Engine, check_engine
 from rlhf_lightning.models.completion import unwrap
 from rlhf_lightning.models.ends import eos_ids
 from rlhf_lightning.models.sharding import broadcast_tp
@@ -24,6 +24,7 @@ class Answers:
 
     `prompts`, `metadata`, `token_ids`, `texts` and `finished` have length S; `metadata` includes whether the
     response is finished. `scores` has a tensor (S,) for every scorer, and one as <scorer>_<part> for each of its parts.
+    `logprobs` are the engine's own of the sampled tokens, None where it gives none.
     """
 
     num_generations: int
@@ -33,6 +34,7 @@ class Answers:
     texts: list[str]
     finished: list[bool]
     scores: dict[str, Tensor]
+    logprobs: list[list[float]] | None = None
 
     def of_prompt(self, place: int) -> slice:
         """Return where the responses to the prompt at `place` stand."""
@@ -47,8 +49,18 @@ class Answers:
 
 
 def start(engine: Engine, lm: Any, template: Template) -> None:
-    """Start `engine` with every token that ends a response: the template's, and the EOS of the model's configs."""
+    """Start `engine` with every token that ends a response, the template's and those of the model's configs, and sync.
+
+    Raises:
+        UserError: it is no engine, or has other weights than the model.
+    """
+    check_engine(engine)
     engine.start(lm, template.eos_ids | eos_ids(unwrap(lm)))
+    try:
+        engine.sync()
+    except BaseException:
+        engine.close()
+        raise
 
 
 def prompt_text(group: Group, template: Template) -> str:
@@ -104,4 +116,7 @@ def answer(
         scored = broadcast_tp(mesh, scorer(prompt_texts, texts, metadata))
         parts = scored if isinstance(scored, dict) else {"": scored}
         scores |= {f"{name}_{part}" if part else name: values for part, values in parts.items()}
-    return Answers(num_generations, prompt_texts, metadata, generations.responses, texts, generations.finished, scores)
+    return Answers(
+        num_generations, prompt_texts, metadata, generations.responses, texts, generations.finished, scores,
+        generations.logprobs,
+    )  # fmt: skip

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from rlhf_lightning.distributed import is_lost_peer
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.cache import GrowingLayer, Reread, growing_cache, select_rows
-from rlhf_lightning.generation.engine import Generations
+from rlhf_lightning.generation.engine import Engine, Generations
 from rlhf_lightning.generation.static import BLOCK, StaticBatch, captured, decode, static_cache
 from rlhf_lightning.models.attention import HALF
 from rlhf_lightning.models.completion import computes_in, unwrap
@@ -41,8 +41,8 @@ class _Live:
     mask: Tensor  # (B, past) which cached positions are real
 
 
-class LocalEngine:
-    """Samples responses from a causal language model in this process.
+class LocalEngine(Engine):
+    """Samples responses from a causal language model in this process; nothing is kept between two calls.
 
     Every token of sample k of prompt i is drawn by inverting the distribution function at a uniform number that
     depends on `(seed_parts, id of i, k, t)` only, so batch size, order and early stops never change a sample.

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
+from queue import Empty, Queue
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -70,7 +71,7 @@ class Server:
         check_number(f"{key}.retries", retries, "[0, inf)", whole=True)
         openai, httpx2 = needs("openai", "judge"), needs("httpx2", "judge")
         self.url, self.timeout, self.retries, self.backoff = str(base_url).rstrip("/"), timeout, retries, backoff
-        self._openai, self._closed = openai, threading.Event()
+        self._openai, self._raw, self._closed = openai, httpx2.Response, threading.Event()
         self._secret = os.environ.get(KEY_VARIABLE, "")
         self._headers: dict[str, Any] = {"Accept-Encoding": "identity"}  # the limit counts what is decoded
         if not self._secret:
@@ -95,12 +96,49 @@ class Server:
         Raises:
             ServerError: there is none after all tries.
         """
-        create = self._client.chat.completions.with_raw_response.create
-        for attempt in range(self.retries + 1):
+        return self._patiently(lambda: self._once(self._request("/chat/completions", body), "choices"))
+
+    def complete(self, **body: Any) -> dict[str, Any]:
+        """Return the answer to a request for a completion of text or tokens, an object with `choices`.
+
+        Raises:
+            ServerError: there is none after all tries.
+        """
+        return self._patiently(lambda: self._once(self._request("/completions", body), "choices"))
+
+    def post(self, path: str, retry: bool = True, **body: Any) -> None:
+        """Send an object to another path of the server, above /v1 where the path begins with two slashes.
+
+        Raises:
+            ServerError: it was not taken.
+        """
+        self._patiently(lambda: self._text(self._request(path, body)), self.retries if retry else 0)
+
+    def get(self, path: str) -> dict[str, Any]:
+        """Return the object at a path of the server, see :meth:`post`.
+
+        Raises:
+            ServerError: there is none.
+        """
+        return self._patiently(lambda: self._object(self._request(path, None)))
+
+    def _request(self, path: str, body: dict[str, Any] | None) -> Callable[[], Any]:
+        """Return what sends one request, a GET without `body`."""
+        root = self.url.removesuffix("/v1")
+        url = root + path[1:] if path.startswith("//") else path
+        options: Any = {"headers": self._headers}
+        if body is None:
+            return lambda: self._client.get(url, cast_to=self._raw, options=options)
+        return lambda: self._client.post(url, cast_to=self._raw, body=body, options=options)
+
+    def _patiently(self, call: Callable[[], Result], retries: int | None = None) -> Result:
+        """Return the result of a call that is made again when it failed in a way that may pass."""
+        retries = self.retries if retries is None else retries
+        for attempt in range(retries + 1):
             try:
-                return self._once(lambda: create(**body, extra_headers=self._headers), "choices")
+                return call()
             except ServerError as error:
-                if not error.passing or attempt == self.retries:
+                if not error.passing or attempt == retries:
                     raise
                 wait = self.backoff * 2**attempt * random.uniform(0.5, 1.0) if error.wait is None else error.wait
                 if wait > LONGEST_WAIT:
@@ -112,36 +150,45 @@ class Server:
     def models(self) -> list[str]:
         """Return the names of the server's models, none where it does not say."""
         try:
-            ask = self._client.models.with_raw_response.list
-            listed = self._once(lambda: ask(extra_headers=self._headers), "data")["data"]
+            listed = self._once(self._request("/models", None), "data")["data"]
             return [str(model["id"]) for model in listed]
         except (ServerError, KeyError, TypeError):
             return []
 
-    def _once(self, call: Callable[[], Any], needed: str) -> dict[str, Any]:
-        """Return the object of one answer, in which the list `needed` is there."""
+    def _text(self, call: Callable[[], Any]) -> str:
+        """Return the text of one answer."""
         openai = self._openai
         try:
-            text = call().text
+            return within(self.timeout, lambda: call().text)
         except openai.APIStatusError as error:
             raise self._refused(error.response) from None
-        except openai.APITimeoutError:
+        except (openai.APITimeoutError, TimeoutError):
             raise ServerError(f"{self.url} gave no answer in {self.timeout:g} seconds", passing=True) from None
         except openai.APIConnectionError as error:
             reason = self._clean(str(error.__cause__ or error)) or type(error.__cause__).__name__
             raise ServerError(f"{self.url} cannot be used: {reason}", passing=True) from None
         except (openai.OpenAIError, RuntimeError, ValueError) as error:  # it was closed, or is no text
             raise ServerError(f"{self.url} cannot be used: {self._clean(str(error))}") from None
+
+    def _object(self, call: Callable[[], Any]) -> dict[str, Any]:
+        """Return the object of one answer."""
+        text = self._text(call)
         try:
             answer = json.loads(self._redacted(text))
         except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
             raise ServerError(
                 f"{self.url} cannot be used: its answer is no JSON: {self._clean(text)[:80]!r}", passing=True
-            ) from None
-        if not isinstance(answer, dict) or not isinstance(answer.get(needed), list):
-            raise ServerError(
-                f"{self.url} cannot be used: its answer has no {needed}: {self._clean(text)[:80]!r}", True
             )
+        return answer
+
+    def _once(self, call: Callable[[], Any], needed: str) -> dict[str, Any]:
+        """Return the object of one answer, in which the list `needed` is there."""
+        answer = self._object(call)
+        if not isinstance(answer.get(needed), list):
+            shown = self._clean(json.dumps(answer))[:80]
+            raise ServerError(f"{self.url} cannot be used: its answer has no {needed}: {shown!r}", True)
         return answer
 
     def _refused(self, response: Any) -> ServerError:
@@ -206,6 +253,30 @@ def limited(stream: Any, url: str, timeout: float) -> Any:
             stream.close()
 
     return Limited()
+
+
+def within(seconds: float, call: Callable[[], Result]) -> Result:
+    """Return what `call` returns, or raise a TimeoutError after so many seconds.
+
+    A client's own time-outs are of each read, so headers that come byte by byte evade them. The thread of such a call
+    is left to end with its connection.
+    """
+    done: Queue[tuple[Any, BaseException | None]] = Queue(1)
+
+    def work() -> None:
+        try:
+            done.put((call(), None))
+        except BaseException as error:
+            done.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        result, error = done.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return result
 
 
 def retry_after(value: str | None) -> float | None:

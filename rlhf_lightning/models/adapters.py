@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError, nearest
+from rlhf_lightning.models.deferred import deferred, placeholders
 from rlhf_lightning.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 log = logging.getLogger(__name__)
@@ -90,18 +91,30 @@ def add_lora(
     return wrapped  # type: ignore[return-value]
 
 
-def load_with_lora(load: Callable[[], Any], lora: dict[str, Any] | None) -> Any:
-    """Return the model of `load`, with LoRA layers where `lora`, arguments of :func:`add_lora`, is given.
+def load_model(load: Callable[[], Any], lora: dict[str, Any] | None = None, defer: bool = False) -> Any:
+    """Return the model of `load`, with LoRA layers where `lora` has arguments of :func:`add_lora`.
 
     Weights are quantized on the CPU: on an accelerator, the default device of Lightning, they may not fit before.
+
+    Args:
+        defer: its weights may be read later, by :func:`rlhf_lightning.models.deferred.read_weights`; not those of
+            layers that `modules_to_save` copies.
+
+    Raises:
+        UserError: quantized weights that are to be sharded.
     """
+    if lora is not None and lora.get("quantization"):
+        if defer:
+            raise UserError("adapter=qlora cannot be sharded; use strategy=ddp, or adapter=lora")
+        with torch.device("cpu"):
+            model = add_lora(load(), **lora)
+        return model.to(torch.get_default_device())
+    with deferred(defer and not (lora or {}).get("modules_to_save")):
+        model = load()
     if lora is None:
-        return load()
-    if not lora.get("quantization"):
-        return add_lora(load(), **lora)
-    with torch.device("cpu"):
-        model = add_lora(load(), **lora)
-    return model.to(torch.get_default_device())
+        return model
+    with placeholders(model):
+        return add_lora(model, **lora)
 
 
 def check_quantization(key: str, value: Any) -> None:

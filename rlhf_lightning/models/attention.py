@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -51,6 +51,10 @@ def group_sdpa(
     runs: Runs | None = getattr(attention_mask, "runs", None)
     if runs is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if extra := query.shape[2] - len(runs.real):  # columns that compiled layers are given (models/layers.py)
+        query, key, value = (x[:, :, :-extra] for x in (query, key, value))
+        output, _ = group_sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return pad(output, (0, 0, 0, 0, 0, extra)), None
     if kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
         raise NotImplementedError("soft caps and position biases are not computed by runs")
     if query.is_cuda and value.dtype in HALF and not dropout:

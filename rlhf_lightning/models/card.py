@@ -16,6 +16,8 @@ from rlhf_lightning.files import read_json
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NOT_SHOWN = ("optim/", "perf/", "epoch", "global_step")
 MOST_STAGES = 16
+BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
+LOADING = "## How to load it"
 
 
 def model_card(folder: Path, manifest: Mapping[str, Any], manifest_name: str) -> str:
@@ -66,11 +68,30 @@ def model_card(folder: Path, manifest: Mapping[str, Any], manifest_name: str) ->
         *map(stage_row, reversed(stages)),
         "",
         *metrics_table(subdict(manifest, "metrics")),
-        "## How to load it",
+        LOADING,
         "",
         *loading(reward, adapter, config.get("base_quantization")),
     ]
     return "\n".join(lines) + "\n"
+
+
+def with_evaluations(card: str, evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a card with a table of what each run of stage=evaluate measured, in place of the tables that it has.
+
+    Args:
+        evaluations: the name of a run -> the model's metrics, those with an interval also as `_low` and `_high`.
+    """
+    before, _, rest = card.partition(f"{BEGIN}\n")
+    _, ended, after = rest.partition(f"{END}\n")
+    if not ended:
+        before, found, after = card.partition(f"{LOADING}\n")
+        before, after = f"{before.rstrip()}\n\n", found + after
+    tables = [
+        line
+        for run, metrics in evaluations.items()
+        for line in metrics_table(metrics, "Evaluation", f"On held-out rows, by the run {text(run)}.")
+    ]
+    return before + "\n".join([BEGIN, "", *tables, END, "", ""]) + after.lstrip("\n")
 
 
 def lineage(manifest: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]:
@@ -121,8 +142,10 @@ def stage_row(manifest: Mapping[str, Any]) -> str:
     )
 
 
-def metrics_table(metrics: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the table of final metrics; those that are ends of an interval stand beside its middle."""
+def metrics_table(
+    metrics: Mapping[str, Any], title: str = "Metrics", when: str = "At the end of its training."
+) -> Iterator[str]:
+    """Yield a table of metrics; those that are ends of an interval stand beside its middle."""
     numbers = {
         name: value for name, value in metrics.items() if isinstance(value, int | float) and math.isfinite(value)
     }
@@ -131,9 +154,9 @@ def metrics_table(metrics: Mapping[str, Any]) -> Iterator[str]:
     if not names:
         return
     yield from (
-        "## Metrics",
+        f"## {title}",
         "",
-        "At the end of its training.",
+        when,
         "",
         "| metric | value | 95% interval |",
         "| --- | --- | --- |",

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.attention import GROUP_SDPA, HALF, runs_mask
+from rlhf_lightning.models.layers import bucketed, not_compiled
 from rlhf_lightning.ops.groups import Group, GroupBatch, Layout, microbatches, pack
 from rlhf_lightning.ops.logprobs import token_logprobs
 from rlhf_lightning.ops.masking import group_attention_mask
@@ -57,11 +58,12 @@ def hidden_states(model: nn.Module, batch: GroupBatch, by_runs: bool | None = No
     inner = unwrap(model)
 
     def read(ids: Tensor, positions: Tensor, attention: Tensor) -> Tensor:
-        arguments: dict[str, Any] = {"position_ids": positions, "use_cache": False}
-        return inner.base_model(input_ids=ids, attention_mask=attention, **arguments).last_hidden_state.flatten(0, 1)
+        arguments: dict[str, Any] = {"position_ids": bucketed(inner, positions), "use_cache": False}
+        output = inner.base_model(input_ids=bucketed(inner, ids), attention_mask=attention, **arguments)
+        return output.last_hidden_state[:, : ids.shape[1]].flatten(0, 1)
 
     if batch.padded:
-        return read(batch.input_ids, batch.position_ids, (batch.group_ids >= 0).long())
+        return read(batch.input_ids, batch.position_ids, bucketed(inner, (batch.group_ids >= 0).long()))
     if by_runs is None:
         on_cpu = batch.input_ids.device.type == "cpu"  # checked first: counting tokens would synchronize an accelerator
         by_runs = batch.tokens >= SHORTEST * batch.sequences if on_cpu else computes_in(model) in HALF
@@ -70,7 +72,8 @@ def hidden_states(model: nn.Module, batch: GroupBatch, by_runs: bool | None = No
         ids, positions = (x.flatten()[runs.real][None] for x in (batch.input_ids, batch.position_ids))
         hidden = read(ids, positions, runs_mask(runs, ids.device))
         return hidden.new_zeros(batch.input_ids.numel(), hidden.shape[-1]).index_copy(0, runs.real, hidden)
-    return read(batch.input_ids, batch.position_ids, group_attention_mask(batch.group_ids, batch.response_ids))
+    groups, responses = bucketed(inner, batch.group_ids, -1), bucketed(inner, batch.response_ids)
+    return read(batch.input_ids, batch.position_ids, group_attention_mask(groups, responses))
 
 
 def scalars(head: nn.Linear, hidden: Tensor) -> Tensor:
@@ -128,7 +131,7 @@ class CompletionModel(nn.Module):
         if values:
             if self.value_head is None:
                 raise ValueError("values were requested from a model without a value head")
-            value = scalars(self.value_head, hidden)
+            value = scalars(self.value_head, hidden).clone()  # FSDP2 warns of outputs that are views
         return CompletionOutput(logprobs, ent, value)
 
     @property
@@ -139,6 +142,10 @@ class CompletionModel(nn.Module):
     def decode(self, **inputs: Any) -> Any:
         """Return the language model's forward output; a sharded one gathers its weights here."""
         return self.lm(**inputs)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return `function(*args)`; a sharded model gathers its weights here."""
+        return function(*args)
 
 
 class ScalarModel(nn.Module):
@@ -169,6 +176,12 @@ class ScalarModel(nn.Module):
     def decoder(self) -> nn.Module:
         """The Hugging Face model inside."""
         return self.model
+
+    def decode(self, **inputs: Any) -> Any:
+        """Return the classifier's forward output; a sharded one gathers its weights here."""
+        return self.model(**inputs)
+
+    run = CompletionModel.run
 
 
 @torch.no_grad()
@@ -228,7 +241,8 @@ def choose_layout(model: nn.Module) -> tuple[Layout, str | None]:
     inner = unwrap(model)
     config = inner.config.get_text_config()
     tokens = [(7 * i + 3) % config.vocab_size for i in range(24)]
-    check_head(model, tokens[:8])
+    with not_compiled(inner):  # not worth compiling for lengths of a few tokens
+        check_head(model, tokens[:8])
     window = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None) or []
     if window and any("sliding" in str(kind) for kind in layers):
@@ -252,7 +266,7 @@ def choose_layout(model: nn.Module) -> tuple[Layout, str | None]:
     tolerance = 6e-2 if computes_in(model) in HALF else 1e-3
     failures = (TypeError, ValueError, RuntimeError, NotImplementedError)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), not_compiled(inner):
             padded = states("padded")
             if not gap(by_runs=False) <= tolerance:
                 return "padded", "it ignores the group attention mask or the position ids"

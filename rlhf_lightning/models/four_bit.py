@@ -87,4 +87,5 @@ def dequantize(model: Any) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, Linear4bit):
             model.set_submodule(name, layer.dequantized())
-    unwrap(model).is_loaded_in_4bit = False
+    inner: Any = unwrap(model)
+    inner.is_loaded_in_4bit = False

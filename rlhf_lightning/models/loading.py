@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -25,8 +25,10 @@ from transformers import (
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.files import build_once
 from rlhf_lightning.models.adapter_folder import is_classifier_adapter, merge_adapter, saved_modules
-from rlhf_lightning.models.attention import GROUP_SDPA, group_sdpa
+from rlhf_lightning.models.attention import GROUP_SDPA
+from rlhf_lightning.models.deferred import is_wanted, read_weights, without_weights
 from rlhf_lightning.models.folder import ADAPTER_CONFIG, adapter_chain, holder
+from rlhf_lightning.models.layers import compile_layers
 from rlhf_lightning.models.untrusted import check_folder, check_gguf
 from rlhf_lightning.ops.seeding import normal
 
@@ -158,6 +160,12 @@ def load_scalar_model(
     head = getattr(model, "score", None)
     if not isinstance(head, torch.nn.Linear):
         raise UserError(f"{name}: the architecture {type(model).__name__} has no linear score head")
+    if not is_reward and head.weight.is_meta:
+        head.to_empty(device="cpu")
+        nn.init.normal_(head.weight)  # as a whole load does, which so draws as many random numbers before LoRA does
+        if head.bias is not None:
+            nn.init.zeros_(head.bias)
+    read_weights(head, torch.device("cpu"))  # small, and heads for groups start as copies of it
     if not is_reward:
         with torch.no_grad():
             noise = normal(head.weight.numel(), seed, "reward head").view_as(head.weight)
@@ -190,17 +198,8 @@ def _prepare(model: Any, gradient_checkpointing: bool, compile: bool) -> PreTrai
         new = "activation_checkpointing_enable"  # the name since transformers 5.24
         getattr(model, new, model.gradient_checkpointing_enable)({"use_reentrant": False})
     if compile:
-        # the runs are a Python list, new in every batch, that a compiled graph cannot hold
-        AttentionInterface.register(GROUP_SDPA, torch.compiler.disable(group_sdpa))
-        for layer in decoder_layers(model):
-            layer.compile(dynamic=True)
+        compile_layers(model)
     return model.train()
-
-
-def decoder_layers(model: Any) -> list[torch.nn.Module]:
-    """Return the decoder layers of a model."""
-    names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def load_config(name: str, dropout: float = 0.0) -> Any:
@@ -236,26 +235,35 @@ def _load_weights(kind: Any, name: str, new: set[str], config: Any, dtype: str, 
             f"{name} holds quantized weights (quant_method={getattr(method, 'value', method)}); give the model in full "
             "precision, adapter=qlora quantizes it"
         )
+    options = {"dtype": _dtype(dtype), "attn_implementation": attention}
+    if is_wanted() and not adapters:
+        model = _load(without_weights, base, kind=kind, new=new, config=config, **options)
+        if model is not None:
+            return _named(model, name)
     replaced = {weight for adapter in adapters for weight in saved_modules(adapter)}
     model, info = _load(
         kind.from_pretrained,
         base,
         config=config,
-        dtype=_dtype(dtype),
-        attn_implementation=attention,
         use_safetensors=True,
         output_loading_info=True,
+        **options,
     )
     if missing := sorted(set(info["missing_keys"]) - new - replaced):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(f"{base} is incomplete: its weights lack {', '.join(missing[:3])}{more}")
     for adapter in reversed(adapters):
         model = merge_adapter(model, adapter)
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(GROUP_SDPA)
     place = Path(holder(name, "generation_config.json"))
     if adapters and model.can_generate() and (place / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(place)
+    return _named(model, name)
+
+
+def _named(model: Any, name: str) -> Any:
+    """Return the model with our attention and the name it was loaded by."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(GROUP_SDPA)
     # the base of an adapter that this run exports
     model.name_or_path = model.config._name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
     return model

@@ -1,42 +1,39 @@
-"""What every stage's LightningModule shares: building, optimizer, weighted metrics, the NaN guard."""
+"""What every stage's LightningModule shares: building, packing, the optimizer."""
 
 from __future__ import annotations
 
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
-from torch.nn.utils import clip_grad_value_
+from torch import nn
 from torch.optim import Optimizer
 
 from rlhf_lightning.data.base import RowData
 from rlhf_lightning.data.checks import check_rows
-from rlhf_lightning.distributed import data_ranks
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Engine
-from rlhf_lightning.models.adapters import export_lora, load_with_lora
-from rlhf_lightning.models.completion import choose_layout, vocabulary_size
-from rlhf_lightning.models.sharding import by_mesh, shard, total_norm, whole_state
-from rlhf_lightning.modules.trainer import TrainerHooks
+from rlhf_lightning.models.adapters import export_lora, load_model
+from rlhf_lightning.models.completion import choose_layout, unwrap, vocabulary_size
+from rlhf_lightning.models.sharding import by_mesh, run_inside, shard, whole_state
+from rlhf_lightning.modules.tracking import Tracking
 from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList, Layout
-from rlhf_lightning.ops.ranking import pairs_in_order
-from rlhf_lightning.ops.statistics import share_interval
+from rlhf_lightning.ops.transfer import pinned
 
 log = logging.getLogger(__name__)
 # packing in the module is on purpose: the layout is the model's, whoever loads the data
-warnings.filterwarnings("ignore", ".*overridden `on_before_batch_transfer` in `LightningModule`.*")
+warnings.filterwarnings("ignore", ".*overridden `(on_before|transfer)_batch_.*` in `LightningModule`.*")
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 MakeSchedule = Callable[[Optimizer, Any], Any]
 
 
-class StageModule(TrainerHooks):
+class StageModule(Tracking):
     """A stage of RLHF: loads its model in `configure_model`, steps one optimizer, logs weighted means.
 
     A loader may yield lists of :class:`Group`, a :class:`GroupList`, or a packed :class:`GroupBatch`.
@@ -62,20 +59,12 @@ class StageModule(TrainerHooks):
         self.load, self.make_optimizer, self.make_schedule = load, optimizer, schedule
         self.lora = lora
         self.layout: Layout = "packed"
-        self.validated_at = -1  # the update after which validation last ran
         self.phase = ""  # what a long training step is doing now, for the progress bar
-        self.repeated = False  # whether this validation batch only fills up the number of batches of this rank
-        self._sums: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
-        self._pairs: list[Tensor] = []  # of held-out pairs: row, batch, group in the batch, whether they are in order
 
-    def build(self) -> Any:
-        """Return the loaded model, with LoRA layers where configured, and choose the layout of its batches."""
-        model = load_with_lora(self.load, self.lora)
-        with self.run_precision():
-            self.layout, reason = choose_layout(model)
-        if reason:
-            log.warning("prompts are not shared and rows are padded for this model: %s", reason)
-        return model
+    def build(self, load: Callable[[], nn.Module] | None = None) -> Any:
+        """Return a model for :meth:`split`: that of `load`, else the one to train, with LoRA where configured."""
+        defer = self.device_mesh is not None
+        return load_model(load, None, defer) if load else load_model(self.load, self.lora, defer)
 
     def run_precision(self) -> Any:
         """Return the context in which the Trainer computes, autocast for mixed precision."""
@@ -87,16 +76,9 @@ class StageModule(TrainerHooks):
     def on_fit_start(self) -> None:
         """Check the rows before the first step: a wrong mask or tokenizer would otherwise show only in the result."""
         self.prepared = True
+        self._losses.clear()  # of a step that an earlier fit did not finish
         if isinstance(self.data, RowData):
             check_rows(self.data, self.vocabulary)
-
-    @property
-    def data(self) -> Any:
-        """The Trainer's data module, or None when there is none."""
-        try:
-            return getattr(self.trainer, "datamodule", None)
-        except RuntimeError:  # not attached to a Trainer
-            return None
 
     @property
     def vocabulary(self) -> int:
@@ -112,7 +94,14 @@ class StageModule(TrainerHooks):
             if self.layout == "padded" and not batch.padded:
                 raise UserError("this model needs padded rows: let the loader yield lists of Group (collate_fn=list)")
             return batch
+        if isinstance(batch, GroupList) and batch.packed is not None:
+            return batch.packed
         return self.group_list(batch).pack(self.layout)
+
+    def pack_ahead(self, batch: GroupList) -> GroupList:
+        """Return the groups of a batch with their packed batch, ready to be copied to the device."""
+        batch.packed = pinned(self.pack(batch), self.device)
+        return batch
 
     def group_list(self, batch: Any) -> GroupList:
         """Return the groups of a batch.
@@ -147,10 +136,23 @@ class StageModule(TrainerHooks):
                 raise UserError(f"{place} the token id {worst}, but the model has {self.vocabulary} ids")
         return batch if ours else GroupList(groups)
 
-    def split(self, model: Any) -> Any:
-        """Return `model`, a CompletionModel or ScalarModel, sharded across devices where the strategy asks for it."""
-        if self.device_mesh is not None:
-            shard(model, self.device_mesh)
+    def split(self, model: Any, frozen: bool = False) -> Any:
+        """Return `model`, a CompletionModel or ScalarModel, sharded across devices where the strategy asks for it.
+
+        Models that are trained choose the layout of the batches: one that all of them compute correctly.
+
+        Args:
+            frozen: it is not trained.
+        """
+        with self.run_precision():
+            if self.device_mesh is not None:
+                if not frozen:  # Lightning does it after the model's first pass, which is too late
+                    self.trainer.precision_plugin.convert_module(model)
+                shard(model, self.device_mesh, frozen)
+            layout, reason = (self.layout, None) if frozen else run_inside(model, choose_layout, model.decoder)
+        if layout == "padded" != self.layout:
+            self.layout = "padded"
+            log.warning("prompts are not shared and rows are padded for this model: %s", reason)
         return model
 
     def export_model(self) -> Any:
@@ -164,8 +166,9 @@ class StageModule(TrainerHooks):
         weights = whole_state(model)
         if not self.trainer.is_global_zero:
             return None
-        whole = load_with_lora(self.load, self.lora)
-        whole.load_state_dict(weights)
+        whole = self.build()
+        whole.load_state_dict(weights, assign=True)
+        unwrap(whole).tie_weights()
         return export_lora(whole)
 
     def trained_model(self) -> Any:
@@ -233,160 +236,6 @@ class StageModule(TrainerHooks):
             return optimizer
         schedule = self.make_schedule(optimizer, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    @property
-    def data_ranks(self) -> int:
-        """The number of ranks that read different rows."""
-        return data_ranks(self.trainer)[1]
-
-    def reduce(self, values: Tensor, op: str = "sum") -> Tensor:
-        """Return the sum (or "min", "max") of a small tensor over the ranks that read different rows."""
-        if self.trainer.world_size == 1:
-            return values
-        group = self.device_mesh["data_parallel"].get_group() if self.device_mesh is not None else None
-        return self.trainer.strategy.reduce(values.to(self.device), group, reduce_op=op).to(values.device)
-
-    # ---- metrics ---------------------------------------------------------------------------------------------------
-
-    def track(self, split: str, weight: Tensor | float, **sums: Tensor) -> None:
-        """Add sums over `weight` items to the running means of `split`; those of a repeated batch count nothing."""
-        means = self._sums.setdefault(split, {})
-        for name, value in sums.items():
-            value = value.detach().double()
-            added = torch.as_tensor(weight, dtype=torch.float64, device=value.device)
-            if self.repeated:
-                value, added = torch.zeros_like(value), torch.zeros_like(added)
-            total, count = means.get(name, (torch.zeros_like(value), torch.zeros_like(added)))
-            means[name] = (total + value, count + added)
-
-    def track_pairs(self, split: str, batch: GroupBatch, better: Tensor, gaps: Tensor) -> None:
-        """Track accuracy and margin of pairs (P,): their better responses and how far these score higher."""
-        correct = pairs_in_order(gaps.detach())
-        self.track(split, len(gaps), accuracy=correct.sum(), margin=gaps.sum())
-        if split == "val":
-            groups = batch.group_of[better]
-            number = torch.full_like(groups, len(self._pairs))
-            pairs = torch.stack([batch.index[groups], number, groups, correct], 1)
-            self._pairs.append(pairs[:0] if self.repeated else pairs)
-
-    def pair_interval(self) -> tuple[float, float]:
-        """Return the 95% interval of the accuracy over the held-out pairs of all ranks, and forget them.
-
-        The pairs of one prompt are not independent, whether they come from one ranking or from several rows.
-        """
-        pairs, self._pairs = torch.cat(self._pairs), []
-        outcomes: list[float] = []
-        prompts: list[Any] = []
-        for rank, part in enumerate(self.gather(pairs)):
-            for row, *place, correct in part.tolist():
-                known = row >= 0 and isinstance(self.data, RowData)
-                prompts.append(tuple(self.data.rows["val"][int(row)].prompt) if known else (rank, *place))
-                outcomes.append(correct)
-        _, low, high = share_interval(outcomes, prompts)
-        return low, high
-
-    def gather(self, values: Tensor) -> list[Tensor]:
-        """Return `values` (N, ...) of every rank that reads different rows; N may differ between ranks."""
-        if self.trainer.world_size == 1:
-            return [values]
-        group = self.device_mesh["data_parallel"].get_group() if self.device_mesh is not None else None
-
-        def everywhere(mine: Tensor) -> list[Tensor]:
-            parts = [torch.empty_like(mine) for _ in range(self.data_ranks)]
-            torch.distributed.all_gather(parts, mine, group)
-            return parts
-
-        counts = torch.cat(everywhere(torch.tensor([len(values)], device=self.device))).tolist()
-        padded = torch.zeros(max(counts), *values.shape[1:], dtype=values.dtype, device=self.device)
-        padded[: len(values)] = values
-        return [part[:count] for part, count in zip(everywhere(padded), counts, strict=True)]
-
-    def reduced(self, split: str) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the means of `split` over all ranks and the number of items of each, and reset them."""
-        sums = self._sums.pop(split, {})
-        if not sums:
-            return {}, {}
-        table = self.reduce(torch.stack([torch.stack(pair) for pair in sums.values()]).to(self.device))
-        totals, counts = table.T.tolist()
-        means = {name: total / max(count, 1) for name, total, count in zip(sums, totals, counts, strict=True)}
-        return means, dict(zip(sums, counts, strict=True))
-
-    def flush(self, split: str) -> dict[str, float]:
-        """Log and return the means of `split`; a held-out accuracy comes with its 95% interval.
-
-        Under `Trainer.test` those of "val" are logged as test/... .
-        """
-        if split == "val" and not self.trainer.testing:
-            self.validated_at = self.trainer.global_step
-        means, _ = self.reduced(split)
-        if split == "val" and "accuracy" in means:
-            low, high = self.pair_interval()
-            means |= {"accuracy_low": low, "accuracy_high": high} if math.isfinite(low) else {}
-        shown = "test" if self.trainer.testing else split
-        means = {f"{shown}/{name}": value for name, value in means.items()}
-        self.log_dict(means, sync_dist=split == "val")  # equal on all ranks already; without it Lightning warns
-        return means
-
-    def clip(self, limit: float | None, parameters: Iterable[nn.Parameter] | None = None) -> Tensor:
-        """Scale the gradients to a total norm of at most `limit` (None or 0: do not clip); return the norm before.
-
-        Lightning's own clipping refuses fused optimizers under mixed precision, and the norm is logged anyway.
-
-        Args:
-            parameters: those whose gradients are clipped together; None is all of the module's.
-        """
-        given = self.parameters() if parameters is None else parameters
-        gradients = [p.grad for p in given if p.grad is not None]
-        if not gradients:
-            return torch.zeros(())
-        norm = total_norm(gradients)
-        if not torch.isfinite(norm):
-            raise UserError(
-                f"the gradient is not finite at step {self.global_step}; lower optimizer.lr, or look at the data and "
-                "the reward"
-            )
-        if limit and limit > 0:
-            factor = limit / (norm.item() + 1e-6)
-            for tensors in by_mesh(gradients) if factor < 1 else []:
-                torch._foreach_mul_(tensors, factor)  # pyright: ignore[reportPrivateImportUsage]
-        return norm
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        by_value = gradient_clip_algorithm == "value"
-        norm = self.clip(None if by_value else gradient_clip_val)
-        if by_value and gradient_clip_val:
-            clip_grad_value_(self.parameters(), gradient_clip_val)
-        self.log_dict({"optim/grad_norm": norm, "optim/lr": optimizer.param_groups[0]["lr"]})
-        self.flush("train")
-
-    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.repeated = batch.per_group == 0
-
-    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.repeated = False
-
-    def on_validation_epoch_end(self) -> None:
-        if self.trainer.sanity_checking:
-            self._sums.pop("val", None)
-            self._pairs.clear()
-            return
-        self.flush("val")
-
-    def checked(self, loss: Tensor, batch: GroupBatch) -> Tensor:
-        """Return `loss`, or raise a UserError with the step and the rows when it is not finite."""
-        if not torch.isfinite(loss):
-            rows = batch.index.tolist()
-            places = self.data.where("train", rows) if isinstance(self.data, RowData) else f"rows {rows}"
-            raise UserError(
-                f"the loss is {loss.item()} at step {self.global_step}, in {places}; lower optimizer.lr, or look at "
-                "these rows"
-            )
-        return loss
 
 
 def decay_groups(module: nn.Module, **options: Any) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from rlhf_lightning.files import atomic_path
 from rlhf_lightning.models.completion import CompletionModel, response_logprobs
 from rlhf_lightning.models.frozen import Frozen
 from rlhf_lightning.ops.groups import GroupBatch, Layout
+from rlhf_lightning.ops.ranking import count_each
 
 ROWS = 2048  # whose responses are read at a time
 
@@ -49,10 +50,10 @@ class CachedReference:
 
     def __call__(self, batch: GroupBatch, split: str) -> Tensor:
         """Return log pi_ref of each response (S,), summed over its tokens in the loss mask."""
-        sizes = torch.bincount(batch.group_of, minlength=batch.groups)
+        sizes = count_each(batch.group_of, batch.groups)
         place = torch.arange(batch.sequences, device=sizes.device) - (sizes.cumsum(0) - sizes)[batch.group_of]
-        rows = batch.index[batch.group_of].cpu()
-        return self.tables[split][rows, place.cpu()].to(batch.last.device)
+        table = self.tables[split] = self.tables[split].to(sizes.device)  # stays there
+        return table[batch.index[batch.group_of], place]
 
 
 def _compute(reference: Frozen[CompletionModel], data: RowData, split: str, layout: Layout) -> np.ndarray:

@@ -20,7 +20,7 @@ from rlhf_lightning.modules.responses import sampled_responses
 from rlhf_lightning.ops.groups import GroupBatch
 from rlhf_lightning.ops.logprobs import sequence_sum
 from rlhf_lightning.ops.losses import PREFERENCE_LOSSES, PreferenceLoss, preference_loss
-from rlhf_lightning.ops.ranking import ranked_pairs
+from rlhf_lightning.ops.ranking import count_each
 
 REFERENCES = ("auto", "live", "cached", "adapter_off")
 BETAS: dict[PreferenceLoss, float] = {"sigmoid": 0.1, "robust": 0.1, "ipo": 0.5, "simpo": 2.0}
@@ -101,7 +101,7 @@ class DPO(StageModule):
         if not hasattr(self, "policy"):
             self.policy = self.split(CompletionModel(self.build()))
             if self.reference_kind == "live":
-                self.reference = Frozen(self.split(CompletionModel(self.load())))
+                self.reference = Frozen(self.split(CompletionModel(self.build(self.load)), frozen=True))
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -149,9 +149,9 @@ class DPO(StageModule):
             self.check_reference(summed / batch.lengths, reference / batch.lengths)
         scale = batch.lengths.to(summed.dtype) if self.averaged else 1.0
         ratios = (summed - reference) / scale
-        better, worse = ranked_pairs(batch.ranks, batch.group_of)
+        better, worse = batch.better, batch.worse
         group = batch.group_of[better]
-        pairs = torch.bincount(group, minlength=batch.groups).clamp_min(1)
+        pairs = count_each(group, batch.groups).clamp_min(1)
         losses = preference_loss(
             ratios[better] - ratios[worse],
             self.beta,
@@ -166,12 +166,13 @@ class DPO(StageModule):
         gaps = rewards[better] - rewards[worse]
         self.track(split, batch.groups, loss=losses.sum())
         self.track_pairs(split, batch, better, gaps)
-        self.track(split, best.sum(), chosen_reward=rewards[best].sum(), chosen_logprob=summed[best].sum())
-        self.track(split, (~best).sum(), rejected_reward=rewards[~best].sum(), rejected_logprob=summed[~best].sum())
+        for name, kept in (("chosen", best), ("rejected", ~best)):
+            sums = {f"{name}_reward": rewards, f"{name}_logprob": summed}
+            self.track(split, kept.sum(), **{key: values.where(kept, 0.0).sum() for key, values in sums.items()})
         if self.sft_coef:
-            mean = summed / batch.lengths
-            firsts = torch.bincount(batch.group_of[best], minlength=batch.groups)
-            nll = -losses.new_zeros(batch.groups).index_add(0, batch.group_of[best], mean[best]) / firsts
+            mean = (summed / batch.lengths).where(best, 0.0)
+            firsts = torch.zeros_like(losses).index_add(0, batch.group_of, best.to(losses.dtype))
+            nll = -losses.new_zeros(batch.groups).index_add(0, batch.group_of, mean) / firsts
             losses = losses + self.sft_coef * nll
         return losses
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -14,115 +14,22 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from rlhf_lightning.data.template import Template
-from rlhf_lightning.distributed import data_ranks
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.generation.answers import Answers, answer, start
 from rlhf_lightning.generation.engine import Engine, truncation
-from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.models.adapters import adapter_off
 from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.models.frozen import Frozen
 from rlhf_lightning.models.sharding import max_over_ranks
-from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, StageModule, decay_groups
-from rlhf_lightning.modules.invariants import apart, is_exact
+from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, decay_groups
+from rlhf_lightning.modules.generating import Generating
+from rlhf_lightning.modules.invariants import apart, engine_difference, is_exact
 from rlhf_lightning.modules.rollout import Rollout
 from rlhf_lightning.ops.advantages import moments
 from rlhf_lightning.ops.groups import GroupBatch, GroupList
+from rlhf_lightning.ops.seeding import permutation
 from rlhf_lightning.ops.statistics import RunningMoments
-from rlhf_lightning.rewards.scoring import Reward, score_groups, to_device
-
-
-class Generating(StageModule):
-    """A stage whose policy answers prompts: engine, template and options of generation.
-
-    Args:
-        engine: generates responses; None is a :class:`LocalEngine`.
-        template: decodes responses and names EOS tokens; None takes the data module's.
-        num_generations: responses per prompt.
-        max_new_tokens, temperature: of generation.
-        seed: with iteration, row and generation number it decides every sampled token.
-        Others: see :class:`StageModule`.
-    """
-
-    policy: CompletionModel | None
-    min_responses = 0
-
-    def __init__(
-        self,
-        load: Callable[[], nn.Module],
-        optimizer: MakeOptimizer,
-        schedule: MakeSchedule | None = None,
-        lora: dict[str, Any] | None = None,
-        *,
-        engine: Engine | None = None,
-        template: Template | None = None,
-        num_generations: int = 1,
-        max_new_tokens: int = 64,
-        temperature: float = 1.0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(load, optimizer, schedule, lora)
-        self.engine: Engine = LocalEngine() if engine is None else engine
-        self.given_template, self.started = template, False
-        self.num_generations, self.max_new_tokens, self.temperature = num_generations, max_new_tokens, temperature
-        self.seed = seed
-
-    @property
-    def template(self) -> Template:
-        """The template that was given, else the data module's."""
-        template = self.given_template or getattr(self.data, "template", None)
-        if template is None:
-            raise UserError(
-                f"{type(self).__name__}(template=Template(tokenizer)) is needed: the data module has no template"
-            )
-        return template
-
-    def pack(self, batch: Any) -> GroupList:
-        """Return a batch of prompts, and in its `ptx` the demonstrations mixed in, as groups."""
-        prompts = self.group_list(batch)
-        if isinstance(prompts.ptx, GroupBatch):
-            raise UserError("the demonstrations in ptx are spread over updates: give them as groups, not packed")
-        if prompts.ptx is not None:
-            prompts.ptx = super().group_list(prompts.ptx)
-        return prompts
-
-    def group_list(self, batch: Any) -> GroupList:
-        prompts = super().group_list(batch)
-        if any(group.index < 0 for group in prompts.groups):  # of a user's loader: each needs its own random numbers
-            rank, world_size = data_ranks(self.trainer)
-            numbers = range(rank, rank + world_size * len(prompts), world_size)
-            groups = [replace(group, index=number) for group, number in zip(prompts.groups, numbers, strict=True)]
-            return GroupList(groups, ptx=prompts.ptx)
-        return prompts
-
-    def generate(
-        self, prompts: GroupList, n: int, seed_parts: tuple[int | str, ...], **scorers: Reward | None
-    ) -> Answers:
-        """Return n responses of the policy to every prompt, with the scores of each reward that is given."""
-        assert self.policy is not None
-        if not self.started:
-            start(self.engine, self.policy.lm, self.template)
-            self.started = True
-        return answer(
-            self.engine,
-            self.template,
-            prompts.groups,
-            n,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            seed_parts=(self.seed, *seed_parts),
-            scorers={name: partial(self.scores, reward) for name, reward in scorers.items() if reward is not None},
-            mesh=self.device_mesh,
-        )
-
-    def scores(self, reward: Reward, *texts: Any) -> dict[str, Tensor]:
-        """Return the scores of responses, see :func:`score_groups`."""
-        return score_groups(reward, *texts)
-
-    def teardown(self, stage: str) -> None:
-        if self.started:
-            self.engine.close()
-            self.started = False
+from rlhf_lightning.ops.transfer import numbers
+from rlhf_lightning.rewards.scoring import Reward, to_device
 
 
 class Online(Generating):
@@ -194,7 +101,7 @@ class Online(Generating):
             return
         self.policy = self.split(self.build_policy())
         if self.lora is None:
-            self.reference = Frozen(self.split(CompletionModel(self.load())))
+            self.reference = Frozen(self.split(CompletionModel(self.build(self.load)), frozen=True))
 
     def build_policy(self) -> CompletionModel:
         """Return the policy, not yet sharded."""
@@ -242,6 +149,8 @@ class Online(Generating):
         n = self.num_generations if split == "train" else 1
         parts = (split, self.iteration if split == "train" else 0)
         answers = self.generate(prompts, n, parts, reward=self.scorer(n), gold=self.gold)
+        if split == "train":
+            self.engine.sleep()
         rollout = Rollout(
             answers.groups(prompts.groups),
             n,
@@ -254,7 +163,10 @@ class Online(Generating):
             gold=answers.scores.get("gold"),
             texts=answers.texts,
             parts={name: values for name, values in answers.scores.items() if name not in ("reward", "gold")},
+            places=prompts.places if prompts.places is not None else self.strided(len(prompts)),
         )
+        if answers.logprobs is not None:
+            rollout.keep("engine_logprobs", answers.logprobs)
         if split == "train":
             self.last_rollout = rollout
         self.rollout_size = (len(answers.texts), sum(group.tokens for group in rollout.groups))
@@ -330,8 +242,24 @@ class Online(Generating):
             outcome[f"reward/{name.replace('reward_', 'proxy_', 1)}"] = values
         means = {name: self.mean(values.to(self.device).float()) for name, values in outcome.items()}
         spread = self.mean((rollout.scores.to(self.device) - means["reward/proxy"]) ** 2)
+        means |= engine_difference(rollout, self.reduce)
         self.episodes += int(self.reduce(torch.tensor([float(len(rollout.mask))])).item())
         return means | {"reward/proxy_std": math.sqrt(spread), "rollout/episodes": float(self.episodes)}
+
+    def minibatches(self, rollout: Rollout, count: int, *seed_parts: int | str) -> list[list[int]]:
+        """Return which of this rank's prompts are in each of `count` minibatches, the same on any number of ranks.
+
+        Those of all ranks are permuted together; with fewer prompts than `count` there is a minibatch for each.
+        """
+        size = int(self.reduce(torch.tensor([float(max(rollout.places) + 1)]), "max").item())
+        present = torch.zeros(size)
+        present[list(rollout.places)] = 1
+        numbers = (self.reduce(present).cumsum(0) - 1).long()
+        mine = {int(numbers[place]): own for own, place in enumerate(rollout.places)}
+        prompts = int(numbers[-1]) + 1
+        order = permutation(prompts, self.seed, *seed_parts).tolist()
+        parts = min(count, prompts)
+        return [[mine[number] for number in order[part::parts] if number in mine] for part in range(parts)]
 
     def backward_part(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a part of the loss; ranks reduce with the last one, as their numbers of parts differ."""
@@ -341,6 +269,28 @@ class Online(Generating):
         else:
             with strategy.block_backward_sync():
                 self.manual_backward(loss)
+
+    def read_update(
+        self, parts: dict[str, nn.Module], losses: list[Tensor], **measured: Tensor | list[Tensor]
+    ) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Read what an update measured from the device, all at once, before the weights change.
+
+        Args:
+            parts: name of a metric -> the module of whose gradients it is the norm.
+            losses: of the microbatches.
+
+        Returns:
+            The norms, and the numbers of `measured`.
+
+        Raises:
+            UserError: a loss is not finite.
+        """
+        norms = [self.gradient_norm(part.parameters()) for part in parts.values()]
+        read = numbers(norms=norms, losses=losses, **measured)
+        for loss in read["losses"]:
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} in iteration {self.iteration}; lower optimizer.lr")
+        return dict(zip(parts, read["norms"], strict=True)), read
 
     @torch.no_grad()
     def validation_step(self, batch: GroupList, batch_idx: int) -> None:

@@ -22,8 +22,8 @@ from rlhf_lightning.modules.rollout import Rollout, matched_microbatches
 from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList
 from rlhf_lightning.ops.logprobs import sequence_sum
 from rlhf_lightning.ops.losses import preference_loss
-from rlhf_lightning.ops.ranking import pairs_in_order, ranked_pairs, text_ranks
-from rlhf_lightning.ops.seeding import permutation
+from rlhf_lightning.ops.ranking import count_each, pairs_in_order, text_ranks
+from rlhf_lightning.ops.transfer import send
 from rlhf_lightning.rewards.pairwise import WinRate, compares
 from rlhf_lightning.rewards.scoring import Reward
 
@@ -180,12 +180,9 @@ class OnlineDPO(Online):
         self.phase = "updating the policy"
         optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
-        order = permutation(len(preferences.groups), self.seed, "online_dpo", self.iteration).tolist()
-        # as many as the rank with the fewest prompts can fill: the ranks update together
-        parts = min(self.num_minibatches, int(self.reduce(torch.tensor([float(len(order))]), "min").item()))
         norms: list[float] = []
-        for part in range(parts):
-            norms.append(self.minibatch(rollout, preferences, order[part::parts], optimizer, first=not part))
+        for places in self.minibatches(rollout, self.num_minibatches, "online_dpo", self.iteration):
+            norms.append(self.minibatch(rollout, preferences, places, optimizer, first=not norms))
             if schedule is not None:
                 schedule.step()
         means, _ = self.reduced("update")
@@ -208,18 +205,18 @@ class OnlineDPO(Online):
                 preferences.groups, compared, self.microbatch_tokens, self.layout, lambda n: max(rollout.rounds(n), 1)
             )
         )
+        losses: list[Tensor] = []
         for number, (members, batch, is_real) in enumerate(microbatches, start=1):
             reference, scores = (
                 torch.cat([of[m] for m in members]) for of in (preferences.reference, preferences.scores)
             )
-            losses = self.losses(batch.to(self.device), reference, scores, is_real, first)
-            loss = losses.sum() * (self.data_ranks / prompts * float(is_real))
-            if not torch.isfinite(loss):
-                raise UserError(f"the loss is {loss.item()} in iteration {self.iteration}; lower optimizer.lr")
-            self.backward_part(loss, last=number == len(microbatches))
-        norm = self.clip(self.max_grad_norm, self.policy.lm.parameters()).item()
+            of_groups = self.losses(send(batch, self.device), reference, scores, is_real, first)
+            losses.append(of_groups.sum() * (self.data_ranks / prompts * float(is_real)))
+            self.backward_part(losses[-1], last=number == len(microbatches))
+        norms, _ = self.read_update({"optim/grad_norm": self.policy.lm}, losses)
+        self.clip(norms["optim/grad_norm"], self.max_grad_norm, self.policy.lm.parameters())
         optimizer.step()
-        return norm
+        return norms["optim/grad_norm"]
 
     def losses(
         self, batch: GroupBatch, reference: Tensor, scores: Tensor, is_real: bool = True, first: bool = False
@@ -237,9 +234,9 @@ class OnlineDPO(Online):
         if first and self.iteration == 0:
             self.check_start(logprobs / batch.lengths, reference / batch.lengths)
         ratios = (logprobs - reference) / (batch.lengths if self.loss == "ipo" else 1.0)
-        better, worse = ranked_pairs(batch.ranks, batch.group_of)
+        better, worse = batch.better, batch.worse
         group = batch.group_of[better]
-        pairs = torch.bincount(group, minlength=batch.groups).clamp_min(1)
+        pairs = count_each(group, batch.groups).clamp_min(1)
         label = self.probability(scores[better] - scores[worse]) if self.labels == "soft" else 1.0
         each = preference_loss(ratios[better] - ratios[worse], self.beta, self.loss, label)
         losses = logprobs.new_zeros(batch.groups).index_add(0, group, each) / pairs

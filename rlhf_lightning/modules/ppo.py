@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from rlhf_lightning.data.template import Template
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Engine
-from rlhf_lightning.models.completion import CompletionModel, ScalarModel, choose_layout
+from rlhf_lightning.models.completion import CompletionModel, ScalarModel
 from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, decay_groups
-from rlhf_lightning.modules.invariants import apart, is_exact
+from rlhf_lightning.modules.invariants import difference, exceeds_rounding, is_exact
 from rlhf_lightning.modules.online import Online
 from rlhf_lightning.modules.options import Estimator, KLIn, check_options
 from rlhf_lightning.modules.rollout import Rollout, matched_microbatches
@@ -22,7 +22,7 @@ from rlhf_lightning.ops.advantages import discounted_returns, explained_variance
 from rlhf_lightning.ops.groups import Group, GroupBatch, GroupList
 from rlhf_lightning.ops.kl import KLController, KLEstimator, kl_estimate, token_rewards
 from rlhf_lightning.ops.losses import LossType, ppo_policy_loss, ppo_value_loss, response_weights
-from rlhf_lightning.ops.seeding import permutation
+from rlhf_lightning.ops.transfer import send
 from rlhf_lightning.rewards.scoring import Reward
 
 VALUE_HEAD_LR, CRITIC_LR = 1e-3, 1e-5
@@ -138,10 +138,7 @@ class PPO(Online):
         super().configure_model()
         self.critic = None
         if self.estimator == "gae" and self.load_critic is not None:
-            critic: Any = self.load_critic()
-            if choose_layout(critic)[0] == "padded":  # which the policy computes correctly as well
-                self.layout = "padded"
-            self.critic = self.split(ScalarModel(critic))
+            self.critic = self.split(ScalarModel(self.build(self.load_critic)))
 
     def build_policy(self) -> CompletionModel:
         """Return the policy, with a value head where the critic is not a separate model."""
@@ -233,18 +230,17 @@ class PPO(Online):
         rows: list[dict[str, float]] = []
         ratio_min, ratio_max = 1.0, 1.0
         epochs = 0
-        # as many as the rank with the fewest prompts can fill: the ranks update together
-        parts = min(self.num_minibatches, int(self.reduce(torch.tensor([float(len(rollout.groups))]), "min").item()))
         for epoch in range(self.ppo_epochs):
-            order = permutation(len(rollout.groups), self.seed, "ppo", self.iteration, epoch).tolist()
+            minibatches = self.minibatches(rollout, self.num_minibatches, "ppo", self.iteration, epoch)
             epoch_kl = 0.0
-            for part in range(parts):
-                mix = slice_of(len(ptx), len(rows), self.ppo_epochs * parts) if self.ptx_coef else range(0)
-                metrics, ratios = self.minibatch(rollout, order[part::parts], ptx, mix, optimizer, first=not rows)
+            for places in minibatches:
+                updates = self.ppo_epochs * len(minibatches)
+                mix = slice_of(len(ptx), len(rows), updates) if self.ptx_coef else range(0)
+                metrics, ratios = self.minibatch(rollout, places, ptx, mix, optimizer, first=not rows)
                 if schedule is not None:
                     schedule.step()
                 rows.append(metrics)
-                epoch_kl += metrics["kl/old"] / parts
+                epoch_kl += metrics["kl/old"] / len(minibatches)
                 ratio_min, ratio_max = min(ratio_min, ratios[0]), max(ratio_max, ratios[1])
             epochs += 1
             if self.target_kl is not None and epoch_kl > self.target_kl:
@@ -269,66 +265,75 @@ class PPO(Online):
         Returns:
             Its metrics and the range of pi / pi_old.
         """
-        lengths = rollout.mask.sum(1)
+        lengths = rollout.lengths
         mine = lengths[rollout.rows(places)]
         sizes = [mine.sum(), len(mine), 0 if self.only_critic else sum(ptx[i].loss_tokens for i in mix)]
         count, responses, demonstrated = self.reduce(torch.tensor([float(size) for size in sizes])).tolist()
         weights = response_weights(lengths, self.loss_type, count, responses, self.max_new_tokens) * self.data_ranks
+        weights = send(weights[:, None].expand(rollout.mask.shape).flatten(), self.device)
         optimizer.zero_grad()
-        mixed = {"policy/ptx_loss": self.pretraining_mix(rollout, ptx, mix, demonstrated)} if demonstrated else {}
         totals: dict[str, Tensor] = {}
-        ratio_min, ratio_max = 1.0, 1.0
+        ptx_loss = self.pretraining_mix(rollout, ptx, mix, demonstrated) if demonstrated else None
+        losses: list[Tensor] = []
+        gaps: list[Tensor] = []
+        ratios: list[Tensor] = []
         microbatches = list(rollout.microbatches(places))
-        for number, (rows, batch, is_real) in enumerate(microbatches, start=1):
-            terms, ratio = self.token_losses(rollout, rows, batch, first)
+        for number, (cells, batch, is_real) in enumerate(microbatches, start=1):
+            terms, logprobs, old = self.token_losses(rollout, cells, batch)
             last = number == len(microbatches)
             if not is_real:  # a dummy forward and backward pass to match collectives
-                self.backward_part(terms["loss"].sum() * 0.0, last)
+                self.backward_part(terms.pop("loss").sum() * 0.0, last)
+                totals = {name: torch.zeros((), device=self.device) for name in terms} | totals
                 continue
-            ratio_min, ratio_max = min(ratio_min, ratio.min().item()), max(ratio_max, ratio.max().item())
-            loss = (terms.pop("loss") * weights[rows].repeat_interleave(lengths[rows])).sum()
-            if not torch.isfinite(loss):
-                raise UserError(f"the loss is {loss.item()} in iteration {self.iteration}; lower optimizer.lr")
-            self.backward_part(loss, last)
+            if first:
+                gaps.append(difference(logprobs, old, self.is_exact))
+            ratios.append(torch.stack((logprobs - old).exp().aminmax()))
+            losses.append((terms.pop("loss") * weights[cells]).sum())
+            self.backward_part(losses[-1], last)
             for name, values in terms.items():
                 totals[name] = totals.get(name, torch.zeros((), device=self.device)) + values.detach().sum()
-        means = self.reduce(torch.stack(list(totals.values())).float()) / count
-        metrics = mixed | dict(zip(totals, means.tolist(), strict=True)) | self.clip_gradients_apart()
-        optimizer.step()
-        return metrics, (ratio_min, ratio_max)
-
-    def pretraining_mix(self, rollout: Rollout, ptx: list[Group], mix: range, tokens: float) -> float:
-        """Add the gradient of the loss on demonstrations, the mean over their `tokens` of all ranks, and return it."""
-        total = torch.zeros((), device=self.device)
-        for _, batch, is_real in matched_microbatches(ptx, mix, self.microbatch_tokens, self.layout, rollout.rounds):
-            loss = -self.policy(batch.to(self.device)).logprobs.sum() / tokens * float(is_real)
-            self.backward_part(self.ptx_coef * self.data_ranks * loss, last=False)
-            total += loss.detach()
-        return self.reduce(total[None]).item()
-
-    def clip_gradients_apart(self) -> dict[str, float]:
-        """Clip the gradients of the policy and of the critic to `max_grad_norm` each; return the norms before."""
         if self.only_critic:  # without a gradient the optimizer passes over them
             for parameter in self.policy.lm.parameters():
                 parameter.grad = None
-        norms = {"optim/grad_norm": self.clip(self.max_grad_norm, self.policy.lm.parameters()).item()}
+        parts: dict[str, nn.Module] = {"optim/grad_norm": self.policy.lm}
         if self.estimator == "gae":
-            norms["optim/critic_grad_norm"] = self.clip(self.max_grad_norm, self.critics.parameters()).item()
-        return norms
+            parts["optim/critic_grad_norm"] = self.critics
+        if ptx_loss is not None:
+            totals["policy/ptx_loss"] = ptx_loss * count
+        means = self.reduce(torch.stack(list(totals.values())).float()) / count
+        norms, read = self.read_update(parts, losses, means=means, gaps=gaps, ratios=ratios)
+        for gap in read["gaps"]:
+            self.check_first_ratio(gap)
+        for name, part in parts.items():
+            self.clip(norms[name], self.max_grad_norm, part.parameters())
+        optimizer.step()
+        metrics = dict(zip(totals, read["means"], strict=True)) | norms
+        return metrics, (min([1.0, *read["ratios"]]), max([1.0, *read["ratios"]]))
+
+    def pretraining_mix(self, rollout: Rollout, ptx: list[Group], mix: range, tokens: float) -> Tensor:
+        """Add the gradient of the loss on demonstrations, the mean over their `tokens` of all ranks.
+
+        Returns:
+            This rank's part of that loss.
+        """
+        total = torch.zeros((), device=self.device)
+        for _, batch, is_real in matched_microbatches(ptx, mix, self.microbatch_tokens, self.layout, rollout.rounds):
+            loss = -self.policy(send(batch, self.device)).logprobs.sum() / tokens * float(is_real)
+            self.backward_part(self.ptx_coef * self.data_ranks * loss, last=False)
+            total += loss.detach()
+        return total
 
     def token_losses(
-        self, rollout: Rollout, rows: Tensor, batch: GroupBatch, first: bool = False
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the loss and the metrics of each response token (N,), and the ratio pi / pi_old."""
+        self, rollout: Rollout, cells: Tensor, batch: GroupBatch
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Return the loss and the metrics of each response token (N,), log pi and log pi_old."""
         has_head = self.policy.value_head is not None
         learn_entropy = bool(self.entropy_coef)  # else it is only logged
         output = self.policy(batch, self.temperature, entropy=True, values=has_head, entropy_gradient=learn_entropy)
-        old = rollout.flat("old_logprobs", rows)
+        old = rollout.flat("old_logprobs", cells)
         assert output.entropy is not None
-        if first:
-            self.check_first_ratio(output.logprobs, old)
         loss, clipped = ppo_policy_loss(
-            output.logprobs, old, rollout.flat("advantages", rows), self.clip_low, self.clip_high
+            output.logprobs, old, rollout.flat("advantages", cells), self.clip_low, self.clip_high
         )
         terms = {
             "policy/loss": loss,
@@ -339,25 +344,29 @@ class PPO(Online):
         if self.entropy_coef:
             loss = loss - self.entropy_coef * output.entropy
         if self.kl_in == "loss":
-            estimate = kl_estimate(output.logprobs, rollout.flat("ref_logprobs", rows), self.kl_estimator)
+            estimate = kl_estimate(output.logprobs, rollout.flat("ref_logprobs", cells), self.kl_estimator)
             loss = loss + self.kl.beta * estimate
         if self.estimator == "gae":
             values = output.values if has_head else self.critic(batch, at="source")  # type: ignore[misc]
             value_loss, value_clipped = ppo_value_loss(
                 values,  # type: ignore[arg-type]
-                rollout.flat("values", rows),
-                rollout.flat("returns", rows),
+                rollout.flat("values", cells),
+                rollout.flat("returns", cells),
                 rollout.value_clip,
             )
             terms |= {"value/loss": value_loss, "value/clip_fraction": value_clipped.float()}
             # times 0 keeps the policy in the graph, whose gradients ranks wait for
             loss = (0.0 * loss if self.only_critic else loss) + self.vf_coef * value_loss
-        return terms | {"loss": loss}, (output.logprobs - old).detach().exp()
+        return terms | {"loss": loss}, output.logprobs.detach(), old
 
-    def check_first_ratio(self, logprobs: Tensor, old: Tensor) -> None:
+    @property
+    def is_exact(self) -> bool:
+        """Whether log-probabilities are computed in at least float32."""
+        return is_exact(self.policy.lm, self.trainer.precision)
+
+    def check_first_ratio(self, worst: float) -> None:
         """Raise a UserError when the policy that learns is not the one that generated: dropout, mask, temperature."""
-        worst, broken = apart(logprobs, old, is_exact(self.policy.lm, self.trainer.precision))
-        if broken:
+        if exceeds_rounding(worst, self.is_exact):
             raise UserError(
                 f"pi / pi_old differs from 1 by {worst:.2g} before the first update of iteration {self.iteration}; "
                 "switch off dropout (also LoRA's)"

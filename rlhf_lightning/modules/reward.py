@@ -19,7 +19,8 @@ from rlhf_lightning.models.completion import ScalarModel, unwrap
 from rlhf_lightning.models.heads import check_names, with_heads
 from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, StageModule
 from rlhf_lightning.ops.groups import GroupBatch, pack
-from rlhf_lightning.ops.ranking import centering, pairs_in_order, pairwise_ranking, plackett_luce, ranked_pairs
+from rlhf_lightning.ops.ranking import centering, pairs_in_order, pairwise_ranking, plackett_luce
+from rlhf_lightning.ops.transfer import send
 
 
 class RewardModel(StageModule):
@@ -78,21 +79,19 @@ class RewardModel(StageModule):
 
     def losses(self, batch: GroupBatch, split: str) -> Tensor:
         """Return the loss of each group (G,) and track accuracy and scores."""
-        if self.loss == "plackett_luce" and (batch.margins.any() or (batch.labels != 1).any()):
-            raise UserError("reward.loss=plackett_luce uses neither margin nor label; use reward.loss=pairwise")
         heads = self.scorer(batch).view(batch.sequences, -1)
-        weights = self.head_weights(batch, split).to(heads)
+        owners = self.owners(batch, split)
+        weights = self.head_weights(owners).to(heads)
         parts = [self.head_losses(scores, batch) for scores in heads.unbind(1)]
         losses, centers = ((torch.stack(part, 1) * weights).sum(1) for part in zip(*parts, strict=True))
         scores = (heads * weights[batch.group_of]).sum(1)  # by the head of the group that ranked them
         self.track(split, batch.groups, loss=losses.sum())
-        better, worse = ranked_pairs(batch.ranks, batch.group_of)
-        gaps = scores[better] - scores[worse]
-        self.track_pairs(split, batch, better, gaps)
-        self.track_heads(split, batch, heads.double(), better, gaps)
+        gaps = scores[batch.better] - scores[batch.worse]
+        self.track_pairs(split, batch, batch.better, gaps)
+        self.track_heads(split, heads.double(), owners[batch.group_of[batch.better]], gaps)
         best = batch.ranks == 0
-        self.track(split, best.sum(), chosen_score=scores[best].sum())
-        self.track(split, (~best).sum(), rejected_score=scores[~best].sum())
+        self.track(split, best.sum(), chosen_score=scores.where(best, 0.0).sum())
+        self.track(split, (~best).sum(), rejected_score=scores.where(~best, 0.0).sum())
         exact = scores.double()  # exported as mean and deviation, whose difference of squares needs the digits
         self.track(split, len(scores), score_mean=exact.sum(), score_squared=(exact**2).sum())
         if split == "val":
@@ -108,24 +107,31 @@ class RewardModel(StageModule):
         if self.loss == "plackett_luce":
             losses = plackett_luce(scores, batch.ranks, batch.group_of, batch.groups)
         else:
-            losses, _ = pairwise_ranking(scores, batch.ranks, batch.group_of, batch.margins, batch.labels)
+            pairs = (batch.better, batch.worse)
+            losses, _ = pairwise_ranking(scores, batch.ranks, batch.group_of, batch.margins, batch.labels, pairs)
         return losses, centering(scores, batch.group_of, batch.groups) if self.center else losses
 
-    def head_weights(self, batch: GroupBatch, split: str) -> Tensor:
-        """Return how much each head learns from each group (G, H): the head of its annotators all, or all heads alike.
+    def owners(self, batch: GroupBatch, split: str) -> Tensor:
+        """Return the number of the head of each group's annotators (G,), -1 where they are not named.
 
         Raises:
             UserError: annotators of a group that has no head.
         """
-        names = self.groups or [""]
-        weights = torch.full((batch.groups, len(names)), 1.0 / len(names))
-        for place, name in enumerate(batch.annotators if self.groups else ()):
+        names = self.groups or []
+        heads = [-1] * batch.groups
+        for place, name in enumerate(batch.annotators if names else ()):
             if name is not None and name not in names:
                 raise self.no_head(name, int(batch.index[place]), split)
-            if name is not None:
-                weights[place] = 0.0
-                weights[place, names.index(name)] = 1.0
-        return weights
+            heads[place] = -1 if name is None else names.index(name)
+        return send(torch.tensor(heads), batch.last.device)
+
+    def head_weights(self, owners: Tensor) -> Tensor:
+        """Return how much each head learns from each group (G, H): the head of its annotators all, or all heads alike.
+
+        `owners` are those of :meth:`owners`.
+        """
+        heads = torch.arange(len(self.groups or [""]), device=owners.device)
+        return torch.where(owners[:, None] < 0, 1.0 / len(heads), (owners[:, None] == heads).float())
 
     def no_head(self, name: str, row: int, split: str) -> UserError:
         """Return the error that the group `name` of a row has no head."""
@@ -143,14 +149,23 @@ class RewardModel(StageModule):
                     if (name := rows.annotators(row)) is not None and name not in self.groups:
                         raise self.no_head(name, row, split)
 
-    def track_heads(self, split: str, batch: GroupBatch, heads: Tensor, better: Tensor, gaps: Tensor) -> None:
-        """Track the accuracy on the pairs (P,) of each group of annotators, and the scores (S, H) of each head."""
-        correct, owner = pairs_in_order(gaps.detach()), batch.group_of[better].tolist()
+    def track_heads(self, split: str, heads: Tensor, owners: Tensor, gaps: Tensor) -> None:
+        """Track the accuracy on the pairs (P,) of each group of annotators, and the scores (S, H) of each head.
+
+        `owners` (P,) is the head of the group that ranked a pair.
+        """
+        correct = pairs_in_order(gaps.detach())
         for number, name in enumerate(self.groups or ()):
-            mine = correct[torch.tensor([batch.annotators[group] == name for group in owner], dtype=torch.bool)]
-            scores = heads[:, number]
-            self.track(split, len(mine), **{f"accuracy_{name}": mine.sum()})
+            mine, scores = owners == number, heads[:, number]
+            self.track(split, mine.sum(), **{f"accuracy_{name}": (correct * mine).sum()})
             self.track(split, len(heads), **{f"mean {name}": scores.sum(), f"squared {name}": (scores**2).sum()})
+
+    def pack(self, batch: Any) -> GroupBatch:
+        """Return the packed batch; the Plackett-Luce loss takes no margins and labels."""
+        packed = super().pack(batch)
+        if self.loss == "plackett_luce" and (packed.margins.any() or (packed.labels != 1).any()):
+            raise UserError("reward.loss=plackett_luce uses neither margin nor label; use reward.loss=pairwise")
+        return packed
 
     def training_step(self, batch: GroupBatch, batch_idx: int) -> Tensor:
         return self.checked(self.losses(batch, "train").sum() * batch.per_group, batch)
@@ -161,8 +176,8 @@ class RewardModel(StageModule):
     def on_validation_epoch_start(self) -> None:
         self.calibration.reset()
 
-    def reduced(self, split: str) -> tuple[dict[str, float], dict[str, float]]:
-        means, counts = super().reduced(split)
+    def means(self, split: str, sums: dict[str, tuple[float, float]]) -> tuple[dict[str, float], dict[str, float]]:
+        means, counts = super().means(split, sums)
         if means:
             n, mean, square = counts["score_mean"], means["score_mean"], means.pop("score_squared")
             means["score_std"] = math.sqrt(max(square - mean**2, 0.0))
@@ -174,10 +189,10 @@ class RewardModel(StageModule):
                 accuracies = [means[f"accuracy_{name}"] for name in self.groups if f"accuracy_{name}" in means]
                 if accuracies:
                     means |= {"accuracy_mean": fmean(accuracies), "accuracy_worst": min(accuracies)}
-            sums = [[n, n * mean, n * square] for mean, square in found]
+            totals = [[n, n * mean, n * square] for mean, square in found]
             previous = self.moments["train"] if split == "train" else [[0.0] * 3 for _ in found]
             self.moments[split] = [
-                [a + b for a, b in zip(*pair, strict=True)] for pair in zip(previous, sums, strict=True)
+                [a + b for a, b in zip(*pair, strict=True)] for pair in zip(previous, totals, strict=True)
             ]
         if means and split == "val":
             means["calibration_error"] = self.calibration.compute().item()
@@ -192,7 +207,8 @@ class RewardModel(StageModule):
         training = self.training
         batch = pack(rows, layout=self.layout).to(self.device)
         heads = self.eval().scorer(batch).view(batch.sequences, -1)
-        scores = (heads * self.head_weights(batch, "val").to(heads)[batch.group_of]).sum(1).tolist()
+        weights = self.head_weights(self.owners(batch, "val")).to(heads)
+        scores = (heads * weights[batch.group_of]).sum(1).tolist()
         self.train(training)
         texts = [
             {"prompt": self.data.tokenizer.decode(row.prompt), "response": self.data.template.decode(response)}

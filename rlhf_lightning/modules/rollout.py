@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.ops.groups import Group, GroupBatch, Layout, pack, token_budget
+from rlhf_lightning.ops.transfer import send
 
 
 @dataclass
 class Rollout:
     """P prompts with n generated responses each, S = P n, T = the longest response.
 
-    `mask` (S, T) is True at generated tokens. Whether a response ended with EOS is stored in `finished` (S,), never
-    inferred from padding. `tokens` holds named (S, T) tensors: old_logprobs, ref_logprobs, values, kl, rewards,
-    advantages, returns. `rounds` maps a rank's number of microbatches to the number of forward passes it must make.
-    `texts` (S,) are the responses as text. `parts` holds (S,) scores of groups of people beside `scores` and `gold`, as
-    reward_<group> and gold_<group>. `value_clip` is how far a value may move from the one in `tokens` without being
-    clipped, None for any distance.
+    `lengths` (S,) is on the CPU, `mask` (S, T) is True at generated tokens. Whether a response ended with EOS is stored
+    in `finished` (S,), never inferred from padding. `tokens` holds named (S, T) tensors: old_logprobs, ref_logprobs,
+    values, kl, rewards, advantages, returns, and engine_logprobs of an engine that gives them. `rounds` maps a rank's
+    number of microbatches to the number of forward passes it must make. `texts` (S,) are the responses as text. `parts`
+    holds (S,) scores of groups of people beside `scores` and `gold`, as reward_<group> and gold_<group>. `places` (P,)
+    are the places of the prompts among those of all ranks. `value_clip` is how far a value may move from the one in
+    `tokens` without being clipped, None for any distance.
     """
 
     groups: list[Group]
@@ -34,39 +36,52 @@ class Rollout:
     gold: Tensor | None = None
     texts: Sequence[str] = ()
     parts: dict[str, Tensor] = field(default_factory=dict)
+    places: Sequence[int] = ()
     value_clip: float | None = None
     tokens: dict[str, Tensor] = field(default_factory=dict)
+    lengths: Tensor = field(init=False)
     mask: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        lengths = torch.tensor([len(r) for g in self.groups for r in g.responses])
-        self.mask = (torch.arange(int(lengths.max()))[None, :] < lengths[:, None]).to(self.device)
+        self.lengths = torch.tensor([len(r) for g in self.groups for r in g.responses])
+        self.mask = (torch.arange(int(self.lengths.max()))[None, :] < self.lengths[:, None]).to(self.device)
 
     def rows(self, places: Sequence[int]) -> Tensor:
-        """Return the sequence numbers of the groups at `places`, in their order."""
+        """Return the sequence numbers of the groups at `places`, in their order, on the CPU as `lengths` are."""
         n = self.num_generations
-        return torch.tensor([g * n + k for g in places for k in range(n)], device=self.device)
+        return torch.tensor([g * n + k for g in places for k in range(n)], dtype=torch.long)
 
     def microbatches(self, places: Sequence[int]) -> Iterator[tuple[Tensor, GroupBatch, bool]]:
-        """Yield (sequence numbers, packed batch, whether it is real) of groups, see :func:`matched_microbatches`."""
+        """Yield (cells, packed batch, whether it is real) of groups, see :func:`matched_microbatches`.
+
+        `cells` (N,) are the flat indices in a (S, T) tensor of the batch's tokens, in its order. They are made from
+        `lengths`, on the CPU: finding them by a mask would wait for a GPU. Ranks
+        reduce gradients together, so one without groups makes a dummy pass.
+        """
+        width = self.mask.shape[1]
         for members, batch, is_real in matched_microbatches(
-            self.groups, places, self.microbatch_tokens, self.layout, self.rounds
+            self.groups, places, self.microbatch_tokens, self.layout, lambda count: max(self.rounds(count), 1)
         ):
-            yield self.rows(members), batch.to(self.device), is_real
+            ranges = [torch.arange(int(self.lengths[row])) + row * width for row in self.rows(members)]
+            yield send(torch.cat(ranges), self.device), send(batch, self.device), is_real
 
     def fill(self, compute: Callable[[GroupBatch], dict[str, Tensor]]) -> None:
         """Store the named (N,) results of `compute` on every microbatch as (S, T) tensors."""
-        for rows, batch, _ in self.microbatches(range(len(self.groups))):
+        for cells, batch, _ in self.microbatches(range(len(self.groups))):
             for name, flat in compute(batch).items():
                 dtype = torch.promote_types(flat.dtype, torch.float32)  # whatever the Trainer's precision makes default
                 table = self.tokens.setdefault(name, torch.zeros(self.mask.shape, dtype=dtype, device=self.device))
-                block = table[rows]
-                block[self.mask[rows]] = flat.to(dtype)
-                table[rows] = block
+                table.view(-1)[cells] = flat.to(dtype)
 
-    def flat(self, name: str, rows: Tensor) -> Tensor:
-        """Return the values (N,) of `name` at the tokens of the sequences `rows`, in the order of a packed batch."""
-        return self.tokens[name][rows][self.mask[rows]]
+    def keep(self, name: str, rows: Sequence[Sequence[float]]) -> None:
+        """Store S lists, of a number for each token of a response, as an (S, T) tensor."""
+        table = torch.zeros(self.mask.shape, device=self.device)
+        table[self.mask] = torch.tensor([value for row in rows for value in row], device=self.device)
+        self.tokens[name] = table
+
+    def flat(self, name: str, cells: Tensor) -> Tensor:
+        """Return the values (N,) of `name` at the tokens `cells` of :meth:`microbatches`."""
+        return self.tokens[name].flatten()[cells]
 
 
 def matched_microbatches(

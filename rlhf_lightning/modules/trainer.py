@@ -6,6 +6,7 @@ import warnings
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -20,6 +21,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 
 from rlhf_lightning.data.base import RowData
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.shards import in_one_file
+from rlhf_lightning.ops.groups import GroupBatch
+from rlhf_lightning.ops.transfer import send
 
 # a sharded model is refused below
 warnings.filterwarnings("ignore", ".*WeightAveraging doesn't support sharding model layers.*")
@@ -53,6 +57,8 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
                 f"{spelled} is not supported: strategy=fsdp2 (ShardedStrategy) shards weights, gradients and optimizer "
                 "states, and its checkpoints continue on any number of devices"
             )
+    if getattr(trainer.strategy, "gather_sampling", False) and not getattr(module, "samples", False):
+        raise UserError(f"strategy.gather_sampling=true is for stages that sample in this process; {name} does not")
     check_precision(trainer.precision)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         kind = type(callback).__name__
@@ -90,6 +96,18 @@ class TrainerHooks(LightningModule):
         check_trainer(self.trainer, self)  # of a subclass with callbacks of its own
         if stage == "predict" and type(self).predict_step is TrainerHooks.predict_step:
             self.predict_step(None)  # before the loader is asked for
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Return the batch on `device`; a GPU copies it while the CPU goes on."""
+        if isinstance(batch, GroupBatch):
+            return send(batch, device)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        """Log as Lightning does, but keep a plain number on the CPU: Lightning copies it to the device and back."""
+        if isinstance(value, int | float) and not options.get("sync_dist"):
+            value = torch.tensor(value, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
+        super().log(name, value, *args, **options)
 
     @property
     def lr(self) -> float:
@@ -141,7 +159,7 @@ class TrainerHooks(LightningModule):
             UserError: an argument of the constructor is missing; a checkpoint holds no functions.
         """
         try:
-            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs | {"weights_only": True})
+            return super().load_from_checkpoint(in_one_file(checkpoint_path), *args, **kwargs | {"weights_only": True})
         except TypeError as error:
             if "argument" not in str(error):
                 raise

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
@@ -74,7 +74,8 @@ class GroupList:
     """The groups of a microbatch, not yet packed, with the weights of :class:`GroupBatch` (None: a mean over it).
 
     `row_tokens` is the token budget of a packed row. `ptx` holds the demonstrations of the pretraining mix beside a
-    batch of prompts, which are groups without responses.
+    batch of prompts, which are groups without responses. `places` are the places of the groups among all of the
+    optimizer step, also those of other ranks; None where a loader does not plan steps.
     """
 
     def __init__(
@@ -84,9 +85,11 @@ class GroupList:
         per_token: float | None = None,
         per_group: float | None = None,
         ptx: GroupList | GroupBatch | None = None,
+        places: Sequence[int] | None = None,
     ) -> None:
         self.groups, self.row_tokens = list(groups), row_tokens
-        self.per_token, self.per_group, self.ptx = per_token, per_group, ptx
+        self.per_token, self.per_group, self.ptx, self.places = per_token, per_group, ptx, places
+        self.packed: GroupBatch | None = None  # made ahead
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -110,8 +113,9 @@ class GroupBatch:
     are (R, L). `source` (N,) is the flat index of the position that predicts a token in the loss mask, `targets` (N,)
     the token, `sequence_ids` (N,) its response; the order is response by response, then time. `last` (S,) is the flat
     index of the last token of each response, `lengths` (S,) its number of tokens in the loss mask, `group_of` (S,) its
-    group, `ranks` (S,) its rank. `margins`, `labels`, `index` are (G,); `annotators` has for each group the name of the
-    group of annotators that ranked its responses.
+    group, `ranks` (S,) its rank. `better` and `worse` (P,) are the responses of every untied pair within a group.
+    `margins`, `labels`, `index` are (G,); `annotators` has for each group the name of the group of annotators that
+    ranked its responses. `tokens` is the number of tokens that are not padding.
 
     `per_token` and `per_group` are the weights that make a sum over this batch's tokens or groups a mean over the
     whole optimizer step, after Lightning's average over accumulation and ranks. `runs` are those of packed rows; None
@@ -129,11 +133,14 @@ class GroupBatch:
     lengths: Tensor
     group_of: Tensor
     ranks: Tensor
+    better: Tensor
+    worse: Tensor
     margins: Tensor
     labels: Tensor
     index: Tensor
     per_token: float
     per_group: float
+    tokens: int
     padded: bool = False
     runs: Runs | None = None
     annotators: tuple[str | None, ...] = ()
@@ -148,18 +155,17 @@ class GroupBatch:
         """S, the number of responses."""
         return self.last.shape[0]
 
-    @property
-    def tokens(self) -> int:
-        """The number of tokens that are not padding."""
-        return int((self.group_ids >= 0).sum()) if self.runs is None else len(self.runs.real)
-
     def to(self, device: torch.device | str, **kwargs: Any) -> GroupBatch:
         """Return the batch with every tensor on `device`."""
+        return self._with(lambda tensors: tensors.to(device, **kwargs))
+
+    def pin_memory(self) -> GroupBatch:
+        """Return the batch with every tensor that is on the CPU in pinned memory."""
+        return self._with(lambda tensors: tensors.pin_memory()) if self.input_ids.is_cpu else self
+
+    def _with(self, change: Callable[[Any], Any]) -> GroupBatch:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        on_device: dict[str, Any] = {
-            k: v.to(device, **kwargs) if isinstance(v, Tensor | Runs) else v for k, v in values.items()
-        }
-        return GroupBatch(**on_device)
+        return GroupBatch(**{k: change(v) if isinstance(v, Tensor | Runs) else v for k, v in values.items()})
 
 
 def pack(
@@ -231,7 +237,11 @@ class _Builder:
         fill = (self.pad_id, 0, -1, 0)
         columns = [torch.tensor([row[c] + [fill[c]] * (length - len(row[c])) for row in written]) for c in range(4)]
         source, targets, sequence_ids, last, lengths, group_of, ranks = [], [], [], [], [], [], []
+        pairs: list[tuple[int, int]] = []
         for g, group in enumerate(self.groups):
+            order = range(len(group.responses)) if group.ranks is None else group.ranks
+            first = len(last)
+            pairs += [(first + i, first + j) for i, a in enumerate(order) for j, b in enumerate(order) if a < b]
             for k, response in enumerate(group.responses):
                 places = self.source[g, k]
                 mask = group.loss_mask[k] if group.loss_mask is not None else [True] * len(response)
@@ -245,16 +255,18 @@ class _Builder:
                 last.append(row * length + column)
                 lengths.append(sum(map(bool, mask)))
                 group_of.append(g)
-                ranks.append(group.ranks[k] if group.ranks is not None else k)
+                ranks.append(order[k])
         return GroupBatch(
             *columns,
             *(torch.tensor(x, dtype=torch.long) for x in (source, targets, sequence_ids)),
             *(torch.tensor(x, dtype=torch.long) for x in (last, lengths, group_of, ranks)),
+            *torch.tensor(pairs, dtype=torch.long).view(-1, 2).unbind(1),
             margins=torch.tensor([group.margin for group in self.groups], dtype=torch.float32),
             labels=torch.tensor([group.label for group in self.groups], dtype=torch.float32),
             index=torch.tensor([group.index for group in self.groups], dtype=torch.long),
             per_token=1.0 / max(len(source), 1) if per_token is None else per_token,
             per_group=1.0 / len(self.groups) if per_group is None else per_group,
+            tokens=sum(len(row[0]) for row in written),
             padded=padded,
             runs=None if padded else find_runs(columns[2], columns[3]),
             annotators=tuple(group.annotators for group in self.groups),

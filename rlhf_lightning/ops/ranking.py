@@ -45,18 +45,28 @@ def pairs_in_order(gaps: Tensor) -> Tensor:
     return (gaps > 0).double() + 0.5 * (gaps == 0).double()
 
 
+def count_each(ids: Tensor, size: int) -> Tensor:
+    """Return how often each of 0 .. `size` - 1 is in `ids`; `bincount` would wait for a GPU."""
+    return torch.zeros(size, dtype=torch.long, device=ids.device).index_add(0, ids, torch.ones_like(ids))
+
+
 def pairwise_ranking(
-    scores: Tensor, ranks: Tensor, group_of: Tensor, margins: Tensor, labels: Tensor
+    scores: Tensor,
+    ranks: Tensor,
+    group_of: Tensor,
+    margins: Tensor,
+    labels: Tensor,
+    pairs: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the Bradley-Terry loss of each group (G,), a mean over untied pairs, and the scores' gaps (P,).
 
     All pairs of one prompt are one item of the batch, as in InstructGPT (arXiv 2203.02155 eq. 1). A group
-    whose responses all tie has loss 0.
+    whose responses all tie has loss 0. `pairs` are those of :func:`ranked_pairs` where they are known already.
     """
-    first, second = ranked_pairs(ranks, group_of)
+    first, second = ranked_pairs(ranks, group_of) if pairs is None else pairs
     group = group_of[first]
     losses = bradley_terry(scores[first], scores[second], margins[group], labels[group])
-    count = torch.bincount(group, minlength=len(margins)).clamp_min(1)
+    count = count_each(group, len(margins)).clamp_min(1)
     return losses.new_zeros(len(margins)).index_add(0, group, losses) / count, scores[first] - scores[second]
 
 
@@ -77,4 +87,4 @@ def plackett_luce(scores: Tensor, ranks: Tensor, group_of: Tensor, groups: int) 
 def centering(scores: Tensor, group_of: Tensor, groups: int) -> Tensor:
     """Return (2 x mean score)^2 of each group (groups,): (r_c + r_r)^2 for a pair (arXiv 2312.09244, TRL)."""
     sums = scores.new_zeros(groups).index_add(0, group_of, scores)
-    return (2 * sums / torch.bincount(group_of, minlength=groups).clamp_min(1)) ** 2
+    return (2 * sums / count_each(group_of, groups).clamp_min(1)) ** 2

@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+INDICES = ("real", "key_tokens", "query_ends", "key_ends")
+"""The tensors of :class:`Runs`."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -53,8 +56,11 @@ class Runs:
 
     def to(self, device: torch.device | str, **kwargs: bool) -> Runs:
         """Return the runs with their indices on `device`."""
-        names = ("real", "key_tokens", "query_ends", "key_ends")
-        return replace(self, **{name: getattr(self, name).to(device, **kwargs) for name in names})
+        return replace(self, **{name: getattr(self, name).to(device, **kwargs) for name in INDICES})
+
+    def pin_memory(self) -> Runs:
+        """Return the runs with their indices in pinned memory."""
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in INDICES})
 
 
 def find_runs(group_ids: Tensor, response_ids: Tensor) -> Runs:

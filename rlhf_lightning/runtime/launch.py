@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,17 @@ def check_devices(trainer: dict[str, Any]) -> None:
             f"trainer.num_nodes={trainer['num_nodes']} in a SLURM job of one task; ask for one task per device, with "
             "--nodes and --ntasks-per-node, and start it with srun"
         )
+
+
+def of_first_rank(name: str, decide: Callable[[], str]) -> str:
+    """Return what the first rank decides: ranks that Lightning launches inherit its environment, others ask for it."""
+    from lightning.pytorch.utilities import rank_zero_only  # heavy, and the command imports this file
+
+    variable = f"RLHF_{name.upper()}"
+    if rank_zero_only.rank > 0 and variable in os.environ:
+        return os.environ[variable]
+    os.environ[variable] = agreed(name, decide)
+    return os.environ[variable]
 
 
 def decide_run(

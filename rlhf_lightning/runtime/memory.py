@@ -27,6 +27,8 @@ class Shape:
     vocabulary: int
     whole: int = 0  # parameters of layers trained whole beside LoRA
     linear: int = 0  # parameters of the linear layers below the head, which may have 4 bits
+    queries: int = 0  # width of the queries of a token, all heads together
+    layer_weights: int = 0  # weights of the matrices of all layers
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Job:
     critic: bool = False
     four_bit: bool = False  # LoRA on weights of 4 bits
     offload: bool = False  # references and reward models are on the device only in the phase that needs them
+    gathered: bool = False  # whole weights on every device while it samples
 
 
 def bytes_per_token(shape: Shape, job: Job) -> tuple[float, float]:
@@ -66,6 +69,11 @@ def bytes_per_token(shape: Shape, job: Job) -> tuple[float, float]:
     return shape.layers * layer + outside, 0.0
 
 
+def trained_parameters(shape: Shape, job: Job) -> int:
+    """Return the parameters of the policy that have gradients."""
+    return shape.lora * job.lora + shape.whole if job.lora else shape.parameters
+
+
 def estimate(shape: Shape, job: Job) -> dict[str, float]:
     """Return the bytes needed per device, by part; with `offload` those of the phase of an iteration that needs most.
 
@@ -76,10 +84,10 @@ def estimate(shape: Shape, job: Job) -> dict[str, float]:
     mixed = job.activation_bytes < job.weight_bytes
     converted = mixed * job.activation_bytes if job.shards == 1 else 0
     whole = job.weight_bytes / job.shards + converted
-    weights, trained = shape.parameters * whole, shape.parameters
+    weights, trained = shape.parameters * whole, trained_parameters(shape, job)
     if job.lora:
         each = job.weight_bytes / job.shards + (0 if job.checkpointing else converted)
-        weights, trained = (shape.parameters + shape.whole) * each, shape.lora * job.lora + shape.whole
+        weights = (shape.parameters + shape.whole) * each
         if job.four_bit:
             weights -= shape.linear * (each - BYTES_OF_4_BITS)
     if job.critic:
@@ -95,7 +103,10 @@ def estimate(shape: Shape, job: Job) -> dict[str, float]:
         "activations": saved + (again if again > 3 * logits else 0),
         "logits": 0 if again > 3 * logits else 3 * logits,
     }
-    sampling = {"key-value cache": job.cached_tokens * 2 * shape.key_values * shape.layers * job.weight_bytes}
+    sampling = {
+        "gathered weights": job.gathered * shape.parameters * job.activation_bytes,
+        "key-value cache": job.cached_tokens * 2 * shape.key_values * shape.layers * job.weight_bytes,
+    }
     scoring, reference = job.rewards * model, job.references * model / job.shards
     if not job.offload:
         return always | {"frozen models": scoring + reference} | update | sampling

@@ -64,8 +64,7 @@ def run_pipeline(cfg: DictConfig, maps: Collection[str] = (), splits: Mapping[st
     for number, (name, stage) in enumerate(stages.items()):
         folder = run / f"{number}_{name}"
         values = stage_values(stage, folders)
-        # a stage that starts from another one is not asked to start from what the pipeline starts from
-        mine = [o for o in given if not ("init_from" in values and o.lstrip("+").startswith("init_from="))]
+        mine = of_stage(given, values)
         overrides = [as_override(key, value, maps) for key, value in (values | debug).items()] + mine
         arguments = stage_values(shown["pipeline"]["stages"][name], written) | debug
         digest = fingerprint(
@@ -85,8 +84,10 @@ def run_pipeline(cfg: DictConfig, maps: Collection[str] = (), splits: Mapping[st
     console.print(f"\npipeline {settings['name']} done in {minutes}:{seconds:02d}")
     console.print(f"run         {run}", soft_wrap=True)
     console.print(f"tensorboard --logdir {run}", soft_wrap=True)
+    from rlhf_lightning.evaluation.report.cards import write_evaluations
     from rlhf_lightning.evaluation.report.page import write_report  # it imports what draws the figures
 
+    write_evaluations(run)
     console.print(f"report      {write_report(run)}", soft_wrap=True)
 
 
@@ -104,6 +105,16 @@ def stage_values(stage: dict[str, Any], folders: dict[str, str | None]) -> dict[
         if root[1] in ("hydra", "allow_targets") or str(key).endswith(".base_url"):
             raise UserError(f"pipeline: {key} is taken from the command line only, not from a file")
     return {key: filled(value, folders) for key, value in values.items() if key}
+
+
+def of_stage(given: list[str], values: Mapping[str, Any]) -> list[str]:
+    """Return the user's overrides for a stage that sets `values`.
+
+    Where it says itself what it starts from or compares, that is not what the pipeline starts from.
+    """
+    if not any(key == "init_from" or key.partition(".")[2].startswith("models.") for key in values):
+        return given
+    return [override for override in given if not override.lstrip("+").startswith("init_from=")]
 
 
 def filled(value: Any, folders: dict[str, str | None]) -> Any:

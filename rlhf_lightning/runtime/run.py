@@ -40,6 +40,8 @@ from rlhf_lightning.runtime.settings import (
 )
 from rlhf_lightning.runtime.stage import Stage
 
+ROW_TOKENS = {"cpu": 1024, "cuda": 8192}
+"""What data.row_tokens=null means by device."""
 ROWS_READ_FOR_TOKENIZER = 20_000
 
 
@@ -234,6 +236,8 @@ class Run:
         if issubclass(kind, RowData):
             sources = {key.removeprefix("data."): source for key, source in self.sources.items() if key in DATA_SPLITS}
             given = {"tokenizer": tokenizer, "context": context_length(folder)} | sources | arguments
+            if settings.get("row_tokens", 0) is None:
+                given.setdefault("row_tokens", ROW_TOKENS[self.device])
             return instantiate(settings, "data", self.allow, **given)
         if rows:
             raise UserError(f"stage={self.stage.name} reads rows: data._target_={settings['_target_']} is no RowData")

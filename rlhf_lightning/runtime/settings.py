@@ -15,17 +15,19 @@ DATA_SPLITS = {"data.train": "train", "data.val": "val", "data.ptx": "train"}
 """Keys of the configuration that name data -> the split that is read."""
 RUN_ONLY = (
     "paths", "resume", "run_id", "run_folder", "name", "callbacks", "logger", "allow_targets", "objectives",
-    "on_failed_trial", "plan", "card",
+    "on_failed_trial", "plan", "card", "hardware",
 )  # fmt: skip
 DECIDING = {
     "BackboneFinetuning", "BatchSizeFinder", "EMAWeightAveraging", "EarlyStopping", "LearningRateFinder",
     "ModelPruning", "Smoothed", "StochasticWeightAveraging", "Timer", "WeightAveraging",
 }  # fmt: skip
 """Lightning's callbacks that decide a run's result; the others look at it."""
-OPTIONAL = ("adapter", "callbacks", "judge", "logger", "schedule")
+OPTIONAL = ("adapter", "callbacks", "hardware", "judge", "logger", "schedule")
 """Groups that may be null: `logger=null` and `~logger` are the same."""
 HOW_TO_ASK = ("batch_tokens", "cache", "concurrency", "price_per_million", "retries", "timeout")
 """Settings of a judge that decide how it is asked, not what it says."""
+HOW_TO_SAMPLE = ("base_url", "concurrency", "folder", "retries", "sleep", "timeout", "tolerance")
+"""Settings of a sampler that decide how a server is asked, not what it says."""
 BUILT = ("optimizer", "sampler", "trainer")
 TRAINER_KEYS = {
     "callbacks": "callbacks.<name>._target_=<class>",
@@ -53,6 +55,8 @@ def check_groups(cfg: DictConfig) -> None:
         raise UserError(
             "probe= is for stage=probe; during training: callbacks=probes callbacks.probes.probes=[<probe>]"
         )
+    if cfg.get("hardware") and not cfg.plan:
+        raise UserError("hardware= is what plan=true plans for: add plan=true")
     for name, instead in TRAINER_KEYS.items():
         if name in cfg.trainer:
             raise UserError(f"trainer.{name} is decided by {instead}")
@@ -66,8 +70,9 @@ def identity(settings: dict[str, Any]) -> dict[str, Any]:
         if node and str(node.get("_target_")).rpartition(".")[2] in kinds:
             deciding[f"callbacks.{name}"] = node
     data = {key: value for key, value in settings["data"].items() if key not in ("cache_dir", "num_workers")}
+    sampler = {key: value for key, value in settings["sampler"].items() if key not in HOW_TO_SAMPLE}
     judge = deciding.pop("judge", None)
-    return deciding | {"data": data} | ({"judge": deciding_judge(judge)} if judge else {})
+    return deciding | {"data": data, "sampler": sampler} | ({"judge": deciding_judge(judge)} if judge else {})
 
 
 def deciding_judge(settings: dict[str, Any]) -> dict[str, Any]:

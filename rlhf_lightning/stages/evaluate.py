@@ -175,11 +175,13 @@ def figures(
     for name, row in chain((table | gaps | beaten).items(), comparison.figures.items()):
         for metric, value in row.items():
             metrics |= as_metrics(f"{name}/{metric}", value)
-    tables: dict[str, Shown] = {"evaluation": (HELD_OUT, table, COLUMNS | attempt_columns(table))}
+    tables: dict[str, Shown] = {}
+    if answers := {name: table[name] for name in answered}:
+        tables["evaluation"] = (HELD_OUT, answers, COLUMNS | attempt_columns(answers))
     if gaps:
         tables["differences"] = (DIFFERENCES.format(compared_to), gaps, COLUMNS)
     if beaten:
-        reward_models = {name: row for name, row in table.items() if "accuracy" in row}
+        reward_models = {name: row for name, row in table.items() if name not in answered}
         tables["pairs"] = (HELD_OUT_PAIRS, reward_models | beaten, PAIR_COLUMNS)
     if groups := groups_in(table, answered):
         tables["groups"] = (BY_GROUP, table | gaps, group_columns(groups))

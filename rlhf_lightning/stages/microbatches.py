@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_lightning.data.base import RowData
-from rlhf_lightning.runtime.launch import ranks, ranks_asked
+from rlhf_lightning.runtime.launch import of_first_rank, ranks, ranks_asked
 from rlhf_lightning.runtime.memory import AUTO, GB, bytes_per_token, estimate
 from rlhf_lightning.runtime.run import Run
 from rlhf_lightning.stages.sizes import (
@@ -60,8 +60,14 @@ def choose(run: Run, data: RowData) -> int:
     most = max(min(data.batch_size, len(tokens)) // readers, 1)
     if run.device == "cpu":
         return min(math.ceil(most * float(tokens.mean()) / tokens_per_pass(run.settings)), most)
-    longest, limit = np.sort(tokens)[::-1].cumsum(), tokens_that_fit(run.settings, device_gb())
-    return next((n for n in range(1, most) if longest[math.ceil(most / n) - 1] <= limit), most)
+    longest = np.sort(tokens)[::-1].cumsum()
+
+    def fewest() -> str:
+        limit = tokens_that_fit(run.settings, device_gb())
+        return str(next((n for n in range(1, most) if longest[math.ceil(most / n) - 1] <= limit), most))
+
+    # free memory differs between devices, and the steps of all ranks are split alike
+    return int(of_first_rank("microbatches", fewest) if devices > 1 else fewest())
 
 
 def tokens_per_pass(settings: dict[str, Any]) -> float:

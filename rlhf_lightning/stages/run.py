@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -21,6 +22,8 @@ from rlhf_lightning.callbacks.loggers import quiet_writer_threads
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.runtime.memory import AUTO
 from rlhf_lightning.runtime.run import Run
+from rlhf_lightning.runtime.settings import task_overrides
+from rlhf_lightning.runtime.stage import Stage
 from rlhf_lightning.stages import STAGES
 
 
@@ -32,6 +35,7 @@ def run_stage(cfg: DictConfig) -> float | None:
         raise UserError(f"max_steps={cfg.max_steps} must not be 0, seed={cfg.seed} not negative")
     if stage.trains and cfg.data.get("window") and cfg.max_steps < 0:
         raise UserError("data.window reads rows without end: set the length of the run with max_steps=<updates>")
+    check_effects(stage, task_overrides())
     run = Run(stage, cfg, Path(HydraConfig.get().runtime.output_dir))
     finished = run.decide()
     if finished is not None:
@@ -42,6 +46,17 @@ def run_stage(cfg: DictConfig) -> float | None:
         return stage.load()(run)
     except torch.OutOfMemoryError as error:
         raise UserError(out_of_memory(run, str(error))) from error
+
+
+def check_effects(stage: Stage, overrides: Sequence[str]) -> None:
+    """Raise a UserError for what the command line sets and this stage has no use for; a pipeline gives it to all."""
+    if os.environ.get("RLHF_PIPELINE_STAGE"):
+        return
+    for key in (override.lstrip("+").partition("=")[0] for override in overrides):
+        if key.startswith("card.") and not stage.trains:
+            raise UserError(f"{key} is of the model that a run writes, and stage={stage.name} writes none")
+        if key.startswith("callbacks.histograms.") and not stage.online:
+            raise UserError(f"{key} is of rollouts, and stage={stage.name} has none")
 
 
 def out_of_memory(run: Run, error: str) -> str:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlhf_lightning.errors import UserError, check_number, nearest
 from rlhf_lightning.models.adapters import add_lora, quantizable
+from rlhf_lightning.models.layers import decoder_layers
 from rlhf_lightning.models.loading import load_config
 from rlhf_lightning.models.tiny import tiny_config
 from rlhf_lightning.rewards.spec import parse
 from rlhf_lightning.runtime.launch import ranks_asked
 from rlhf_lightning.runtime.memory import AUTO, BYTES, GB, Job, Shape
 from rlhf_lightning.runtime.run import starting_point
+from rlhf_lightning.runtime.step_time import Hardware, Step
 from rlhf_lightning.stages import STAGES
 from rlhf_lightning.stages.critic import critic_candidate
 
@@ -35,12 +38,19 @@ def read_config(settings: dict[str, Any]) -> Any:
     return load_config(name).get_text_config() if name else tiny_config(**settings["model"]["build"])
 
 
+def has_experts(settings: dict[str, Any]) -> bool:
+    """Return whether the model is a mixture of experts."""
+    config = read_config(settings)
+    return any(getattr(config, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+
+
 def read_shape(settings: dict[str, Any]) -> Shape:
     """Return the sizes of the model of a configuration; no weights are read."""
     config = read_config(settings)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
         parameters = sum(p.numel() for p in lm.parameters())
+        matrices = sum(p.numel() for layer in decoder_layers(lm) for p in layer.parameters() if p.ndim > 1)
         adapter = settings["adapter"] or {}
         linear = sum(layer.weight.numel() for layer in quantizable(lm, adapter.get("modules_to_save") or ()).values())
         given = {key: adapter[key] for key in ("target_modules", "modules_to_save") if key in adapter}
@@ -48,6 +58,7 @@ def read_shape(settings: dict[str, Any]) -> Shape:
     return replace(
         layer_sizes(config),
         parameters=parameters,
+        layer_weights=matrices,
         lora=sum(p.numel() for name, p in adapted if ".lora_" in name),
         whole=sum(p.numel() for name, p in adapted if ".modules_to_save." in name),
         linear=linear,
@@ -66,6 +77,7 @@ def layer_sizes(config: Any) -> Shape:
         layers=config.num_hidden_layers,
         key_values=(getattr(config, "num_key_value_heads", None) or heads) * size,
         vocabulary=config.vocab_size,
+        queries=heads * size,
     )
 
 
@@ -91,7 +103,7 @@ def read_job(settings: dict[str, Any]) -> Job:
     if stage.online:
         responses = data["batch_size"] // readers * options["num_generations"]
         longest = data["max_length"] + options["max_new_tokens"]
-        cached = min(responses * longest, settings["sampler"]["batch_tokens"])
+        cached = min(responses * longest, settings["sampler"].get("batch_tokens", 0))  # 0: it samples elsewhere
     return Job(
         weight_bytes=weight,
         activation_bytes=2 if "16" in str(trainer["precision"]) else weight,
@@ -107,7 +119,70 @@ def read_job(settings: dict[str, Any]) -> Job:
         critic=stage.online and critic_candidate(settings) is not None,
         four_bit=bool(settings["adapter"] and settings["adapter"]["quantization"]),
         offload=stage.online and options["offload"],
+        gathered=stage.online and sharded(settings) and bool(settings["strategy"].get("gather_sampling")),
     )
+
+
+def read_step(settings: dict[str, Any], job: Job) -> Step:
+    """Return what a device computes in a step, with rows, prompts and responses of the maximum lengths.
+
+    Raises:
+        UserError: a number of devices that depends on the machine, or that tensor parallelism does not divide.
+    """
+    stage, data, trainer = STAGES[settings["stage"]], settings["data"], settings["trainer"]
+    options, size = settings[stage.name], tensor_parallel_size(settings)
+    ranks, longest = ranks_asked(trainer), data["max_length"]
+    if ranks is None:
+        raise UserError(f"trainer.devices={trainer['devices']} depends on the machine; hardware= plans for a number")
+    if ranks % size:
+        raise UserError(f"strategy.tensor_parallel_size={size} does not divide {ranks} devices")
+    rows = math.ceil(data["batch_size"] * size / ranks)
+    where = {"devices": ranks // trainer["num_nodes"], "nodes": trainer["num_nodes"], "tensor_parallel": size}
+    if not stage.online:
+        tokens = rows * longest
+        reference = "reference" in options and options["loss"] != "simpo" and options["reference"] != "cached"
+        return Step(
+            tokens, tokens * stage.generative, tokens * longest / 2, math.ceil(tokens / job.tokens), forwards=reference,
+            **where,
+        )  # fmt: skip
+    new, n = options["max_new_tokens"], options["num_generations"]
+    tokens, epochs = rows * (longest + n * new), options.get("ppo_epochs", 1)
+    batch_tokens = settings["sampler"].get("batch_tokens")  # none where another process samples
+    return Step(
+        tokens,
+        rows * n * new,
+        rows * (longest**2 / 2 + n * new * (longest + new / 2)),
+        math.ceil(tokens / job.tokens),
+        epochs=epochs,
+        updates=epochs * options.get("num_minibatches", 1),
+        forwards=2 + job.critic + job.rewards,  # log-probs of the rollout and of the reference
+        sequences=rows * n if batch_tokens else 0,
+        prompts=rows if batch_tokens else 0,
+        prompt_tokens=longest,
+        new_tokens=new,
+        decode_batches=math.ceil(rows * n * (longest + new) / batch_tokens) if batch_tokens else 1,
+        gather_sampling=sharded(settings) and settings["strategy"].get("gather_sampling", False),
+        **where,
+    )
+
+
+def read_hardware(settings: dict[str, Any]) -> Hardware | None:
+    """Return the device that is planned for, None without `hardware`.
+
+    Raises:
+        UserError: a figure that is missing, unknown, or no number in its range.
+    """
+    given = settings["hardware"]
+    if not given:
+        return None
+    names = [field.name for field in fields(Hardware)]
+    for key in set(given) ^ set(names):
+        state = "missing" if key in names else f"not one of {', '.join(names)}"
+        raise UserError(f"hardware.{key} is {state}.{'' if key in names else nearest(key, names)}")
+    for key, value in given.items():
+        if key != "name":
+            check_number(f"hardware.{key}", value, "(0, 1]" if key in ("mfu", "mbu", "link_efficiency") else "(0, inf)")
+    return Hardware(**given)
 
 
 def sharded(settings: dict[str, Any]) -> bool:
@@ -127,7 +202,7 @@ def room(gigabytes: float) -> float:
 
 
 def device_gb() -> float:
-    """Return the memory of the first accelerator, else of this machine."""
+    """Return the memory of an accelerator that no process uses, else the memory of this machine."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory / GB
+        return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0] / GB
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rlhf_lightning.callbacks.histograms import Histograms
 from rlhf_lightning.callbacks.loggers import write_hparams
 from rlhf_lightning.callbacks.samples import Samples
 from rlhf_lightning.callbacks.throughput import Throughput
+from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.tiny import build_tiny
 from rlhf_lightning.modules.schedules import schedule
@@ -77,6 +79,14 @@ def glossary() -> list[str]:
     return [tag for cell in cells for tag in re.findall(r"`([^`]+)`", cell)]
 
 
+class WithLogprobs(LocalEngine):
+    """An engine that gives log-probabilities, as one elsewhere does."""
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        found = super().generate(*args, **options)
+        return replace(found, logprobs=[[0.0] * len(y) for y in found.responses])
+
+
 def modules(start: str) -> dict[str, LightningModule]:
     common: dict[str, Any] = {"optimizer": partial(torch.optim.AdamW, lr=1e-3), "schedule": schedule}
     lm, gold = partial(load_causal_lm, start), load_reward({name: f"world:{name}" for name in GROUPS})
@@ -85,7 +95,7 @@ def modules(start: str) -> dict[str, LightningModule]:
         "sft": SFT(lm, **common),
         "reward": RewardModel(partial(load_scalar_model, start), groups=GROUPS, **common),
         "dpo": DPO(lm, sft_coef=0.1, **common),
-        "ppo": PPO(lm, reward=gold, gold=gold, max_new_tokens=4, ptx_coef=0.1, **common),
+        "ppo": PPO(lm, reward=gold, gold=gold, max_new_tokens=4, ptx_coef=0.1, engine=WithLogprobs(), **common),
         "online_dpo": OnlineDPO(lm, reward=ensemble, gold=gold, max_new_tokens=4, **common),
     }
 

@@ -126,6 +126,7 @@ def test_the_stage_shows_them_beside_the_reward_model(
     assert metrics["monitor"] == "model/accuracy"
     printed = capsys.readouterr().out
     assert "held-out pairs" in printed
+    assert "held-out prompts" not in printed  # its accuracy is in one table
     assert [line.split()[1] for line in printed.splitlines() if line.startswith("│ ")][-3:] == [
         "model",
         "longer",

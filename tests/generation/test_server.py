@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -128,6 +131,31 @@ def test_a_slow_server() -> None:
         pytest.raises(ServerError, match="gave no answer in"),
     ):
         client(server, timeout=0.05).chat(**BODY)
+
+
+def test_headers_that_never_end() -> None:
+    """Each read is in time, the answer is not."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(1 << 16)
+            connection.sendall(b"HTTP/1.1 200 OK\r\n")
+            for number in range(40):
+                with suppress(OSError):
+                    connection.sendall(f"x-{number}: y\r\n".encode())
+                time.sleep(0.05)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    began = time.monotonic()
+    with pytest.raises(ServerError, match=r"gave no answer in 0\.2 seconds") as caught:
+        Server(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", timeout=0.2).chat(**BODY)
+    assert time.monotonic() - began < 1.5
+    assert caught.value.passing
+    listening.close()
+    thread.join()
 
 
 def test_nobody_is_there() -> None:

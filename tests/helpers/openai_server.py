@@ -40,6 +40,14 @@ def completion(text: str | None, prompt_tokens: int = 10, top: dict[str, float] 
 @contextmanager
 def openai_server(answer: Callable[[Any, int], Any], models: tuple[str, ...] = ("m",)) -> Iterator[FakeServer]:
     """Serve `answer(body, number of the request)`, a :class:`Sent` or what is sent as JSON with status 200."""
+    listed = {"object": "list", "data": [{"id": name} for name in models]}
+    with serve(lambda path, body, number: listed if body is None else answer(body, number)) as server:
+        yield server
+
+
+@contextmanager
+def serve(answer: Callable[[str, Any, int], Any]) -> Iterator[FakeServer]:
+    """Serve `answer(path, body, number of the request)`; a GET has no body."""
     seen: list[tuple[str, str | None, Any]] = []
     mutex = threading.Lock()
 
@@ -51,11 +59,13 @@ def openai_server(answer: Callable[[Any, int], Any], models: tuple[str, ...] = (
             with mutex:
                 seen.append((self.path, self.headers.get("authorization"), body))
                 number = len(seen)
-            self.send(answer(body, number))
+            self.send(answer(self.path, body, number))
 
         def do_GET(self) -> None:
-            seen.append((self.path, self.headers.get("authorization"), None))
-            self.send({"object": "list", "data": [{"id": name} for name in models]})
+            with mutex:
+                seen.append((self.path, self.headers.get("authorization"), None))
+                number = len(seen)
+            self.send(answer(self.path, None, number))
 
         def send(self, made: Any) -> None:
             sent = made if isinstance(made, Sent) else Sent(made)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rlhf_lightning.data.template import Template
-from rlhf_lightning.generation.engine import Generations
+from rlhf_lightning.generation.engine import Engine, Generations
 
 
-class ScriptedEngine:
+class ScriptedEngine(Engine):
     """Answers what a function says to the text of a prompt, the tokens of a forced opening included."""
 
     def __init__(self, template: Template, says: Callable[[str], str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from rlhf_lightning.models.card import is_hub_data, model_card, text
+from rlhf_lightning.models.card import is_hub_data, model_card, text, with_evaluations
 from rlhf_lightning.models.folder import MANIFEST
 
 METRICS = {"val/accuracy": 0.8, "val/accuracy_low": 0.7, "val/accuracy_high": 0.9, "val/loss": 0.4, "optim/lr": 1e-3}
@@ -113,3 +113,28 @@ def test_only_names_of_the_hub_are_data_sets_of_it(tmp_path: Path, monkeypatch: 
     assert is_hub_data("owner/name")
     assert not any(map(is_hub_data, ("world", "mine/rows", "/a/b.jsonl", None, "a/b, c/d")))
     assert text("a|b\n`c`") == "a\\|b \\`c\\`"
+
+
+def test_evaluations_take_the_place_of_older_ones_and_leave_the_rest(tmp_path: Path) -> None:
+    made = model_card(*stored(tmp_path / "model", "owner/base"), MANIFEST).replace(
+        "* Base model", "* Mine\n* Base model"
+    )
+    first = with_evaluations(made, {"demo/one/5_evaluate": {"gold": 0.5, "gold_low": 0.4, "gold_high": 0.6}})
+    assert "by the run demo/one/5\\_evaluate.\n\n| metric" in first
+    assert "\n| gold | 0.5 | 0.4 to 0.6 |\n" in first
+    assert first.index("| gold |") < first.index("## How to load it")
+    second = with_evaluations(first, {"demo/two/5_evaluate": {"gold": 0.1}, "demo/two/6_again": {"kl": 2.0}})
+    assert "demo/one" not in second
+    assert [line for line in second.splitlines() if line.startswith(("| gold", "| kl"))] == [
+        "| gold | 0.1 |  |",
+        "| kl | 2 |  |",
+    ]
+    assert with_evaluations(second, {"demo/one/5_evaluate": {"gold": 0.5, "gold_low": 0.4, "gold_high": 0.6}}) == first
+    begin, end = second.index("<!-- evaluation -->"), second.index("<!-- end of evaluation -->\n\n")
+    assert second[:begin] + second[end:].removeprefix("<!-- end of evaluation -->\n\n") == made
+
+
+def test_a_card_without_how_to_load_it_gets_its_evaluation_at_the_end() -> None:
+    once = with_evaluations("# Written by hand\n", {"run": {"gold": 0.5}})
+    assert once.startswith("# Written by hand\n\n<!-- evaluation -->\n")
+    assert with_evaluations(once, {"run": {"gold": 0.5}}) == once

@@ -25,11 +25,10 @@ from transformers import (
 
 from rlhf_lightning import DPO, PPO, SFT, DemonstrationData, PreferenceData, RewardModel
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.adapters import Adapter, add_lora, export_lora, is_quantized, load_with_lora, quantizable
+from rlhf_lightning.models.adapters import Adapter, add_lora, export_lora, is_quantized, load_model, quantizable
 from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.models.folder import write_model
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
-from rlhf_lightning.models.sharding import shard
 from rlhf_lightning.ops.groups import Group, pack
 from rlhf_lightning.runtime.memory import BYTES_OF_4_BITS
 from tests.helpers.lightning import quiet_lightning
@@ -97,7 +96,7 @@ def test_it_computes_with_these_weights_whatever_was_called_before(
 ) -> None:
     """Outputs and gradients of a plain model with the de-quantized weights, in the precision of the call."""
     computed: list[torch.dtype] = []
-    matmul = bitsandbytes.matmul_4bit
+    matmul: Any = getattr(bitsandbytes, "matmul_4bit")  # noqa: B009  not in its __all__
     monkeypatch.setattr(
         bitsandbytes, "matmul_4bit", lambda x, *args, **kwargs: computed.append(x.dtype) or matmul(x, *args, **kwargs)
     )
@@ -278,15 +277,10 @@ def test_weights_are_quantized_on_the_cpu_whatever_the_default_device(monkeypatc
         return LlamaForCausalLM(tiny_config())
 
     with torch.device("meta"):
-        model = load_with_lora(load, NF4)
-        load_with_lora(load, None)
+        model = load_model(load, NF4)
+        load_model(load, None)
     assert devices == ["cpu", "meta", "meta"]  # loaded, moved; loaded
     assert {p.device.type for p in model.parameters()} == {"cpu"}
-
-
-class Mesh:
-    def __getitem__(self, name: str) -> Any:
-        raise AssertionError(name)
 
 
 def test_what_cannot_work_is_refused(tiny_lm: LlamaForCausalLM, tmp_path: Path) -> None:
@@ -300,9 +294,8 @@ def test_what_cannot_work_is_refused(tiny_lm: LlamaForCausalLM, tmp_path: Path) 
     with pytest.raises(UserError, match="dpo.reference=live is the model before its weights were put into 4 bits"):
         DPO(lambda: tiny_lm, adam(), lora=NF4, reference="live")
     DPO(lambda: tiny_lm, adam(), lora={"r": 4}, reference="live")
-    quantized = add_lora(copy.deepcopy(tiny_lm), **NF4)
     with pytest.raises(UserError, match="adapter=qlora cannot be sharded; use strategy=ddp"):
-        shard(CompletionModel(quantized), Mesh())
+        load_model(lambda: tiny_lm, NF4, defer=True)
     tiny_lm.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True).to_dict()
     tiny_lm.config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"holds quantized weights \(quant_method=bitsandbytes\)"):

@@ -15,9 +15,9 @@ from rlhf_lightning import DPO, SFT, DemonstrationData, PreferenceData, RewardMo
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.modules.base import decay_groups
-from rlhf_lightning.ops.groups import Group, pack
+from rlhf_lightning.ops.groups import Group
 from tests.helpers.lightning import quiet_lightning
-from tests.modules.offline import demonstrations, fit, lm, sgd, start
+from tests.modules.offline import Batches, demonstrations, fit, lm, sgd, start
 
 
 def test_norms_and_biases_do_not_decay() -> None:
@@ -64,14 +64,15 @@ def test_the_schedule_sees_optimizer_updates(
     assert trainer.global_step == expected
 
 
+@quiet_lightning
 def test_a_loss_that_is_not_finite_names_step_and_rows() -> None:
     module = SFT(lm, sgd())
     module.configure_model()
     with torch.no_grad():
         next(module.parameters()).fill_(float("nan"))
-    batch = pack([Group([1, 5], [[6, 2]], index=17), Group([1, 5], [[7, 2]], index=4)])
+    batch = [Group([1, 5], [[6, 2]], index=17), Group([1, 5], [[7, 2]], index=4)]
     with pytest.raises(UserError, match=r"the loss is nan at step 0, in rows \[17, 4\]; lower optimizer\.lr"):
-        module.training_step(batch, 0)
+        fit(module, Batches([batch]), 1, limit_val_batches=0)
 
 
 @quiet_lightning

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.generation.engine import Generations
+from rlhf_lightning.generation.engine import Engine, Generations
 from rlhf_lightning.modules.ppo import PPO
 from rlhf_lightning.modules.rollout import Rollout
 from rlhf_lightning.ops.statistics import RunningMoments
@@ -76,7 +76,7 @@ def test_another_engine_may_answer() -> None:
     """It sees the policy of the moment, and its responses are what is scored and learned."""
     asked: list[tuple[Any, ...]] = []
 
-    class Server:
+    class Server(Engine):
         def start(self, lm: Any, eos_ids: Any) -> None:
             self.lm, self.eos = lm, set(eos_ids)
 

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from rlhf_lightning import DPO, OnlineDPO
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.generation.engine import Generations
+from rlhf_lightning.generation.engine import Engine, Generations
 from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.modules.rollout import Rollout
 from rlhf_lightning.modules.schedules import schedule
@@ -39,7 +39,7 @@ def by_ids(prompts: Sequence[str], responses: Sequence[str], metadata: Any) -> l
     return [sum(map(int, text.split())) % 4 / 2 for text in responses]
 
 
-class Script:
+class Script(Engine):
     """An engine of made-up responses that keeps every rollout as (prompt, responses)."""
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_lightning.generation.engine import Generations
+from rlhf_lightning.generation.engine import Engine, Generations
 from rlhf_lightning.ops.groups import Group, GroupList
 from tests.helpers.lightning import quiet_lightning
 from tests.modules.bandit import Prompts, build, fit, load, load_critic, weights
@@ -65,7 +65,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class Script:
+class Script(Engine):
     """An engine of made-up responses that keeps every rollout as (prompt, response) pairs."""
 
     def __init__(self) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from rlhf_lightning.ops.seeding import permutation
 from tests.helpers.lightning import quiet_lightning
 from tests.modules.bandit import Prompts, attached, build, fit, two_responses
 
@@ -30,7 +32,7 @@ def test_loss_of_a_token_by_hand() -> None:
     """At ratio 1 the policy's part is -A; the new values are 0 and may leave the rollout's by `value_clip` only."""
     module = attached(vf_coef=0.5, entropy_coef=0.25, kl_beta=0.1, kl_in="loss", kl_estimator="k2")
     rollout = two_responses(module)
-    ((rows, batch, _),) = rollout.microbatches([0])
+    ((cells, batch, _),) = rollout.microbatches([0])
     with torch.no_grad():
         output = module.policy(batch, entropy=True)
     rollout.tokens["old_logprobs"][rollout.mask] = output.logprobs
@@ -38,10 +40,10 @@ def test_loss_of_a_token_by_hand() -> None:
     rollout.tokens["advantages"] = torch.tensor([[1.0, -2.0, 0.0], [3.0, 0.5, 0.0]])
     rollout.tokens["returns"] = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 1.0, 0.0]])
     rollout.value_clip = 0.2
-    terms, ratio = module.token_losses(rollout, rows, batch, first=True)
+    terms, logprobs, old = module.token_losses(rollout, cells, batch)
     # values 0.5, 0.25 and 0, 1, -1: clipped they are 0.3, 0.05 and 0, 0.8, -0.8
     value = torch.tensor([1.0, 0.05**2, 1.0, 1.0, 0.8**2]) / 2
-    torch.testing.assert_close(ratio, torch.ones(5))
+    assert torch.equal(logprobs, old)
     torch.testing.assert_close(terms["value/loss"], value)
     expected = -torch.tensor([1.0, -2.0, 3.0, 0.5, 0.0]) + 0.5 * value - 0.25 * output.entropy + 0.1 * 2.0
     torch.testing.assert_close(terms["loss"], expected)
@@ -69,6 +71,23 @@ def test_a_pass_sees_every_prompt_once() -> None:
     first, second = ([prompt for part in half for prompt in part] for half in (seen[:3], seen[3:]))
     assert sorted(first) == sorted(second) == list(range(16))
     assert first != second
+
+
+@quiet_lightning
+@pytest.mark.parametrize("ranks", [[[0, 1, 2, 3, 4, 5, 6]], [[5, 0, 3], [1, 6, 4, 2]], [[6], [2, 0], [1, 3, 4, 5]]])
+def test_minibatches_are_those_of_one_device(ranks: list[list[int]]) -> None:
+    """Whichever rank has a prompt: together they have the minibatches of one device, in its order."""
+    module, seen = attached(num_generations=1), []
+    for places in ranks:
+        module.reduce = lambda values, op="sum": torch.tensor([7.0]) if op == "max" else torch.ones(7)  # of all ranks
+        rollout: Any = SimpleNamespace(places=places)
+        parts = module.minibatches(rollout, 3, "ppo", 0, 0)
+        seen.append([[places[own] for own in part] for part in parts])
+    expected = permutation(7, module.seed, "ppo", 0, 0).tolist()
+    for part in range(3):
+        assert sorted(place for parts in seen for place in parts[part]) == sorted(expected[part::3])
+        for parts in seen:
+            assert parts[part] == [place for place in expected[part::3] if place in parts[part]]
 
 
 @quiet_lightning

@@ -141,7 +141,7 @@ def test_plackett_luce_does_not_drop_what_a_row_says(extra: dict[str, float]) ->
     module = RewardModel(classifier, sgd(), loss="plackett_luce")
     module.configure_model()
     with pytest.raises(UserError, match="uses neither margin nor label"):
-        module.training_step(pack([Group([1, 5], [[8, 2], [9, 2]], **extra)]), 0)  # type: ignore[arg-type]
+        module.on_before_batch_transfer([Group([1, 5], [[8, 2], [9, 2]], **extra)], 0)  # type: ignore[arg-type]
 
 
 @quiet_lightning

@@ -46,11 +46,13 @@ def test_fill_puts_every_token_in_its_place(layout: Layout, budget: int) -> None
 def test_flat_gives_back_the_order_of_the_batch(layout: Layout, budget: int) -> None:
     made = rollout(layout, budget)
     made.fill(lambda batch: {"targets": batch.targets})
-    rows: list[int] = []
-    for chosen_rows, batch, _ in made.microbatches([2, 0]):
-        assert made.flat("targets", chosen_rows).tolist() == batch.targets.tolist()
-        rows += chosen_rows.tolist()
-    assert sorted(rows) == [0, 1, 4, 5]
+    seen: list[int] = []
+    for cells, batch, _ in made.microbatches([2, 0]):
+        assert made.flat("targets", cells).tolist() == batch.targets.tolist()
+        seen += cells.tolist()
+    expected = made.mask.clone()
+    expected[[2, 3]] = False
+    assert sorted(seen) == expected.flatten().nonzero().flatten().tolist()
 
 
 def test_microbatches_keep_to_the_budget() -> None:

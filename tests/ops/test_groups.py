@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rlhf_lightning.ops.groups import Group, pack
 from rlhf_lightning.ops.masking import group_attention_mask
+from rlhf_lightning.ops.ranking import ranked_pairs
 
 token = st.integers(3, 60)
 response = st.lists(token, min_size=1, max_size=6)
@@ -34,6 +35,17 @@ def test_indices_point_at_the_tokens(groups: list[Group], row_tokens: int, layou
     assert (batch.group_ids >= 0).sum() == sum(
         g.tokens if layout == "packed" else sum(len(g.prompt) + len(r) for r in g.responses) for g in groups
     )
+
+
+def test_pairs_and_tokens_of_a_batch() -> None:
+    ranked = [Group([1], [[2]] * 4, ranks=[1, 0, 1, 2]), Group([1, 3], [[2]]), Group([1], [[2], [3, 2]])]
+    for layout in ("packed", "padded"):
+        batch = pack(ranked, layout=layout)  # type: ignore[arg-type]
+        better, worse = ranked_pairs(batch.ranks, batch.group_of)
+        assert batch.better.tolist() == better.tolist() == [0, 1, 1, 1, 2, 5]
+        assert batch.worse.tolist() == worse.tolist() == [3, 0, 2, 3, 3, 6]
+        assert batch.tokens == (batch.group_ids >= 0).sum()
+    assert len(pack(ranked[1:2]).better) == 0
 
 
 def test_rows_stay_within_the_budget_unless_a_group_is_longer() -> None:

@@ -56,6 +56,7 @@ SHAPES: dict[str, tuple[tuple[Any, ...], Any]] = {
     "bradley_terry": ((PAIRS, PAIRS), (P,)),
     "ranked_pairs": ((RANKS, GROUP_OF), [(6,), (6,)]),
     "pairs_in_order": ((PAIRS,), (P,)),
+    "count_each": ((GROUP_OF, P), (P,)),
     "pairwise_ranking": ((RANKS.float(), RANKS, GROUP_OF, PAIRS, PAIRS), [(P,), (6,)]),
     "plackett_luce": ((RANKS.float(), RANKS, GROUP_OF, P), (P,)),
     "centering": ((RANKS.float(), GROUP_OF, P), (P,)),
@@ -98,6 +99,6 @@ def test_shapes_of_a_batch(layout: Any) -> None:
     shapes = dict.fromkeys(("input_ids", "position_ids", "group_ids", "response_ids"), rows)
     shapes |= dict.fromkeys(("source", "targets", "sequence_ids"), (6,))
     shapes |= dict.fromkeys(("last", "lengths", "group_of", "ranks"), (3,))
-    shapes |= dict.fromkeys(("margins", "labels", "index"), (2,))
+    shapes |= dict.fromkeys(("margins", "labels", "index"), (2,)) | dict.fromkeys(("better", "worse"), (1,))
     assert {name: tuple(x.shape) for name, x in vars(batch).items() if isinstance(x, Tensor)} == shapes
     assert (batch.groups, batch.sequences, batch.tokens) == (2, 3, 9 if layout == "packed" else 3 + 2 + 5)

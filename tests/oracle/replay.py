@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from rlhf_lightning import PPO, PromptData
-from rlhf_lightning.generation.engine import Generations
+from rlhf_lightning.generation.engine import Engine, Generations
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.modules.rollout import Rollout
 from tests.modules.offline import fit
@@ -76,7 +76,7 @@ def our_run(folder: Path, script: Script, optimizer: Any, **options: Any) -> Rec
     """Train ten updates on the script's responses and return the module."""
     drawn: list[list[int]] = []
 
-    class Replay:
+    class Replay(Engine):
         def start(self, *_: Any) -> None: ...
 
         def close(self) -> None: ...

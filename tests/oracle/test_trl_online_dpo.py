@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 
 from rlhf_lightning import OnlineDPO, PromptData
-from rlhf_lightning.generation.engine import Generations
+from rlhf_lightning.generation.engine import Engine, Generations
 from rlhf_lightning.models.loading import load_causal_lm
 from tests.modules.offline import fit, sgd
 from tests.oracle.replay import END, PROMPTS
@@ -68,7 +68,7 @@ def ours(folder: Path, longest: int, **options: Any) -> Recorded:
     sampled: list[list[int]] = []
     tokens = letters(folder)
 
-    class Replay:
+    class Replay(Engine):
         iteration = 0
 
         def start(self, *_: Any) -> None: ...
