@@ -420,3 +420,35 @@ def test_shards_resume_bit_equal(one_rank: None, tmp_path: Path) -> None:
         assert torch.equal(exported[name.removeprefix("policy.lm.")], weight.cpu())
     alone = run("dpo", start, tmp_path / "parts", None, 1, resume=True, device=place)
     assert alone.state_dict().keys() == expected.keys()
+
+
+def test_four_bit_weights_compute_what_they_do_on_the_cpu() -> None:
+    """In float32, and in bfloat16 near it; merged for export, they are plain weights on the CPU."""
+    pytest.importorskip("bitsandbytes")
+    from rlhf_lightning.models.adapters import export_lora, load_model
+
+    lora = {"r": 4, "quantization": "nf4"}
+    with torch.device("cuda"):
+        lm = load_model(model, lora).eval()
+    tokens = torch.tensor([ids("nf4", size=40)])
+    with torch.no_grad():
+        expected = copy.deepcopy(lm).cpu()(tokens).logits.double()
+        assert relative(lm(tokens.cuda()).logits, expected) < 1e-3
+        with torch.autocast("cuda", torch.bfloat16):
+            assert relative(lm(tokens.cuda()).logits, expected) < 3e-2
+        merged = export_lora(lm)
+        assert type(merged) is LlamaForCausalLM
+        assert not any(p.is_cuda for p in merged.parameters())
+        assert relative(merged(tokens).logits, expected) < 1e-4
+
+
+def test_offload_changes_no_bit_and_leaves_the_reference_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = trained("ppo", "gpu")
+    module = online(ppo_epochs=1, offload=True)
+    monkeypatch.setitem(STAGES, "ppo", lambda: module)
+    found, _ = trained("ppo", "gpu")
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    reference = module.reference
+    assert reference is not None
+    assert reference.device.type == "cpu"
+    assert all(tensor.is_pinned() for tensor in reference.tensors())

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_lightning.data.datamodules import DemonstrationData
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.runtime.memory import Job, Shape, bytes_per_token, estimate
+from rlhf_lightning.runtime.memory import Job, Shape, estimate
 from rlhf_lightning.stages import STAGES, microbatches, sizes
 from rlhf_lightning.stages.microbatches import choose, split_steps, tokens_that_fit
 from rlhf_lightning.stages.training import check_arguments
@@ -103,11 +103,14 @@ def test_ranks_take_the_number_of_the_first() -> None:
         assert chosen(0, 80.0) == 1
 
 
-def test_tokens_that_fit_fill_the_room() -> None:
-    given = settings("stage=dpo", "trainer=gpu")
-    job, tokens = sizes.read_job(given), tokens_that_fit(given, 80)
-    rest = sum(estimate(LARGE, Job(**{**vars(job), "tokens": 0})).values())
-    assert rest + tokens * bytes_per_token(LARGE, job) == pytest.approx(sizes.room(80) * 1e9)
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("gigabytes", [24, 80])
+def test_tokens_that_fit_fill_the_room(gigabytes: int, checkpointing: str) -> None:
+    """With little room and gradient checkpointing the logits decide, with much the layer that is computed again."""
+    given = settings("stage=sft", "trainer=gpu", f"model.load.gradient_checkpointing={checkpointing}")
+    job = Job(**{**vars(sizes.read_job(given)), "tokens": tokens_that_fit(given, gigabytes)})
+    assert job.tokens > 0
+    assert sum(estimate(LARGE, job).values()) == pytest.approx(sizes.room(gigabytes) * 1e9)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,40 @@ def test_weights_gradients_and_optimizer_have_closed_forms(folder: str) -> None:
 
 
 @pytest.mark.slow
+def test_weights_of_4_bits_are_counted_layer_by_layer(folder: str) -> None:
+    """Embeddings, norms and what is trained whole stay as they are; a critic that is a model is trained whole."""
+    given = ["stage=ppo", f"init_from={folder}", f"reward_from={folder}", "adapter=qlora"]
+    shape, job = sizes.read_shape(settings(*given)), sizes.read_job(settings(*given))
+    assert shape.linear == 3 * (4 * 64 * 64 + 3 * 64 * 160)
+    kept = 4 * (shape.parameters - shape.linear)
+    assert memory.estimate(shape, job)["weights"] == pytest.approx(kept + shape.linear * (0.5 + 4.0625 / 256))
+    part = sizes.read_shape(settings(*given, "adapter.modules_to_save=[o_proj]"))
+    assert shape.linear - part.linear == part.whole == 3 * 64 * 64
+    critic = memory.estimate(shape, sizes.read_job(settings(*given, "ppo.critic=reward")))
+    assert critic["weights"] - memory.estimate(shape, job)["weights"] == pytest.approx(4 * shape.parameters)
+    assert critic["gradients"] == 4 * (8 * shape.lora + shape.parameters)
+    changes = dict(plan.remedies(replace(job, four_bit=False), settings(*given)))
+    assert list(changes)[-2:] == ["ppo.offload=true", "adapter=qlora"]
+
+
+@pytest.mark.slow
+def test_offload_counts_the_phase_that_needs_most(folder: str) -> None:
+    given = ["stage=ppo", f"init_from={folder}", f"reward_from=[{folder},{folder},{folder}]", "ppo.offload=true"]
+    shape, job = sizes.read_shape(settings(*given)), sizes.read_job(settings(*given))
+    size = 4.0 * shape.parameters
+    always = {"weights": size, "optimizer": 2 * size}
+    scoring = memory.estimate(shape, replace(job, tokens=0, loss_tokens=0, cached_tokens=0))
+    assert scoring == always | {"frozen models": 3 * size}
+    update = memory.estimate(shape, replace(job, loss_tokens=0, cached_tokens=0, tokens=100_000))
+    assert update.keys() == {*always, "gradients", "activations", "logits"}
+    one_token = 2 * shape.key_values * shape.layers * 4
+    sampling = memory.estimate(shape, replace(job, tokens=0, loss_tokens=0, cached_tokens=int(4 * size / one_token)))
+    assert sampling.keys() == {*always, "key-value cache"}
+    references = memory.estimate(shape, replace(job, tokens=0, loss_tokens=8, cached_tokens=0, references=9))
+    assert references == always | {"frozen models": 9 * size, "logits": 8 * shape.vocabulary * 4}
+
+
+@pytest.mark.slow
 def test_devices_share_rows_and_sharding_shares_weights() -> None:
     one = sizes.read_job(settings("stage=sft", "data.batch_size=8"))
     four = sizes.read_job(

@@ -27,6 +27,7 @@ DATA = {
     "reward": PreferenceData,
     "grouped": PreferenceData,
     "dpo": PreferenceData,
+    "qlora": PreferenceData,
     "ppo": PromptData,
     "online_dpo": PromptData,
 }
@@ -74,6 +75,7 @@ def build(stage: str, start: str, cache: Path) -> tuple[LightningModule, Any]:
             partial(load_scalar_model, start, dropout=0.1), groups=["cautious", "curious"], **common
         ),
         "dpo": lambda: DPO(lm, **common),
+        "qlora": lambda: DPO(lm, lora={"r": 4, "quantization": "nf4"}, **common),
         "ppo": lambda: PPO(
             lm, reward=gold_reward, max_new_tokens=8, ppo_epochs=2, kl_target=1.0, kl_horizon=20, reward_scale=True,
             **common,
@@ -119,6 +121,7 @@ def run(
         ("reward", 1, [4, 6]),
         ("grouped", 2, [3]),
         ("dpo", 2, [3, 4]),
+        ("qlora", 2, [3]),
         ("ppo", 1, [2, 6]),
         ("ppo", 1, [4]),
         ("online_dpo", 1, [4]),
@@ -128,6 +131,8 @@ def run(
 def test_resumed_equals_uninterrupted(
     stage: str, accumulate: int, kills: list[int], start: str, tmp_path: Path
 ) -> None:
+    if stage == "qlora":
+        pytest.importorskip("bitsandbytes")
     whole = run(stage, start, tmp_path / "whole", None, accumulate, resume=False)
     for number, kill in enumerate(kills):
         with pytest.raises(Killed):

@@ -18,7 +18,7 @@ from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.models.sharding import broadcast_tp
 from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule
-from rlhf_lightning.modules.online import Generating
+from rlhf_lightning.modules.generating import Generating
 from rlhf_lightning.ops.groups import GroupList
 from rlhf_lightning.ops.ranking import text_ranks
 from rlhf_lightning.rewards.ensemble import DISAGREEMENT

@@ -12,7 +12,15 @@ from safetensors.torch import load_file
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import read_json
-from rlhf_lightning.models.adapters import EXACT, merge_in_place, probe, quiet_peft
+from rlhf_lightning.models.adapters import (
+    BASE_QUANTIZATION,
+    EXACT,
+    check_quantization,
+    four_bit,
+    merge_in_place,
+    probe,
+    quiet_peft,
+)
 from rlhf_lightning.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 PREFIX = "base_model.model."
@@ -90,7 +98,13 @@ def merge_adapter(model: Any, folder: str | Path) -> Any:
     check_ranks(folder, settings, weights)
     targets = sorted({name.removeprefix(PREFIX).partition(".lora_")[0] for name in weights if ".lora_" in name})
     misfit = f"the adapter {folder} does not fit the model {model.name_or_path}"
+    quantization = (read_json(Path(folder) / "config.json") or {}).get(BASE_QUANTIZATION)
+    if quantization is not None:  # the adapter was trained on the model with these weights
+        check_quantization(f"{folder}/config.json: {BASE_QUANTIZATION}", quantization)
     try:
+        if quantization is not None:
+            four_bit().quantize(model, settings.get("modules_to_save") or ())
+            four_bit().dequantize(model)
         # built from these keys only: others may make peft import modules that the file names
         config = LoraConfig(target_modules=targets, **{key: settings[key] for key in HONOURED if key in settings})
         with quiet_peft():

@@ -1,4 +1,7 @@
-"""LoRA through peft: add, switch off (the reference policy), and what is exported, merged weights or the adapter."""
+"""LoRA through peft: add, switch off (the reference policy), and what is exported, merged weights or the adapter.
+
+With `quantization` the weights under it have 4 bits (QLoRA), see :mod:`rlhf_lightning.models.four_bit`.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,9 @@ from rlhf_lightning.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 log = logging.getLogger(__name__)
 EXPORTS = ("merged", "adapter")
+QUANTIZATIONS = ("nf4",)
+BASE_QUANTIZATION = "base_quantization"
+"""Key in the config.json of an adapter whose model was quantized."""
 EXACT = (torch.float32, torch.float64)
 
 
@@ -36,6 +42,7 @@ def add_lora(
     use_rslora: bool = False,
     modules_to_save: Sequence[str] | None = None,
     export: str = "merged",
+    quantization: str | None = None,
 ) -> PeftModel:
     """Return `model` with LoRA layers (arXiv 2106.09685); a `score` head stays fully trainable.
 
@@ -45,18 +52,23 @@ def add_lora(
         target_modules: names of linear or embedding layers, or "all-linear" for all linear ones but the head.
         modules_to_save: names of layers that are trained whole, in copies beside LoRA.
         export: what :func:`export_lora` makes of it: "merged" or "adapter".
+        quantization: "nf4" puts the weights of the linear layers but the head into 4 bits (QLoRA, arXiv 2305.14314).
 
     Raises:
         UserError: a rank below one, or no layer of the names in `target_modules` or `modules_to_save`.
     """
     if export not in EXPORTS:
         raise UserError(f"adapter.export={export!r} is not one of {', '.join(EXPORTS)}.{nearest(export, EXPORTS)}")
+    if quantization is not None:
+        check_quantization("adapter.quantization", quantization)
     has_score = isinstance(getattr(model, "score", None), nn.Linear)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     layers = {part for name, _ in model.named_modules() for part in (name, name.rpartition(".")[2])}
     for name in modules_to_save or ():
         if name not in layers:
             raise UserError(f"adapter.modules_to_save: the model has no layer {name}.{nearest(name, layers)}")
+    if quantization:
+        four_bit().quantize(model, modules_to_save or ())
     try:
         config = LoraConfig(
             # not SEQ_CLS: peft would train a copy of the head, which is lost on save and merge
@@ -82,16 +94,57 @@ def add_lora(
 def load_model(load: Callable[[], Any], lora: dict[str, Any] | None = None, defer: bool = False) -> Any:
     """Return the model of `load`, with LoRA layers where `lora` has arguments of :func:`add_lora`.
 
+    Weights are quantized on the CPU: on an accelerator, the default device of Lightning, they may not fit before.
+
     Args:
         defer: its weights may be read later, by :func:`rlhf_lightning.models.deferred.read_weights`; not those of
             layers that `modules_to_save` copies.
+
+    Raises:
+        UserError: quantized weights that are to be sharded.
     """
+    if lora is not None and lora.get("quantization"):
+        if defer:
+            raise UserError("adapter=qlora cannot be sharded; use strategy=ddp, or adapter=lora")
+        with torch.device("cpu"):
+            model = add_lora(load(), **lora)
+        return model.to(torch.get_default_device())
     with deferred(defer and not (lora or {}).get("modules_to_save")):
         model = load()
     if lora is None:
         return model
     with placeholders(model):
         return add_lora(model, **lora)
+
+
+def check_quantization(key: str, value: Any) -> None:
+    """Raise a UserError for another value of `key` than a format of quantized weights."""
+    if value not in QUANTIZATIONS:
+        raise UserError(f"{key}={value!r} is not one of {', '.join(QUANTIZATIONS)}.{nearest(value, QUANTIZATIONS)}")
+
+
+def four_bit() -> Any:
+    """Import and return :mod:`rlhf_lightning.models.four_bit`, which needs the extra `qlora`."""
+    from rlhf_lightning.models import four_bit
+
+    return four_bit
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Return whether a model, or that under its LoRA, has weights of 4 bits."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return bool(getattr(inner, "is_loaded_in_4bit", False))
+
+
+def quantizable(model: Any, keep: Sequence[str] = ()) -> dict[str, nn.Linear]:
+    """Return name -> layer of the linear layers below the head of a model, without those that `keep` names."""
+    decoder, head = model.base_model, model.get_output_embeddings()
+    within = {id(module) for module in decoder.modules() if module is not head}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) in within and not {name, name.rpartition(".")[2]} & {*keep}
+    }
 
 
 @contextmanager
@@ -127,6 +180,8 @@ def export_lora(model: nn.Module) -> Any:
     if dtype not in EXACT:
         reason = f"merging into weights of {str(dtype).removeprefix('torch.')} would round the update"
     else:
+        if is_quantized(model):  # the weights of the merged model may not fit where those of 4 bits do
+            model = copy.deepcopy(model).cpu()
         expected, merged = probe(model), merge_lora(model)
         gap = (probe(merged) - expected).abs().max().item()
         if gap <= 1e-4 * max(1.0, expected.abs().max().item()):
@@ -170,6 +225,8 @@ class Adapter:
         (folder / ADAPTER_CONFIG).write_text(json.dumps(settings | lists, indent=2, default=str), encoding="utf-8")
         config = copy.deepcopy(self.config)
         config.architectures = [type(self.inner).__name__]
+        if is_quantized(self.model):
+            setattr(config, BASE_QUANTIZATION, QUANTIZATIONS[0])
         config.save_pretrained(folder)
         if self.generation_config is not None:
             self.generation_config.save_pretrained(folder)
@@ -184,8 +241,10 @@ def merge_in_place(model: PeftModel) -> Any:
     """Return the plain model that a LoRA model becomes; `model` is used up.
 
     Embedding and head that share their weights get weights of their own where LoRA changes one of them: in training
-    only the layer with LoRA changes.
+    only the layer with LoRA changes. Weights of 4 bits are de-quantized, not rounded again with the update.
     """
+    if is_quantized(model):
+        four_bit().dequantize(model)
     adapted = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     bases: list[Any] = [layer.get_base_layer() for layer in adapted]
     places: dict[int, int] = {}

@@ -70,7 +70,7 @@ def model_card(folder: Path, manifest: Mapping[str, Any], manifest_name: str) ->
         *metrics_table(subdict(manifest, "metrics")),
         LOADING,
         "",
-        *loading(reward, adapter),
+        *loading(reward, adapter, config.get("base_quantization")),
     ]
     return "\n".join(lines) + "\n"
 
@@ -168,8 +168,12 @@ def metrics_table(
     yield ""
 
 
-def loading(reward: bool, adapter: bool) -> Iterator[str]:
-    """Yield how transformers, vLLM and Ollama load the folder, `.` being its place."""
+def loading(reward: bool, adapter: bool, quantization: Any = None) -> Iterator[str]:
+    """Yield how transformers, vLLM and Ollama load the folder, `.` being its place.
+
+    Args:
+        quantization: of the weights that an adapter was trained on.
+    """
     kind = "SequenceClassification" if reward else "CausalLM"
     auto = f"AutoPeftModelFor{kind}" if adapter else f"AutoModelFor{kind}"
     apart = [f"from peft import {auto}", "from transformers import AutoTokenizer"]
@@ -182,6 +186,11 @@ def loading(reward: bool, adapter: bool) -> Iterator[str]:
         "```",
         "",
     )
+    if adapter and quantization:
+        yield "The adapter was trained on its base in 4 bits (NF4, double quantization, without the head): give "
+        yield '`quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+        yield "bnb_4bit_use_double_quant=True)`; on the base in full precision the outputs differ a little."
+        yield ""
     if adapter:
         yield "vLLM, with the base model that adapter_config.json names:"
         yield from ("", "```", "vllm serve <base model> --enable-lora --lora-modules trained=.", "```", "")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import re
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -82,6 +83,8 @@ def versions() -> dict[str, str]:
             installed[name] = version(name)
         except PackageNotFoundError:
             installed[name] = "unknown"
+    if "bitsandbytes" in sys.modules:  # imported where it is installed
+        installed["bitsandbytes"] = version("bitsandbytes")
     return installed
 
 

@@ -231,6 +231,12 @@ def _load_weights(kind: Any, name: str, new: set[str], config: Any, dtype: str, 
     *adapters, base = adapter_chain(name)
     if attention == "sdpa" and _lacks_sdpa(kind, config):
         attention = GROUP_SDPA
+    if given := getattr(config, "quantization_config", None):
+        method = given.get("quant_method") if isinstance(given, dict) else given.quant_method
+        raise UserError(
+            f"{name} holds quantized weights (quant_method={getattr(method, 'value', method)}); give the model in full "
+            "precision, adapter=qlora quantizes it"
+        )
     options = {"dtype": _dtype(dtype), "attn_implementation": attention}
     if is_wanted() and not adapters:
         model = _load(without_weights, base, kind=kind, new=new, config=config, **options)

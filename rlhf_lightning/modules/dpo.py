@@ -83,6 +83,11 @@ class DPO(StageModule):
             reference = "adapter_off" if self.lora is not None else "live"
         if reference == "adapter_off" and self.lora is None:
             raise UserError("dpo.reference=adapter_off needs a LoRA adapter; add adapter=lora")
+        if reference in ("live", "cached") and (self.lora or {}).get("quantization") and loss != "simpo":
+            raise UserError(
+                f"dpo.reference={reference} is the model before its weights were put into 4 bits, which is not what "
+                "training starts from; with adapter=qlora use adapter_off"
+            )
         self.loss: PreferenceLoss = loss
         self.beta, self.label_smoothing, self.target_margin = beta, label_smoothing, target_margin
         self.averaged = length_normalized or loss in ("ipo", "simpo")

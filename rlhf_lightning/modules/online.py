@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -13,16 +14,14 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from rlhf_lightning.data.template import Template
-from rlhf_lightning.distributed import data_ranks
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.generation.answers import Answers, answer, start
 from rlhf_lightning.generation.engine import Engine, truncation
-from rlhf_lightning.generation.local import LocalEngine
 from rlhf_lightning.models.adapters import adapter_off
 from rlhf_lightning.models.completion import CompletionModel
 from rlhf_lightning.models.frozen import Frozen
-from rlhf_lightning.models.sharding import gathered, max_over_ranks
-from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, StageModule, decay_groups
+from rlhf_lightning.models.sharding import max_over_ranks
+from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, decay_groups
+from rlhf_lightning.modules.generating import Generating
 from rlhf_lightning.modules.invariants import apart, engine_difference, is_exact
 from rlhf_lightning.modules.rollout import Rollout
 from rlhf_lightning.ops.advantages import moments
@@ -30,109 +29,7 @@ from rlhf_lightning.ops.groups import GroupBatch, GroupList
 from rlhf_lightning.ops.seeding import permutation
 from rlhf_lightning.ops.statistics import RunningMoments
 from rlhf_lightning.ops.transfer import numbers
-from rlhf_lightning.rewards.scoring import Reward, score_groups, to_device
-
-
-class Generating(StageModule):
-    """A stage whose policy answers prompts: engine, template and options of generation.
-
-    Args:
-        engine: generates responses; None is a :class:`LocalEngine`.
-        template: decodes responses and names EOS tokens; None takes the data module's.
-        num_generations: responses per prompt.
-        max_new_tokens, temperature: of generation.
-        seed: with iteration, row and generation number it decides every sampled token.
-        Others: see :class:`StageModule`.
-    """
-
-    policy: CompletionModel | None
-    min_responses = 0
-
-    def __init__(
-        self,
-        load: Callable[[], nn.Module],
-        optimizer: MakeOptimizer,
-        schedule: MakeSchedule | None = None,
-        lora: dict[str, Any] | None = None,
-        *,
-        engine: Engine | None = None,
-        template: Template | None = None,
-        num_generations: int = 1,
-        max_new_tokens: int = 64,
-        temperature: float = 1.0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(load, optimizer, schedule, lora)
-        self.engine: Engine = LocalEngine() if engine is None else engine
-        self.given_template, self.started = template, False
-        self.num_generations, self.max_new_tokens, self.temperature = num_generations, max_new_tokens, temperature
-        self.seed = seed
-
-    @property
-    def samples(self) -> bool:
-        """Whether this process samples from the model that it trains."""
-        return isinstance(self.engine, LocalEngine)
-
-    @property
-    def template(self) -> Template:
-        """The template that was given, else the data module's."""
-        template = self.given_template or getattr(self.data, "template", None)
-        if template is None:
-            raise UserError(
-                f"{type(self).__name__}(template=Template(tokenizer)) is needed: the data module has no template"
-            )
-        return template
-
-    def pack(self, batch: Any) -> GroupList:
-        """Return a batch of prompts, and in its `ptx` the demonstrations mixed in, as groups."""
-        prompts = self.group_list(batch)
-        if isinstance(prompts.ptx, GroupBatch):
-            raise UserError("the demonstrations in ptx are spread over updates: give them as groups, not packed")
-        if prompts.ptx is not None:
-            prompts.ptx = super().group_list(prompts.ptx)
-        return prompts
-
-    def group_list(self, batch: Any) -> GroupList:
-        prompts = super().group_list(batch)
-        if any(group.index < 0 for group in prompts.groups):  # of a user's loader: each needs its own random numbers
-            numbers = self.strided(len(prompts))
-            groups = [replace(group, index=number) for group, number in zip(prompts.groups, numbers, strict=True)]
-            return GroupList(groups, ptx=prompts.ptx)
-        return prompts
-
-    def strided(self, count: int) -> range:
-        """Return `count` numbers that no other rank has."""
-        rank, world_size = data_ranks(self.trainer)
-        return range(rank, rank + world_size * count, world_size)
-
-    def generate(
-        self, prompts: GroupList, n: int, seed_parts: tuple[int | str, ...], **scorers: Reward | None
-    ) -> Answers:
-        """Return n responses of the policy to every prompt, with the scores of each reward that is given."""
-        assert self.policy is not None
-        if not self.started:
-            start(self.engine, self.policy.lm, self.template)
-            self.started = True
-        else:
-            self.engine.sync()
-        sharded = self.device_mesh is not None
-        with gathered(self.policy.lm, sharded and getattr(self.trainer.strategy, "gather_sampling", False)):
-            return answer(
-                self.engine,
-                self.template,
-                prompts.groups,
-                n,
-                max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature,
-                seed_parts=(self.seed, *seed_parts),
-                scorers={name: partial(score_groups, reward) for name, reward in scorers.items() if reward is not None},
-                mesh=self.device_mesh,
-            )
-
-    def teardown(self, stage: str) -> None:
-        if self.started:
-            self.engine.close()
-            self.started = False
+from rlhf_lightning.rewards.scoring import Reward, to_device
 
 
 class Online(Generating):
@@ -146,6 +43,7 @@ class Online(Generating):
         missing_eos_score: the score of such a response, in place of the reward's opinion of a cut text less the
             penalty (-1 in arXiv 2403.17031); None is off.
         reward_clip: clip scores to +- this; reward_scale: divide scores by their running standard deviation.
+        offload: keep reference and reward model on the CPU but for the phase of an iteration that needs them.
         Others: see :class:`Generating`.
     """
 
@@ -170,6 +68,7 @@ class Online(Generating):
         missing_eos_score: float | None = None,
         reward_clip: float | None = None,
         reward_scale: bool = False,
+        offload: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -184,6 +83,12 @@ class Online(Generating):
             )
         self.missing_eos_penalty, self.missing_eos_score = missing_eos_penalty, missing_eos_score
         self.reward_clip, self.reward_scale = reward_clip, reward_scale
+        if offload and lora is not None and not hasattr(reward, "to"):
+            raise UserError(
+                "offload=true has nothing to move: with an adapter the reference is the policy with it switched off, "
+                "and the reward is no model"
+            )
+        self.offload = offload
         self.iteration, self.episodes = 0, 0
         self.reward_moments = RunningMoments()
         self.samples_seen: list[dict[str, Any]] = []  # the last rollout as text
@@ -204,8 +109,27 @@ class Online(Generating):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        if self.offload and self.device_mesh is not None:
+            raise UserError(
+                "offload=true keeps whole models on the CPU, and this strategy shards them; use strategy=ddp"
+            )
         for part in (self.reference, self.reward):
-            to_device(part, self.device)
+            to_device(part, "cpu" if self.offload else self.device)
+
+    @contextmanager
+    def needed(self, part: Any) -> Iterator[None]:
+        """Have a frozen model on the device of the module for a while, where `offload` keeps it on the CPU."""
+        try:
+            if self.offload:
+                to_device(part, self.device)
+            yield
+        finally:
+            if self.offload:
+                to_device(part, "cpu")
+
+    def scores(self, reward: Reward, *texts: Any) -> dict[str, Tensor]:
+        with self.needed(None if reward is self.gold else self.reward):
+            return super().scores(reward, *texts)
 
     def trained_model(self) -> Any:
         return self.policy.lm
@@ -221,6 +145,7 @@ class Online(Generating):
     def rollout(self, prompts: GroupList, split: str = "train") -> Rollout:
         """Generate `num_generations` responses to every prompt (one in validation) and score them."""
         self.phase = "generating responses"
+        self.zero_grad()  # those of the last update: memory that sampling can use
         n = self.num_generations if split == "train" else 1
         parts = (split, self.iteration if split == "train" else 0)
         answers = self.generate(prompts, n, parts, reward=self.scorer(n), gold=self.gold)
@@ -258,7 +183,8 @@ class Online(Generating):
         self.phase = "computing log-probabilities"
         training = self.training
         self.eval()
-        rollout.fill(self.forward_logprobs)
+        with self.needed(self.reference):
+            rollout.fill(self.forward_logprobs)
         self.train(training)
         if self.iteration == 0:
             self.check_reference(rollout)

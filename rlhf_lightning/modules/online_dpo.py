@@ -101,6 +101,7 @@ class OnlineDPO(Online):
         loss: Loss = "sigmoid",
         num_minibatches: int = 1,
         max_grad_norm: float = 1.0,
+        offload: bool = False,
         seed: int = 0,
     ) -> None:
         for key, value in (("loss", loss), ("pairs", pairs), ("labels", labels)):
@@ -117,7 +118,7 @@ class OnlineDPO(Online):
             load, optimizer, schedule, lora, reward=reward, gold=gold, engine=engine, template=template,
             num_generations=num_generations, max_new_tokens=max_new_tokens, temperature=temperature,
             microbatch_tokens=microbatch_tokens, missing_eos_penalty=missing_eos_penalty,
-            missing_eos_score=missing_eos_score, seed=seed,
+            missing_eos_score=missing_eos_score, offload=offload, seed=seed,
         )  # fmt: skip
         self.automatic_optimization = False
         self.pairs: Pairs = pairs

@@ -106,6 +106,7 @@ class PPO(Online):
         max_grad_norm: float = 1.0,
         critic_lr: float | None = None,
         critic_warmup: int = 0,
+        offload: bool = False,
         seed: int = 0,
     ) -> None:
         check_options(locals())
@@ -113,7 +114,8 @@ class PPO(Online):
             load, optimizer, schedule, lora, reward=reward, gold=gold, engine=engine, template=template,
             num_generations=num_generations, max_new_tokens=max_new_tokens, temperature=temperature,
             microbatch_tokens=microbatch_tokens, missing_eos_penalty=missing_eos_penalty,
-            missing_eos_score=missing_eos_score, reward_clip=reward_clip, reward_scale=reward_scale, seed=seed,
+            missing_eos_score=missing_eos_score, reward_clip=reward_clip, reward_scale=reward_scale,
+            offload=offload, seed=seed,
         )  # fmt: skip
         self.automatic_optimization = False
         self.estimator, self.load_critic = estimator, load_critic

@@ -72,6 +72,8 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
             )
         if isinstance(callback, WeightAveraging) and isinstance(trainer.strategy, ModelParallelStrategy):
             raise UserError(f"{kind} copies the whole model, which a sharded strategy does not have; use strategy=ddp")
+        if isinstance(callback, WeightAveraging) and (getattr(module, "lora", None) or {}).get("quantization"):
+            raise UserError(f"{kind} averages every weight, and those of 4 bits are codes; use adapter=lora")
         if not module.automatic_optimization:
             for other, instead in MANUAL.items():
                 if isinstance(callback, other):

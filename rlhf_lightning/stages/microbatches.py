@@ -72,11 +72,13 @@ def choose(run: Run, data: RowData) -> int:
 
 def tokens_per_pass(settings: dict[str, Any]) -> float:
     """Return the tokens of a forward pass beyond which a CPU gains little."""
-    return max(CPU_TOKENS, CPU_BYTES / bytes_per_token(layer_sizes(read_config(settings)), read_job(settings)))
+    return max(CPU_TOKENS, CPU_BYTES / sum(bytes_per_token(layer_sizes(read_config(settings)), read_job(settings))))
 
 
 def tokens_that_fit(settings: dict[str, Any], gigabytes: float) -> float:
     """Return the tokens of a forward pass that an accelerator has memory for, 0 or less where it has none."""
     shape, job = read_shape(settings), read_job(settings)
-    one_row = replace(job, tokens=0)  # the logits are computed in chunks, whatever the number of tokens
-    return (room(gigabytes) * GB - sum(estimate(shape, one_row).values())) / bytes_per_token(shape, job)
+    parts = estimate(shape, replace(job, tokens=0))
+    logits = parts.pop("logits")  # computed in chunks, whatever the number of tokens
+    free, (saved, again) = room(gigabytes) * GB - sum(parts.values()), bytes_per_token(shape, job)
+    return min((free - logits) / saved, free / (saved + again))

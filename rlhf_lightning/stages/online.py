@@ -27,6 +27,10 @@ def run(run: Run) -> float | None:
             f"{name} accumulates and clips gradients itself: leave trainer.accumulate_grad_batches at auto, "
             f"trainer.gradient_clip_val at null; use {name}.microbatch_tokens and {name}.max_grad_norm"
         )
+    if options["offload"] and settings["trainer"]["accelerator"] == "cpu":
+        raise UserError(
+            f"{name}.offload=true moves models between an accelerator and the CPU; trainer=cpu has only that"
+        )
     if (model := critic_model(settings, folder)) is not None:
         options["load_critic"] = partial(load_critic, model, settings["reward_groups"], **load)
     options.pop("critic", None)

@@ -68,9 +68,15 @@ def remedies(job: Job, settings: dict[str, Any]) -> list[tuple[str, Job]]:
     if not job.checkpointing:
         job = replace(job, checkpointing=True)
         changes.append(("model.load.gradient_checkpointing=true", job))
+    if job.rewards and job.shards == 1 and not job.offload:
+        job = replace(job, offload=True)
+        changes.append((f"{settings['stage']}.offload=true", job))
     if not job.lora:
         job = replace(job, lora=8, references=0, critic=False)
         changes.append(("adapter=lora", job))
+    if not job.four_bit and job.shards == 1:
+        job = replace(job, four_bit=True)
+        changes.append(("adapter=qlora", job))
     return changes
 
 
@@ -136,6 +142,8 @@ def run_plan(cfg: DictConfig) -> None:
     table.add_section()
     table.add_row("total", f"{total / GB:.2f}", style="bold")
     console.print(table)
+    if job.offload:
+        console.print(f"{settings['stage']}.offload=true: the parts of the phase of an iteration that needs most")
     console.print(
         f"rows are counted with {settings['data']['max_length']} tokens, the maximum; libraries need 1 GB more"
     )

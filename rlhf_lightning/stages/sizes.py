@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.errors import UserError, check_number, nearest
-from rlhf_lightning.models.adapters import add_lora
+from rlhf_lightning.models.adapters import add_lora, quantizable
 from rlhf_lightning.models.layers import decoder_layers
 from rlhf_lightning.models.loading import load_config
 from rlhf_lightning.models.tiny import tiny_config
@@ -53,6 +53,7 @@ def read_shape(settings: dict[str, Any]) -> Shape:
         parameters = sum(p.numel() for p in lm.parameters())
         matrices = sum(p.numel() for layer in decoder_layers(lm) for p in layer.parameters() if p.ndim > 1)
         adapter = settings["adapter"] or {}
+        linear = sum(layer.weight.numel() for layer in quantizable(lm, adapter.get("modules_to_save") or ()).values())
         given = {key: adapter[key] for key in ("target_modules", "modules_to_save") if key in adapter}
         adapted = list(add_lora(lm, r=1, **given).named_parameters())
     return replace(
@@ -61,6 +62,7 @@ def read_shape(settings: dict[str, Any]) -> Shape:
         layer_weights=matrices,
         lora=sum(p.numel() for name, p in adapted if ".lora_" in name),
         whole=sum(p.numel() for name, p in adapted if ".modules_to_save." in name),
+        linear=linear,
     )
 
 
@@ -116,6 +118,8 @@ def read_job(settings: dict[str, Any]) -> Job:
         references=int((stage.online or live) and not lora),
         rewards=len(models),
         critic=stage.online and critic_candidate(settings) is not None,
+        four_bit=bool(settings["adapter"] and settings["adapter"]["quantization"]),
+        offload=stage.online and options["offload"],
         gathered=stage.online and sharded(settings) and bool(settings["strategy"].get("gather_sampling")),
     )
 

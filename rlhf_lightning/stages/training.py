@@ -246,6 +246,7 @@ def finish(run: Run, folder: str, trainer: Trainer, module: Any, data: Any) -> f
         "sources": source_names(redacted(run.cfg)["data"]),
         "licenses": {of: run.settings["card"][key] for of, key in (("model", "license"), ("data", "data_license"))},
         "seed": run.settings["seed"],
+        "adapter": run.settings["adapter"],
         "metrics": metrics,
     }
     tokenizer = getattr(data, "tokenizer", None) or load_tokenizer(folder)
