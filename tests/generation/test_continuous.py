@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig, LlamaForCausalLM
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.continuous import ContinuousEngine
@@ -52,6 +52,19 @@ def test_greedy_responses_are_those_of_the_engine_in_this_process(lm: Any) -> No
     assert {True, False} == set(found.finished)
     assert sum(done) == len(PROMPTS)
     assert ContinuousEngine().generate([], 2, **asked) == Generations([], [], [])
+
+
+def test_soft_caps_and_windows() -> None:
+    """Hugging Face's sdpa refuses the model, whose window is shorter than the responses."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "query_pre_attn_scalar": 8, "sliding_window": 8}
+    config = Gemma2Config(vocab_size=64, initializer_range=0.5, **sizes, **heads)
+    capped: Any = Gemma2ForCausalLM(config).eval()
+    capped.set_attn_implementation(GROUP_SDPA)
+    local, asked = LocalEngine(), {"max_new_tokens": 16, "temperature": 0}
+    local.start(capped, [2])
+    assert started(capped, [2]).generate(PROMPTS, **asked).responses == local.generate(PROMPTS, **asked).responses
 
 
 def test_samples_are_of_the_whole_distribution_at_the_temperature(lm: Any) -> None:
