@@ -131,7 +131,7 @@ def test_offload_counts_the_phase_that_needs_most(folder: str) -> None:
     assert update.keys() == {*always, "gradients", "activations", "logits"}
     one_token = 2 * shape.key_values * shape.layers * 4
     sampling = memory.estimate(shape, replace(job, tokens=0, loss_tokens=0, cached_tokens=int(4 * size / one_token)))
-    assert sampling.keys() == {*always, "key-value cache"}
+    assert {name for name, needed in sampling.items() if needed} == {*always, "key-value cache"}
     references = memory.estimate(shape, replace(job, tokens=0, loss_tokens=8, cached_tokens=0, references=9))
     assert references == always | {"frozen models": 9 * size, "logits": 8 * shape.vocabulary * 4}
 
