@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from torch import nn
 
 from rlhf_lightning.distributed import gather_objects, on_first_rank
@@ -27,6 +26,7 @@ from rlhf_lightning.generation.server import Server, ServerError, concurrently
 from rlhf_lightning.generation.staleness import Probe, fingerprint
 from rlhf_lightning.models.adapters import Adapter, merge_lora
 from rlhf_lightning.models.completion import unwrap, vocabulary_size
+from rlhf_lightning.models.peft import PeftModel
 from rlhf_lightning.models.sharding import has_parts, whole_state
 from rlhf_lightning.ops.seeding import derive_seed
 

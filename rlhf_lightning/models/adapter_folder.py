@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -22,6 +21,7 @@ from rlhf_lightning.models.adapters import (
     quiet_peft,
 )
 from rlhf_lightning.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from rlhf_lightning.models.peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
 PREFIX = "base_model.model."
 HONOURED = (

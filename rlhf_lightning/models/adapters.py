@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,6 +22,7 @@ from transformers import PreTrainedModel
 from rlhf_lightning.errors import UserError, nearest
 from rlhf_lightning.models.deferred import deferred, placeholders
 from rlhf_lightning.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from rlhf_lightning.models.peft import BaseTunerLayer, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 log = logging.getLogger(__name__)
 EXPORTS = ("merged", "adapter")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import UserError, needs
 from rlhf_lightning.models.adapters import quantizable
 from rlhf_lightning.models.completion import unwrap
+from rlhf_lightning.models.peft import BaseTunerLayer
 
 bnb: Any = needs("bitsandbytes", "qlora")
 

@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 PRELOAD = [  # what takes seconds to import; nothing that starts a thread, which a fork would lose
     "hydra.main",
     "lightning.pytorch",
-    "peft",
+    "rlhf_lightning.models.peft",
     "torch._dynamo",
     "torch.utils.tensorboard",
     "torchmetrics.classification",
