@@ -335,7 +335,7 @@ MODELS: dict[str, Case] = {
     "config of another kind": (lambda p: p.edit("config.json", hidden_act="os.system"), "does not hold a usable model"),
     "kernel in the config": (lambda p: p.edit("config.json", _attn_implementation="evil/kernel"), "is code from the hub"),
     "quantized by a package": (
-        lambda p: p.edit("config.json", quantization_config={"quant_method": "gptq"}), "does not hold a usable model"),
+        lambda p: p.edit("config.json", quantization_config={"quant_method": "gptq"}), "holds quantized weights"),
     "weights are no safetensors": (lambda p: p.write("model.safetensors", b"\xff" * 64), "does not hold a usable model"),
     "tokenizer is nested": (lambda p: p.write("tokenizer.json", NESTED), "does not hold a usable model"),
     "tokenizer has another shape": (lambda p: p.write("tokenizer_config.json", [1]), "does not hold a usable model"),

@@ -231,8 +231,10 @@ def _load_weights(kind: Any, name: str, new: set[str], config: Any, dtype: str, 
     *adapters, base = adapter_chain(name)
     if attention == "sdpa" and _lacks_sdpa(kind, config):
         attention = GROUP_SDPA
-    if given := getattr(config, "quantization_config", None):
-        method = given.get("quant_method") if isinstance(given, dict) else given.quant_method
+    given = getattr(config, "quantization_config", None) or {}
+    given = given if isinstance(given, dict) else vars(given)
+    if given and not given.get("dequantize"):
+        method = given.get("quant_method")
         raise UserError(
             f"{name} holds quantized weights (quant_method={getattr(method, 'value', method)}); give the model in full "
             "precision, adapter=qlora quantizes it"

@@ -27,6 +27,7 @@ def train(module: Any, *callbacks: Any, data: Any = None, **options: Any) -> Non
 @pytest.fixture
 def said(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Any:
     """Return what was printed since, which is what the log file got."""
+    caplog.set_level(logging.WARNING, "rlhf_lightning.models")  # attention is chosen
     caplog.set_level(logging.INFO, "rlhf_lightning")
 
     def read() -> list[str]:
