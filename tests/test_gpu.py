@@ -428,25 +428,26 @@ def test_four_bit_weights_compute_what_they_do_on_the_cpu() -> None:
     from rlhf_lightning.models.adapters import export_lora, load_model
 
     lora = {"r": 4, "quantization": "nf4"}
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         lm = load_model(model, lora).eval()
     tokens = torch.tensor([ids("nf4", size=40)])
     with torch.no_grad():
         expected = copy.deepcopy(lm).cpu()(tokens).logits.double()
-        assert relative(lm(tokens.cuda()).logits, expected) < 1e-3
-        with torch.autocast("cuda", torch.bfloat16):
-            assert relative(lm(tokens.cuda()).logits, expected) < 3e-2
+        assert relative(lm(tokens.to(DEVICE)).logits, expected) < 1e-3
+        with torch.autocast(DEVICE, torch.bfloat16):
+            assert relative(lm(tokens.to(DEVICE)).logits, expected) < 3e-2
         merged = export_lora(lm)
         assert type(merged) is LlamaForCausalLM
         assert not any(p.is_cuda for p in merged.parameters())
         assert relative(merged(tokens).logits, expected) < 1e-4
 
 
+@on_cuda
 def test_offload_changes_no_bit_and_leaves_the_reference_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, _ = trained("ppo", "gpu")
+    expected, _ = trained("ppo")
     module = online(ppo_epochs=1, offload=True)
     monkeypatch.setitem(STAGES, "ppo", lambda: module)
-    found, _ = trained("ppo", "gpu")
+    found, _ = trained("ppo")
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
     reference = module.reference
     assert reference is not None
