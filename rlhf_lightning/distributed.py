@@ -97,17 +97,22 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def is_first_rank() -> bool:
+    """Return whether this process is the first of its process group, or has none."""
+    from torch import distributed
+
+    return not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
+
+
 def on_first_rank(call: Callable[[], Any]) -> Any:
     """Return what a call on the first rank of the process group returns, on every rank, once all have come here.
 
     Raises:
         UserError: on every rank, when the call raised one.
     """
-    from torch import distributed
-
     gather_objects(None)
     outcome: tuple[Any, str | None] = None, None
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank()):
+    if is_first_rank():
         try:
             outcome = call(), None
         except UserError as error:

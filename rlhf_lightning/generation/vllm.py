@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from rlhf_lightning.distributed import gather_objects, on_first_rank
+from rlhf_lightning.distributed import gather_objects, is_first_rank, on_first_rank
 from rlhf_lightning.errors import UserError, check_number, nearest
 from rlhf_lightning.files import atomic_folder
 from rlhf_lightning.generation.engine import Engine, Generations
@@ -229,7 +229,7 @@ class VLLMEngine(Engine):
     def close(self) -> None:
         """Take back what was sent, and end the connection."""
         if self.server is not None:
-            if not _rank():
+            if is_first_rank():
                 self._forget()
             self.server.close()
         self.server, self.lm, self.sent = None, None, None
@@ -345,10 +345,3 @@ def _number(choice: Any, name: str) -> int:
     """Return an integer of an object, -1 where there is none."""
     value = choice.get(name) if isinstance(choice, Mapping) else None
     return value if type(value) is int else -1
-
-
-def _rank() -> int:
-    """Return this process's rank in the process group, 0 without one."""
-    from torch import distributed
-
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0

@@ -251,15 +251,11 @@ class Online(Generating):
 
         Those of all ranks are permuted together; with fewer prompts than `count` there is a minibatch for each.
         """
-        size = int(self.reduce(torch.tensor([float(max(rollout.places) + 1)]), "max").item())
-        present = torch.zeros(size)
-        present[list(rollout.places)] = 1
-        numbers = (self.reduce(present).cumsum(0) - 1).long()
-        mine = {int(numbers[place]): own for own, place in enumerate(rollout.places)}
-        prompts = int(numbers[-1]) + 1
-        order = permutation(prompts, self.seed, *seed_parts).tolist()
-        parts = min(count, prompts)
-        return [[mine[number] for number in order[part::parts] if number in mine] for part in range(parts)]
+        everywhere = torch.cat(self.gather(torch.tensor(rollout.places, device=self.device))).sort().values.tolist()
+        mine = {place: own for own, place in enumerate(rollout.places)}
+        order = [everywhere[number] for number in permutation(len(everywhere), self.seed, *seed_parts).tolist()]
+        parts = min(count, len(order))
+        return [[mine[place] for place in order[part::parts] if place in mine] for part in range(parts)]
 
     def backward_part(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a part of the loss; ranks reduce with the last one, as their numbers of parts differ."""

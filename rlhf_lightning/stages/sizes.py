@@ -98,7 +98,6 @@ def read_job(settings: dict[str, Any]) -> Job:
     tokens = options["microbatch_tokens"] if stage.online else rows * data["max_length"]
     weight = BYTES[load["dtype"]]
     lora = settings["adapter"]["r"] if settings["adapter"] else 0
-    live = "reference" in options and options["loss"] != "simpo" and options["reference"] != "cached"
     models = [reward for reward in parse(settings["reward_from"]) if reward.is_model] if stage.online else []
     cached = 0
     if stage.online:
@@ -115,13 +114,18 @@ def read_job(settings: dict[str, Any]) -> Job:
         moments=MOMENTS.get(optimizer, lambda options, weight: 2)(settings["optimizer"], weight),
         checkpointing=load["gradient_checkpointing"],
         shards=ranks if sharded(settings) else 1,
-        references=int((stage.online or live) and not lora),
+        references=int((stage.online or reads_reference(options)) and not lora),
         rewards=len(models),
         critic=stage.online and critic_candidate(settings) is not None,
         four_bit=bool(settings["adapter"] and settings["adapter"]["quantization"]),
         offload=stage.online and options["offload"],
         gathered=stage.online and sharded(settings) and bool(settings["strategy"].get("gather_sampling")),
     )
+
+
+def reads_reference(options: dict[str, Any]) -> bool:
+    """Return whether a step of DPO with these options computes log-probabilities under the reference."""
+    return "reference" in options and options["loss"] != "simpo" and options["reference"] != "cached"
 
 
 def read_step(settings: dict[str, Any], job: Job) -> Step:
@@ -141,10 +145,9 @@ def read_step(settings: dict[str, Any], job: Job) -> Step:
     where = {"devices": ranks // trainer["num_nodes"], "nodes": trainer["num_nodes"], "tensor_parallel": size}
     if not stage.online:
         tokens = rows * longest
-        reference = "reference" in options and options["loss"] != "simpo" and options["reference"] != "cached"
         return Step(
-            tokens, tokens * stage.generative, tokens * longest / 2, math.ceil(tokens / job.tokens), forwards=reference,
-            **where,
+            tokens, tokens * stage.generative, tokens * longest / 2, math.ceil(tokens / job.tokens),
+            forwards=int(reads_reference(options)), **where,
         )  # fmt: skip
     new, n = options["max_new_tokens"], options["num_generations"]
     tokens, epochs = rows * (longest + n * new), options.get("ppo_epochs", 1)
