@@ -39,11 +39,15 @@ _CHOSEN: dict[tuple[Any, ...], Path] = {}
 
 @dataclass
 class CompletionOutput:
-    """What a :class:`CompletionModel` returns for the N tokens in the loss mask of a batch; float32, each (N,)."""
+    """What a :class:`CompletionModel` returns for the N tokens in the loss mask of a batch; float32, each (N,).
+
+    `states` (N, D) are the hidden states that the values are of, in the precision of the model.
+    """
 
     logprobs: Tensor
     entropy: Tensor | None = None
     values: Tensor | None = None
+    states: Tensor | None = None
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -123,6 +127,14 @@ def scalars(head: nn.Linear, hidden: Tensor) -> Tensor:
         return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
 
 
+def zero_head(size: int) -> nn.Linear:
+    """Return a value head that starts at zero, Linear(size, 1)."""
+    head = nn.Linear(size, 1)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    return head
+
+
 class CompletionModel(nn.Module):
     """A causal language model over completion groups, with an optional value head on the same trunk.
 
@@ -137,9 +149,7 @@ class CompletionModel(nn.Module):
         config = unwrap(lm).config.get_text_config()
         self.value_head: nn.Linear | None = None
         if value_head:
-            self.value_head = nn.Linear(config.hidden_size, 1)
-            nn.init.zeros_(self.value_head.weight)
-            nn.init.zeros_(self.value_head.bias)
+            self.value_head = zero_head(config.hidden_size)
         # logit scales and soft caps, which some architectures apply after the head
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.logit_scale = getattr(config, "logit_scale", None) or 1.0
@@ -173,7 +183,7 @@ class CompletionModel(nn.Module):
             if self.value_head is None:
                 raise ValueError("values were requested from a model without a value head")
             value = scalars(self.value_head, hidden).clone()  # FSDP2 warns of outputs that are views
-        return CompletionOutput(logprobs, ent, value)
+        return CompletionOutput(logprobs, ent, value, hidden if values else None)
 
     @property
     def decoder(self) -> nn.Module:
@@ -195,23 +205,34 @@ class ScalarModel(nn.Module):
     Args:
         model: `AutoModelForSequenceClassification` with a linear `score` head, or a peft model around one; with H > 1
             labels, of a head per group of annotators, its outputs have a second dimension (H,).
+        value_head: puts a zero-initialised Linear(D, 1) in the place of the `score` head, for a critic.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, value_head: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.value_head: nn.Linear | None = None
+        if value_head:
+            self.value_head = zero_head(unwrap(model).config.get_text_config().hidden_size)
+            unwrap(model).score = nn.Identity()  # parameters that no loss reaches would stop DDP
 
     def forward(self, batch: GroupBatch, at: Literal["last", "source"] = "last") -> Tensor:
         """Return normalized float32 scores (S,) at the last token of each response, or values (N,) at each state."""
+        return self.outputs(batch, at)[0]
+
+    def outputs(self, batch: GroupBatch, at: Literal["last", "source"]) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`forward` does, and the hidden states (S or N, D) that it is of."""
         hidden = hidden_states(self.model, batch)
         inner = unwrap(self.model)
         states = hidden[batch.last if at == "last" else batch.source]
+        if self.value_head is not None:
+            return scalars(self.value_head, states), states
         scores = scalars(cast(nn.Linear, inner.score), states)
         mean, std = getattr(inner.config, "reward_mean", 0.0), getattr(inner.config, "reward_std", 1.0)
         if isinstance(mean, list):  # of each head
             mean, std = scores.new_tensor(mean), scores.new_tensor(std)
-            return ((scores if scores.ndim == 2 else scores[:, None]) - mean) / std
-        return (scores - mean) / std
+            return ((scores if scores.ndim == 2 else scores[:, None]) - mean) / std, states
+        return (scores - mean) / std, states
 
     @property
     def decoder(self) -> nn.Module:

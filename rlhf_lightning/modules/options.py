@@ -21,6 +21,7 @@ RANGES = {
     "kl_horizon": "(0, inf)", "gamma": "[0, 1]", "lam": "[0, 1]", "critic_lam": "[0, 1]", "clip_low": "[0, 1)",
     "clip_high": "[0, inf)", "value_clip": "(0, inf)", "vf_coef": "[0, inf)", "entropy_coef": "[0, inf)",
     "ptx_coef": "[0, inf)", "target_kl": "(0, inf)", "max_grad_norm": "[0, inf)", "critic_lr": "[0, inf)",
+    "critic_refit": "(0, inf)",
     "beta": "(0, inf)",
 }  # fmt: skip
 COUNTS = {
@@ -57,7 +58,8 @@ def check_options(given: Mapping[str, Any]) -> None:
     for key in NOT_OF.get(estimator, ()):
         if given[key]:
             raise UserError(f"{key}={given[key]} is not of {estimator}, which compares the responses to one prompt")
-    if estimator != "gae" and given["critic_warmup"]:
-        raise UserError(f"critic_warmup={given['critic_warmup']} is of PPO; {estimator} has no critic")
+    for key in ("critic_warmup", "critic_refit"):
+        if estimator != "gae" and given[key]:
+            raise UserError(f"{key}={given[key]} is of PPO; {estimator} has no critic")
     if given["kl_in"] == "loss" and given["kl_estimator"] == "k1":
         raise UserError("kl_in=loss with kl_estimator=k1 has no gradient in expectation; use k2 or k3")

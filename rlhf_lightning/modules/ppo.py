@@ -13,7 +13,9 @@ from rlhf_lightning.data.template import Template
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.engine import Engine
 from rlhf_lightning.models.completion import CompletionModel, ScalarModel
+from rlhf_lightning.models.sharding import run_inside
 from rlhf_lightning.modules.base import MakeOptimizer, MakeSchedule, decay_groups
+from rlhf_lightning.modules.critic import learning_rate, refit_head
 from rlhf_lightning.modules.invariants import difference, exceeds_rounding, is_exact
 from rlhf_lightning.modules.online import Online
 from rlhf_lightning.modules.options import Estimator, KLIn, check_options
@@ -24,9 +26,6 @@ from rlhf_lightning.ops.kl import KLController, KLEstimator, kl_estimate, token_
 from rlhf_lightning.ops.losses import LossType, ppo_policy_loss, ppo_value_loss, response_weights
 from rlhf_lightning.ops.transfer import send
 from rlhf_lightning.rewards.scoring import Reward
-
-VALUE_HEAD_LR, CRITIC_LR = 1e-3, 1e-5
-"""Learning rates of a critic that is a linear head, which starts at zero, and of one that starts as a reward model."""
 
 
 class PPO(Online):
@@ -39,7 +38,9 @@ class PPO(Online):
         estimator: "gae" (PPO with a critic), "rloo" or "grpo" (`num_generations` responses per prompt, no critic).
         load_critic: returns a sequence classifier as critic (usually the reward model); None is a value head on the
             policy's trunk. Used by estimator "gae" only.
-        critic_lr: learning rate of the critic; None is 1e-3 for a value head, 1e-5 for a critic model.
+        critic_refit: responses that the critic's linear head counts as in the ridge regression that moves it to the
+            returns of each rollout; it then starts at zero, also that of a critic model. None is off: gradients only.
+        critic_lr: learning rate of the critic; None is 1e-5, for a value head that is not refitted 1e-3.
         critic_warmup: iterations in which only the critic learns (arXiv 2503.01491).
         ppo_epochs, num_minibatches: passes over the rollout and updates per pass.
         clip_low, clip_high: the ratio's range; value_clip: the value's, in standard deviations of the iteration's
@@ -105,6 +106,7 @@ class PPO(Online):
         target_kl: float | None = None,
         max_grad_norm: float = 1.0,
         critic_lr: float | None = None,
+        critic_refit: float | None = None,
         critic_warmup: int = 0,
         offload: bool = False,
         seed: int = 0,
@@ -119,8 +121,9 @@ class PPO(Online):
         )  # fmt: skip
         self.automatic_optimization = False
         self.estimator, self.load_critic = estimator, load_critic
-        own_rate = VALUE_HEAD_LR if load_critic is None else CRITIC_LR
-        self.critic_lr, self.critic_warmup = own_rate if critic_lr is None else critic_lr, critic_warmup
+        self.critic_refit = critic_refit
+        self.critic_warmup = critic_warmup
+        self.critic_lr = learning_rate(load_critic is None, critic_refit) if critic_lr is None else critic_lr
         self.kl = KLController(kl_beta, kl_target, kl_horizon)
         self.kl_estimator: KLEstimator = kl_estimator
         self.kl_in, self.gamma, self.lam, self.critic_lam = kl_in, gamma, lam, critic_lam
@@ -138,7 +141,7 @@ class PPO(Online):
         super().configure_model()
         self.critic = None
         if self.estimator == "gae" and self.load_critic is not None:
-            self.critic = self.split(ScalarModel(self.build(self.load_critic)))
+            self.critic = self.split(ScalarModel(self.build(self.load_critic), self.critic_refit is not None))
 
     def build_policy(self) -> CompletionModel:
         """Return the policy, with a value head where the critic is not a separate model."""
@@ -165,6 +168,9 @@ class PPO(Online):
         self.logprobs(rollout)  # 2. log-probs of policy and reference, and values
         metrics = self.rewards(rollout)  # 3. KL and reward per token
         metrics |= self.advantages(rollout)  # 4. advantages and returns
+        if self.critic_refit is not None:
+            head = self.policy.value_head if self.critic is None else self.critic.value_head
+            refit_head(head, rollout, self.critic_refit, self.reduce)
         ptx = batch.ptx.groups if isinstance(batch.ptx, GroupList) else []
         metrics |= self.update(rollout, ptx)  # 5. PPO epochs over the rollout
         responses = self.reduce(torch.tensor([float(len(rollout.mask))])).item()
@@ -178,10 +184,13 @@ class PPO(Online):
     def forward_logprobs(self, batch: GroupBatch) -> dict[str, Tensor]:
         output = self.policy(batch, self.temperature, values=self.policy.value_head is not None)
         columns = {"old_logprobs": output.logprobs}
-        if output.values is not None:
-            columns["values"] = output.values
+        values, states = output.values, output.states
         if self.critic is not None:
-            columns["values"] = self.critic(batch, at="source")
+            values, states = run_inside(self.critic, self.critic.outputs, batch, "source")
+        if values is not None:
+            columns["values"] = values
+        if states is not None and self.critic_refit is not None:
+            columns["states"] = states
         return columns | {"ref_logprobs": self.forward_reference(batch)}
 
     # ---- rewards and advantages ------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ class Rollout:
 
     `lengths` (S,) is on the CPU, `mask` (S, T) is True at generated tokens. Whether a response ended with EOS is stored
     in `finished` (S,), never inferred from padding. `tokens` holds named (S, T) tensors: old_logprobs, ref_logprobs,
-    values, kl, rewards, advantages, returns, and engine_logprobs of an engine that gives them. `rounds` maps a rank's
+    values, kl, rewards, advantages, returns, and engine_logprobs of an engine that gives them; and the (S, T, D) states
+    that the values are of until the critic's head is refitted. `rounds` maps a rank's
     number of microbatches to the number of forward passes it must make. `texts` (S,) are the responses as text. `parts`
     holds (S,) scores of groups of people beside `scores` and `gold`, as reward_<group> and gold_<group>. `places` (P,)
     are the places of the prompts among those of all ranks. `value_clip` is how far a value may move from the one in
@@ -66,12 +67,14 @@ class Rollout:
             yield send(torch.cat(ranges), self.device), send(batch, self.device), is_real
 
     def fill(self, compute: Callable[[GroupBatch], dict[str, Tensor]]) -> None:
-        """Store the named (N,) results of `compute` on every microbatch as (S, T) tensors."""
+        """Store the named (N, ...) results of `compute` on every microbatch as (S, T, ...) tensors."""
         for cells, batch, _ in self.microbatches(range(len(self.groups))):
             for name, flat in compute(batch).items():
                 dtype = torch.promote_types(flat.dtype, torch.float32)  # whatever the Trainer's precision makes default
-                table = self.tokens.setdefault(name, torch.zeros(self.mask.shape, dtype=dtype, device=self.device))
-                table.view(-1)[cells] = flat.to(dtype)
+                if name not in self.tokens:
+                    shape = (*self.mask.shape, *flat.shape[1:])
+                    self.tokens[name] = torch.zeros(shape, dtype=dtype, device=self.device)
+                self.tokens[name].flatten(0, 1)[cells] = flat.to(dtype)
 
     def keep(self, name: str, rows: Sequence[Sequence[float]]) -> None:
         """Store S lists, of a number for each token of a response, as an (S, T) tensor."""

@@ -39,6 +39,7 @@ SHAPES: dict[str, tuple[tuple[Any, ...], Any]] = {
     "whiten": ((TABLE, MASK), (S, T)),
     "rloo": ((SCORES,), (P, N_SAMPLES)),
     "grpo": ((SCORES,), (P, N_SAMPLES)),
+    "ridge_step": ((HIDDEN, FLAT, 1.0), [(D,), ()]),
     "explained_variance": ((TABLE, TABLE + 1, MASK), ()),
     "best_of_n_means": ((FLAT, FLAT), (N,)),
     "best_of_n_kl_with_ties": ((FLAT,), (N,)),
