@@ -41,4 +41,4 @@ def refit_head(head: nn.Linear | None, rollout: Rollout, responses: float, reduc
     for parameter, change in ((head.weight, weight[None]), (head.bias, bias[None])):
         local, at = local_part(parameter)
         local += change.to(local)[slices(at, local.shape)]
-    tokens["values"][mask] += (states @ weight + bias).to(tokens["values"])
+    tokens["values"][mask] += (states.to(weight) @ weight + bias).to(tokens["values"])

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+CHUNK = 8192
+"""Observations that are converted to float64 at a time."""
 
 
 def ridge_step(
@@ -26,12 +30,19 @@ def ridge_step(
     reduce = reduce or (lambda partial: partial)
     if states.device.type == "mps":  # has no float64
         states, residuals = states.cpu(), residuals.cpu()
-    x, y = states.double(), residuals.double()
-    count = reduce(x.new_tensor([float(len(x))])).clamp_min(1)
-    mean_x, mean_y = reduce(x.sum(0)) / count, reduce(y.sum()[None]) / count
-    x, y = x - mean_x, y - mean_y
-    gram, moment = reduce(x.T @ x), reduce(x.T @ y)
+    exact: dict[str, Any] = {"dtype": torch.float64, "device": states.device}
+    count = reduce(torch.full((1,), float(len(states)), **exact)).clamp_min(1)
+    mean_x, mean_y = (
+        reduce(values.sum(0, keepdim=True, dtype=torch.float64)) / count for values in (states, residuals)
+    )
+    size = states.shape[1]
+    gram, moment = torch.zeros(size, size, **exact), torch.zeros(size, **exact)
+    for part, left in zip(states.split(CHUNK), residuals.split(CHUNK), strict=True):
+        x = part.double() - mean_x
+        gram += x.T @ x
+        moment += x.T @ (left.double() - mean_y)
+    gram, moment = reduce(gram), reduce(moment)
     spread = (gram.diagonal().mean() / count).clamp_min(1e-12)  # states that are all equal explain nothing
-    weight = torch.linalg.solve(gram + prior * spread * torch.eye(len(gram), dtype=x.dtype, device=x.device), moment)
-    bias = mean_y[0] - mean_x @ weight
+    weight = torch.linalg.solve(gram + prior * spread * torch.eye(size, **exact), moment)
+    bias = mean_y[0] - mean_x[0] @ weight
     return weight.to(residuals), bias.to(residuals)

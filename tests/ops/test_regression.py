@@ -22,6 +22,13 @@ def test_it_is_the_minimum_of_the_penalized_squares(prior: float) -> None:
         assert gradient.abs().max() < 1e-2  # float32 results; the gradient at 0 is above 50
 
 
+def test_parts_of_many_observations_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ridge_step(X, Y, 7.0)
+    monkeypatch.setattr("rlhf_lightning.ops.regression.CHUNK", 16)
+    for found, expected in zip(ridge_step(X, Y, 7.0), whole, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_without_a_prior_it_is_least_squares() -> None:
     weight, bias = ridge_step(X, Y, 1e-9)
     rows = torch.cat([X, torch.ones(40, 1)], 1).double()
