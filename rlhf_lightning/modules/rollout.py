@@ -70,7 +70,7 @@ class Rollout:
         """Store the named (N, ...) results of `compute` on every microbatch as (S, T, ...) tensors."""
         for cells, batch, _ in self.microbatches(range(len(self.groups))):
             for name, flat in compute(batch).items():
-                # numbers in float32, whatever the precision of the Trainer makes default; states, being many, as they are
+                # numbers are float32 whatever the Trainer makes default; states, being many, stay as they are
                 dtype = torch.promote_types(flat.dtype, torch.float32) if flat.ndim == 1 else flat.dtype
                 if name not in self.tokens:
                     shape = (*self.mask.shape, *flat.shape[1:])
