@@ -145,6 +145,17 @@ def test_two_ranks_learn_what_one_learns(stage: str, strategy: str, folder: Path
     assert metrics[1]["global_step"] == metrics[0]["global_step"] == UPDATES.get(stage, 4)
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("strategy", ["fsdp2", "tensor_parallel"])
+def test_a_sharded_critic_is_refitted(strategy: str, folder: Path, alone: Callable[[str], Path]) -> None:
+    given = [f"reward_from={alone('reward') / 'model'}", "ppo.critic_refit=4", "ppo.value_clip=null"]
+    one = run(folder, "ppo", f"critic-of-{strategy}", *given)
+    two = run(folder, "ppo", f"critic-{strategy}", *given, f"strategy={strategy}", "trainer.devices=2")
+    for tag in ("value/explained_variance", "value/loss", "optim/critic_grad_norm"):
+        assert series(two, tag) == pytest.approx(series(one, tag), rel=1e-3, abs=1e-4), tag
+    assert series(one, "value/loss")[1] > 0
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
