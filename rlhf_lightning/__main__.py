@@ -24,7 +24,7 @@ from rlhf_lightning.files import write_failure
 from rlhf_lightning.runtime.composition import guard
 from rlhf_lightning.runtime.explain import explain
 from rlhf_lightning.runtime.launch import arguments_of_rank
-from rlhf_lightning.runtime.processes import quoted
+from rlhf_lightning.runtime.processes import end_with_parent, quoted
 from rlhf_lightning.runtime.run_folder import remove_start
 from rlhf_lightning.runtime.secrets import redact
 from rlhf_lightning.runtime.settings import DATA_SPLITS, check_groups, check_types, groups, require, task_overrides
@@ -194,6 +194,7 @@ def main() -> None:
     os.environ.setdefault("RLHF_SWEEP_ID", sweep_id(arguments))
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach us instead of being printed by Hydra
     guard()
+    end_with_parent()
     try:
         try:
             app()

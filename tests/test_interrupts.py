@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -113,6 +114,25 @@ def in_another_process(function: Any, *arguments: Any) -> Any:
             return pool.apply(function, arguments)
         except UserError as error:
             return str(error)
+
+
+def test_a_stage_ends_with_the_pipeline_that_is_killed(tmp_path: Path) -> None:
+    """It gets SIGTERM, on which runs save; a pipeline that is still there lets it be."""
+    child = "import time; from rlhf_lightning.runtime.processes import end_with_parent as end; end(); time.sleep(60)"
+    parent = (
+        "import os, subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], env=os.environ | {{'RLHF_PARENT': str(os.getpid())}})\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    env = environment(tmp_path) | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen([sys.executable, "-c", parent], env=env, stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        child_ends = os.pidfd_open(int(started.stdout.readline()))
+        assert not select.select([child_ends], [], [], 3)[0]
+        started.kill()
+    assert select.select([child_ends], [], [], 20)[0]
+    os.close(child_ends)
 
 
 def test_the_second_process_in_a_run_folder_is_told(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +27,32 @@ PRELOAD = [  # what takes seconds to import; nothing that starts a thread, which
     "torchmetrics.classification",
     "transformers.models.llama.modeling_llama",
 ]
+
+
+PARENT = "RLHF_PARENT"
+"""The environment variable with the process id of the pipeline or sweep that started this process."""
+
+
+def end_with_parent() -> None:
+    """Have this process get SIGTERM when the pipeline or sweep that started it has gone, for example killed.
+
+    It would otherwise go on unseen, and hold the folder that a second start wants to continue in.
+    """
+    if PARENT not in os.environ or not hasattr(os, "pidfd_open"):
+        return
+    try:
+        parent = os.pidfd_open(int(os.environ[PARENT]))
+    except ProcessLookupError:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return
+    except OSError:  # a container without that system call
+        return
+
+    def wait() -> None:
+        select.select([parent], [], [])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True, name="end with parent").start()
 
 
 def run_child(
@@ -45,7 +73,7 @@ def run_child(
     sources = HydraConfig.get().runtime.config_sources
     configs = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
     arguments = [*configs, *overrides, f"hydra.run.dir={quoted(str(folder))}", "hydra.mode=RUN", "resume=here"]
-    variables = os.environ | dict(environment or {})
+    variables = os.environ | dict(environment or {}) | {PARENT: str(os.getpid())}
     child: Started | Forked | None = None
 
     def forward(number: int, frame: Any) -> None:
