@@ -150,7 +150,7 @@ def forest(
         figure = Figure(figsize=(WIDTH, 0.9 + 0.27 * len(rows)))
         axis = figure.add_subplot()
         axis.grid(True, axis="x")
-        axis.set_xlabel(x_label)
+        figure.supxlabel(x_label, fontsize=mpl.rcParams["axes.labelsize"])  # long names leave the axis less room
         if zero is not None:
             axis.axvline(zero, color=INK, linewidth=0.8)
         for place, (_, (value, low, high)) in enumerate(rows):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from rlhf_lightning.evaluation.plots import Panel, Series, forest, lines, panels
+from rlhf_lightning.evaluation.plots import Panel, Series, forest, lines, panels, short
 from rlhf_lightning.evaluation.report.figures import Drawn, Looks
 from rlhf_lightning.evaluation.report.store import Results, column, number, visible
 from rlhf_lightning.ops.statistics import Interval
@@ -81,7 +81,9 @@ def calibration(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
 def buckets(rows: Sequence[Row], looks: Looks) -> Iterator[Plot]:
     """Yield the accuracy by bucket, a plot per model and kind of bucket."""
     for name, of in by(rows, "model", "by").items():
-        counted = [(f"{visible(row['bucket'])} ({visible(row.get('count', '?'))})", row) for row in of[:MOST_BARS]]
+        counted = [
+            (f"{short(visible(row['bucket']), 28)} ({visible(row.get('count', '?'))})", row) for row in of[:MOST_BARS]
+        ]
         bars = [(bucket, interval(row, "accuracy")) for bucket, row in counted]
         look = [looks.get(visible(of[0]["model"]), 0)] * len(bars)
         yield cut(name, of), forest(bars, "pair accuracy; the number of pairs in brackets", looks=look, zero=0.5)

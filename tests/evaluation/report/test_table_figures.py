@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_lightning.evaluation.report.tables import FIGURES, usable
+from rlhf_lightning.evaluation.report.tables import FIGURES, buckets, usable
 
 pytestmark = pytest.mark.slow
 ENDS = {"low": 0.4, "high": 0.7}
@@ -67,3 +67,11 @@ def test_every_table_is_drawn(row: Any) -> None:
 
 def test_every_figure_has_rows_here() -> None:
     assert {row.table for row in FIGURES} == set(ROWS)
+
+
+def test_a_long_bucket_keeps_its_number_of_pairs() -> None:
+    row = {"model": "reward", "by": "annotator", "bucket": "annotator_" * 9, "count": 210, "accuracy": 0.7}
+    ((_, figure),) = buckets([row | {"low": 0.6, "high": 0.8}], {})
+    (label,) = figure.axes[0].get_yticklabels()
+    assert label.get_text().endswith("… (210)")
+    assert figure.get_supxlabel() == "pair accuracy; the number of pairs in brackets"
