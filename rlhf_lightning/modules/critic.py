@@ -34,7 +34,7 @@ def refit_head(head: nn.Linear | None, rollout: Rollout, responses: float, reduc
     """
     mask, tokens = rollout.mask, rollout.tokens
     states = tokens.pop("states")[mask]
-    count, everyone = reduce(mask.new_tensor([len(states), len(mask)], dtype=torch.float64)).tolist()
+    count, everyone = reduce(torch.tensor([float(len(states)), float(len(mask))])).tolist()
     prior = responses * count / max(everyone, 1)
     weight, bias = ridge_step(states, (tokens["returns"] - tokens["values"])[mask], prior, reduce)
     assert head is not None

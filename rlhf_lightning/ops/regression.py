@@ -18,8 +18,8 @@ def ridge_step(
     """Return the changes of a linear head's weights (D,) and bias, a scalar, that fit what it leaves unexplained.
 
     argmin over (d, c) of sum_i (x_i d + c - residual_i)^2 + prior s |d|^2, where s is the mean variance of a coordinate
-    of x: the weights before count as `prior` observations. Levine et al. 2017 (arXiv 1705.07461, eq. 5) fit the last
-    layer of a value network so.
+    of x: the weights before count as `prior` observations. Levine et al. 2017 (arXiv 1705.07461) fit the last layer
+    of a value network so.
 
     Args:
         states: x (N, D), the inputs of the head.

@@ -38,10 +38,13 @@ def end_with_parent() -> None:
 
     It would otherwise go on unseen, and hold the folder that a second start wants to continue in.
     """
-    if PARENT not in os.environ or not hasattr(os, "pidfd_open"):
+    number = os.environ.pop(
+        PARENT, None
+    )  # of this process only: one that it starts on another machine has no such parent
+    if number is None or not hasattr(os, "pidfd_open"):
         return
     try:
-        parent = os.pidfd_open(int(os.environ[PARENT]))
+        parent = os.pidfd_open(int(number))
     except ProcessLookupError:
         os.kill(os.getpid(), signal.SIGTERM)
         return
